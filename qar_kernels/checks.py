@@ -1,0 +1,72 @@
+"""Argument checks: metadata only, so they never wait for a device.
+
+T rows, H hidden, I intermediate, R expert rank, E experts.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qar_kernels.segments import Segments
+
+
+def check_base(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    """Raise unless the base weights are ``(I, H)``, ``(I, H)``, ``(H, I)`` and match ``x``."""
+    _check_floating("x", x)
+    hidden = _hidden(x, "x")
+    intermediate = gate.shape[0] if gate.dim() == 2 else 0
+    _check_shape("gate", gate, (intermediate or "I", hidden))
+    _check_shape("up", up, (intermediate, hidden))
+    _check_shape("down", down, (hidden, intermediate))
+    _check_like(x, "x", gate=gate, up=up, down=down)
+
+
+def check_experts(
+    x: Tensor, name: str, expert_gate: Tensor, expert_up: Tensor, expert_down: Tensor, segments: Segments
+) -> None:
+    """Raise unless the experts are ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)`` and match ``x``."""
+    _check_floating(name, x)
+    hidden = _hidden(x, name)
+    experts, rank = expert_gate.shape[:2] if expert_gate.dim() == 3 else ("E", "R")
+    _check_shape("expert_gate", expert_gate, (experts, rank, hidden))
+    _check_shape("expert_up", expert_up, (experts, rank, hidden))
+    _check_shape("expert_down", expert_down, (experts, hidden, rank))
+    _check_like(x, name, expert_gate=expert_gate, expert_up=expert_up, expert_down=expert_down)
+    _check_segments(x, name, segments, expert_gate.shape[0])
+
+
+def _check_segments(x: Tensor, name: str, segments: Segments, num_experts: int) -> None:
+    if not isinstance(segments, Segments):
+        raise TypeError(f"seg: got {type(segments).__name__}, expected Segments, e.g. Segments.from_ids(ids)")
+    rows = x.numel() // x.shape[-1]
+    if segments.num_rows != rows:
+        raise ValueError(f"seg: got {segments.num_rows} rows, expected {rows} for {name} {tuple(x.shape)}")
+    if segments.device != x.device:
+        raise ValueError(f"seg: got device {segments.device}, expected {x.device} like {name}")
+    if segments.max_id is not None and segments.max_id >= num_experts:
+        raise ValueError(f"seg: got expert id {segments.max_id}, expected ids below {num_experts} experts")
+
+
+def _hidden(x: Tensor, name: str) -> int:
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (..., H)")
+    return x.shape[-1]
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected a floating-point dtype")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        shown = "(" + ", ".join(str(size) for size in expected) + ")"
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shown}")
+
+
+def _check_like(x: Tensor, x_name: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype} like {x_name}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {x.device} like {x_name}")

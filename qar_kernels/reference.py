@@ -1,0 +1,31 @@
+"""The formulas as plainly as they can be written: the truth that every backend is tested against.
+
+T rows, H hidden, I intermediate, R expert rank, E experts. Weights are in ``nn.Linear`` layout.
+Paper: arXiv 2412.11736, section 3; here every querier has an expert of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qar_kernels.segments import Segments
+
+
+def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """``down · (silu(gate x) * (up x))``: ``x`` (T, H), ``gate``/``up`` (I, H), ``down`` (H, I)."""
+    return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def expert_mlp(
+    x: Tensor, expert_gate: Tensor, expert_up: Tensor, expert_down: Tensor, segments: Segments
+) -> Tensor:
+    """Row ``t`` through its own expert ``q(t)``; rows without one give zeros. ``x`` (T, H) -> (T, H)."""
+    out = torch.zeros_like(x)
+    for expert in segments.row_expert.unique().tolist():
+        if expert >= 0:
+            rows = (segments.row_expert == expert).nonzero().squeeze(1)
+            y = swiglu_mlp(x[rows], expert_gate[expert], expert_up[expert], expert_down[expert])
+            out = out.index_copy(0, rows, y)
+    return out

@@ -1,0 +1,139 @@
+"""Which rows of a batch belong to which expert, sorted once and shared by every layer.
+
+T rows (flattened tokens), C segment capacity (an upper bound on the number of experts present).
+Everything is a tensor of fixed shape on the ids' device: no value is read back to the host, so the
+same code runs eagerly, under ``torch.compile`` and inside a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LAST = torch.iinfo(torch.int64).max
+IdsLike = Tensor | Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Rows grouped by expert.
+
+    Attributes:
+        row_expert: ``(T,)`` int64, expert of each row in the batch's own order, -1 for none.
+        perm: ``(T,)`` int64, row numbers sorted by expert (stable); rows without an expert come last.
+        offsets: ``(C + 1,)`` int64, segment ``s`` owns ``perm[offsets[s]:offsets[s + 1]]``; unused
+            segments at the end are empty.
+        experts: ``(C,)`` int64, the expert of each segment, -1 where unused.
+        max_id: largest expert id, or None where it is only known on an accelerator.
+    """
+
+    row_expert: Tensor
+    perm: Tensor
+    offsets: Tensor
+    experts: Tensor
+    max_id: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows T."""
+        return self.row_expert.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Device that every tensor lives on."""
+        return self.row_expert.device
+
+    @classmethod
+    def from_ids(cls, expert_ids: IdsLike) -> Segments:
+        """One id per row.
+
+        Args:
+            expert_ids: ``(T,)`` integers in any order, -1 for rows without an expert.
+
+        Raises:
+            TypeError: if the ids are not integers.
+            ValueError: if they are not one-dimensional or (checked on the CPU) below -1.
+        """
+        ids, max_id = _checked_ids(expert_ids)
+        return cls._group(ids, capacity=ids.shape[0], max_id=max_id)
+
+    @classmethod
+    def from_sequences(cls, expert_ids: IdsLike, seq_len: int) -> Segments:
+        """One id per sequence of a padded batch: rows are ``B * seq_len``, sequence after sequence.
+
+        Args:
+            expert_ids: ``(B,)`` integers, -1 for sequences without an expert.
+            seq_len: rows of every sequence.
+        """
+        if seq_len < 0:
+            raise ValueError(f"seq_len: got {seq_len}, expected a number of rows >= 0")
+        ids, max_id = _checked_ids(expert_ids)
+        return cls._group(ids.repeat_interleave(seq_len), capacity=ids.shape[0], max_id=max_id)
+
+    @classmethod
+    def from_cu_seqlens(
+        cls, expert_ids: IdsLike, cu_seqlens: IdsLike, num_rows: int | None = None
+    ) -> Segments:
+        """One id per packed sequence: sequence ``b`` owns rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
+
+        Args:
+            expert_ids: ``(B,)`` integers, -1 for sequences without an expert.
+            cu_seqlens: ``(B + 1,)`` integers, non-decreasing, starting at 0.
+            num_rows: T. Give it on an accelerator to avoid reading ``cu_seqlens[-1]`` back to the host.
+        """
+        ids, max_id = _checked_ids(expert_ids)
+        bounds = _integers(cu_seqlens, "cu_seqlens").to(ids.device)
+        _check_bounds(bounds, ids.shape[0], num_rows)
+        total = int(bounds[-1]) if num_rows is None else num_rows
+        rows = torch.arange(total, device=ids.device)
+        sequence = torch.searchsorted(bounds[1:].contiguous(), rows, right=True)
+        return cls._group(ids[sequence], capacity=ids.shape[0], max_id=max_id)
+
+    @classmethod
+    def _group(cls, row_expert: Tensor, capacity: int, max_id: int | None) -> Segments:
+        key, perm = torch.where(row_expert < 0, _LAST, row_expert).sort(stable=True)
+        starts = torch.ones_like(key, dtype=torch.bool)
+        starts[1:] = key[1:] != key[:-1]
+        # Rows without an expert sort behind every segment, so a segment's offset never counts them.
+        segment_of = torch.where(key == _LAST, capacity, starts.cumsum(0) - 1)
+        offsets = torch.searchsorted(segment_of, torch.arange(capacity + 1, device=key.device))
+        used = offsets[1:] > offsets[:-1]
+        first = key[offsets[:-1].clamp(max=max(key.shape[0] - 1, 0))] if key.shape[0] else offsets[:-1]
+        return cls(row_expert, perm, offsets, torch.where(used, first, -1), max_id)
+
+
+def _integers(values: IdsLike, name: str) -> Tensor:
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected one dimension")
+    return tensor.to(torch.int64)
+
+
+def _checked_ids(expert_ids: IdsLike) -> tuple[Tensor, int | None]:
+    """The ids as int64 and, where reading them costs no device sync, their largest value."""
+    ids = _integers(expert_ids, "expert_ids")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return ids, None
+    low, high = (int(v) for v in ids.aminmax())
+    if low < -1:
+        raise ValueError(f"expert_ids: got {low}, expected ids >= 0, or -1 for no expert")
+    return ids, high
+
+
+def _check_bounds(bounds: Tensor, num_sequences: int, num_rows: int | None) -> None:
+    if bounds.shape[0] != num_sequences + 1:
+        raise ValueError(
+            f"cu_seqlens: got {bounds.shape[0]} values for {num_sequences} sequences, "
+            f"expected {num_sequences + 1}"
+        )
+    if bounds.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if int(bounds[0]) != 0 or bool((bounds.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens: got {bounds.tolist()}, expected non-decreasing values from 0")
+    if num_rows is not None and int(bounds[-1]) != num_rows:
+        raise ValueError(f"num_rows: got {num_rows}, but cu_seqlens ends at {int(bounds[-1])}")
