@@ -1,0 +1,37 @@
+"""Collectives that the loss needs."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gather_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Concatenate each tensor along its batch dimension over all ranks, in order of rank.
+
+    The batch dimension is the first one of ``(B,)`` tensors and the second one of ``(views, B, P)``.
+    Ranks may hold batches of different size (the last batch of an epoch); shorter ones are padded for
+    the exchange. No gradient flows through.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensors
+    size = torch.tensor([tensors[-1].shape[0]], device=tensors[-1].device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    lengths = torch.cat(sizes).tolist()
+    return tuple(_gather_padded(tensor, lengths) for tensor in tensors)
+
+
+def _gather_padded(tensor: Tensor, lengths: list[int]) -> Tensor:
+    dim = 0 if tensor.dim() == 1 else 1
+    local = tensor.movedim(dim, 0).contiguous()
+    # gloo and NCCL have no boolean all_gather
+    local = local.to(torch.uint8) if tensor.dtype == torch.bool else local
+    padding = [0, 0] * (local.dim() - 1) + [0, max(lengths) - local.shape[0]]
+    padded = F.pad(local, padding)
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    joined = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return joined.to(tensor.dtype).movedim(0, dim)

@@ -1,0 +1,58 @@
+"""From the ids of those who ask to the kernels' segments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qar_kernels import Segments
+from qar_models.config import QARConfig
+
+
+def make_segments(
+    qar: QARConfig, querier_ids: Tensor | None, batch_size: int, seq_len: int, device: torch.device
+) -> Segments:
+    """The expert of each of the ``batch_size * seq_len`` rows, built once per forward pass.
+
+    Args:
+        querier_ids: ``(B,)`` or ``(B, S)`` integers, -1 for unknown; may be None with shared experts.
+
+    Raises:
+        ValueError, TypeError: naming ``querier_ids``, what came and what was expected.
+    """
+    if querier_ids is None and qar.needs_querier_ids:
+        raise ValueError(
+            f"querier_ids: missing, but the model has experts={qar.experts!r}; pass querier_ids, an integer "
+            f"tensor of shape ({batch_size},) with ids 0..{qar.num_queriers - 1} or -1 (unknown)"
+        )
+    if not qar.needs_querier_ids:
+        return Segments.from_sequences(torch.zeros(batch_size, dtype=torch.int64, device=device), seq_len)
+    ids = torch.as_tensor(querier_ids)
+    check_querier_ids(ids, qar, batch_size, seq_len)
+    ids = ids.to(device)
+    if ids.dim() == 2:
+        return Segments.from_ids(ids.flatten())
+    return Segments.from_sequences(ids, seq_len)
+
+
+def check_querier_ids(ids: Tensor, qar: QARConfig, batch_size: int, seq_len: int) -> None:
+    """Shape and dtype always; the values too where reading them costs no device sync."""
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"querier_ids: got dtype {ids.dtype}, expected integers")
+    if ids.shape not in ((batch_size,), (batch_size, seq_len)):
+        raise ValueError(
+            f"querier_ids: got shape {tuple(ids.shape)}, "
+            f"expected ({batch_size},) or ({batch_size}, {seq_len})"
+        )
+    if torch.compiler.is_compiling() or not ids.numel():
+        return
+    lowest = 0 if qar.unknown_querier == "error" else -1
+    if ids.device.type != "cpu":
+        torch._assert_async(((ids >= lowest) & (ids < qar.num_queriers)).all(), "querier_ids out of range")
+        return
+    wrong = ids[(ids < lowest) | (ids >= qar.num_queriers)]
+    if wrong.numel():
+        hint = "" if lowest else " (this model has no answer for unknown queriers: unknown_querier='error')"
+        raise ValueError(
+            f"querier_ids: got {int(wrong[0])}, expected ids from {lowest} to {qar.num_queriers - 1}{hint}"
+        )
