@@ -9,13 +9,15 @@ NLL = {"zero_shot": 3.4, "ft": 2.45, "qar": 2.33}
 ROUGE = {"zero_shot": 0.11, "ft": 0.172, "qar": 0.176}
 
 
-def records(method: str, extra_nll: float = 0.0) -> list[dict]:
-    shared, own = np.random.default_rng(0), np.random.default_rng(len(method))
+def records(method: str, worse: float = 0.0) -> list[dict]:
+    shared, own = np.random.default_rng(0), np.random.default_rng([len(method), int(100 * worse)])
     rows = []
     for index in range(240):
         tokens = int(shared.integers(5, 40))
-        nll = NLL[method] + extra_nll + shared.normal(0, 0.5) + own.normal(0, 0.1)
-        score = float(np.clip(ROUGE[method] + shared.normal(0, 0.05) + own.normal(0, 0.05), 0, 1))
+        nll = NLL[method] + worse + shared.normal(0, 0.5) + own.normal(0, 0.1)
+        score = float(
+            np.clip(ROUGE[method] - worse / 20 + shared.normal(0, 0.05) + own.normal(0, 0.05), 0, 1)
+        )
         rows.append(
             {"id": str(index), "dialogue": f"d{index // 4}", "querier": QUERIERS[index % 6]}
             | {"nll_sum": nll * tokens, "tokens": tokens, "empty": method == "qar" and index < 2}

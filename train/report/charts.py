@@ -53,7 +53,9 @@ def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
         # The browser draws the glyphs that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        yield figure, figure.subplots()
+        axes = figure.subplots()
+        axes.locator_params(axis="x", nbins=6)
+        yield figure, axes
 
 
 def _svg(figure: Figure) -> str:
@@ -138,7 +140,7 @@ def grouped_bars(
 
 def difference_bars(names: Sequence[str], values: Sequence[float], better: str, worse: str, axis: str) -> str:
     """Horizontal bars around zero; negative ones take the colour `better`."""
-    with _canvas(0.75 + 0.34 * len(names)) as (figure, axes):
+    with _canvas(0.75 + 0.4 * len(names)) as (figure, axes):
         bars = axes.barh(
             range(len(names)), values, 0.6, color=[better if value < 0 else worse for value in values]
         )
@@ -172,10 +174,12 @@ def lines(
 def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float]], axis: str) -> str:
     """Square matrix by name on both axes; the diagonal is left out of the colour scale and blank."""
     values = np.array(matrix, dtype=float)
+    if values.shape != (len(names), len(names)):
+        raise ValueError(f"matrix: expected {len(names)} rows and columns, got shape {values.shape}")
     np.fill_diagonal(values, np.nan)
-    limit = float(np.nanmax(np.abs(values))) if len(values) > 1 else 1.0
-    with _canvas(0.6 + _WIDTH * 0.85) as (figure, axes):
-        mesh = axes.pcolormesh(values, cmap=_diverging(), vmin=-limit or -1.0, vmax=limit or 1.0)
+    limit = np.abs(np.nan_to_num(values)).max() or 1.0
+    with _canvas(0.8 * _WIDTH) as (figure, axes):
+        mesh = axes.pcolormesh(values, cmap=_diverging(), vmin=-limit, vmax=limit)
         ticks, size = np.arange(len(names)) + 0.5, min(9.5, 150 / max(len(names), 1))
         axes.set_xticks(ticks, names, rotation=90 if len(names) > 4 else 0, fontsize=size)
         axes.set_yticks(ticks, names, fontsize=size)
@@ -197,7 +201,10 @@ def _write_cells(axes: Axes, values: np.ndarray) -> None:
 
 
 def _diverging() -> Any:
-    """FT's blue for negative, QAR's orange for positive; zero is transparent, so it suits both themes."""
-    cold, warm = to_rgba(PALETTE["ft"]), to_rgba(PALETTE["qar"])
+    """FT's blue for negative, QAR's orange for positive; zero is transparent, so it suits both themes.
+
+    41 levels: above 50, matplotlib would draw the colour bar as an embedded bitmap.
+    """
+    cold, warm = to_rgba(PALETTE["ft"], 0.85), to_rgba(PALETTE["qar"], 0.85)
     stops = [cold, (*cold[:3], 0.0), (*warm[:3], 0.0), warm]
-    return LinearSegmentedColormap.from_list("cosine", list(zip((0, 0.5, 0.5, 1), stops, strict=True)))
+    return LinearSegmentedColormap.from_list("cosine", list(zip((0, 0.5, 0.5, 1), stops, strict=True)), N=41)

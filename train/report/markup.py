@@ -12,10 +12,11 @@ def text(value: object) -> str:
     return escape(str(value))
 
 
-def section(title: str, *parts: str, note: str = "") -> str:
-    """A titled section with a line of explanation under the title."""
+def section(title: str, *parts: str, note: str = "", half: bool = False) -> str:
+    """A titled section with a line of explanation; `half` takes one of two columns on a wide screen."""
     explanation = f'<p class="note">{text(note)}</p>' if note else ""
-    return f"<section><h2>{text(title)}</h2>{explanation}{''.join(parts)}</section>"
+    kind = ' class="half"' if half else ""
+    return f"<section{kind}><h2>{text(title)}</h2>{explanation}{''.join(parts)}</section>"
 
 
 def figure(caption: str, svg: str) -> str:
@@ -68,11 +69,12 @@ def answer_cards(sample: Mapping[str, Any]) -> str:
     history = "".join(
         f'<p class="turn" dir="auto">{text(_turn(turn))}</p>' for turn in sample.get("history") or []
     )
-    query = f'<p class="query" dir="auto">{text(sample["query"])}</p>'
+    asked = f'<p class="turn">{text(asker)} asks</p>' if asker else ""
+    query = f'{asked}<p class="query" dir="auto">{text(sample["query"])}</p>'
     cards = [_card("reference", "Reference", sample["reference"])] if sample.get("reference") else []
     for querier, answer in sample["answers"].items():
         title = f"To {querier}, who asked" if querier == asker else f"To {querier}"
-        cards.append(_card("asker" if querier == asker else "", title, answer or "(empty reply)"))
+        cards.append(_card("asker" if querier == asker else "", title, answer.strip() or "(empty reply)"))
     return f'<article class="sample">{history}{query}<div class="answers">{"".join(cards)}</div></article>'
 
 

@@ -20,7 +20,9 @@ _PAGE = """<!doctype html>
 </head>
 <body>
 <header><p class="eyebrow">{title}</p><h1>{headline}</h1><ul class="findings">{findings}</ul></header>
+<main>
 {body}
+</main>
 </body>
 </html>
 """
@@ -35,8 +37,7 @@ def render(
     """The report as HTML; a part that is missing or empty leaves its section out."""
     methods = report["methods"]
     body = [
-        sections.methods_table(methods),
-        sections.method_figures(methods),
+        sections.methods(methods),
         sections.answers(samples),
         sections.per_querier(methods),
         sections.querier_swap(report.get("querier_swap")),

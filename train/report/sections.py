@@ -9,15 +9,19 @@ from train.report.markup import answer_cards, facts, figure, figures, score, sec
 from train.report.wording import difference, label, number
 
 Part = Mapping[str, Any]
-_FADED = "#f0a77f"  # QAR's accent, lighter: QAR asked as another querier
+_FADED = f"{charts.colour('qar')}80"  # half transparent: QAR asked as another querier
 
 
-def methods_table(methods: Mapping[str, Part]) -> str:
-    """All methods with their scores and 95 % intervals."""
+def methods(scores: Mapping[str, Part]) -> str:
+    """All methods with their scores and 95 % intervals, as a table and as dots with error bars."""
     header = ["Method", "NLL", "Perplexity", "ROUGE-1", "ROUGE-2", "ROUGE-L", "Empty", "Examples"]
-    rows = [(name, _method_row(name, scores)) for name, scores in methods.items()]
+    rows = [(name, _method_row(name, found)) for name, found in scores.items()]
+    dots = [
+        _method_dots(scores, "nll", "NLL per token (lower is better)"),
+        _method_dots(scores, "rougeL", "ROUGE-L (higher is better)"),
+    ]
     note = "Held-out replies. Brackets: 95 % bootstrap interval over dialogues. NLL in nats per token."
-    return section("Methods", table(header, rows), note=note)
+    return section("Methods", table(header, rows), figures(dots), note=note)
 
 
 def _method_row(name: str, scores: Part) -> list[str]:
@@ -31,13 +35,6 @@ def _method_row(name: str, scores: Part) -> list[str]:
         *rouge,
         *counts,
     ]
-
-
-def method_figures(methods: Mapping[str, Part]) -> str:
-    """NLL and ROUGE-L of every method, with error bars."""
-    drawn = [_method_dots(methods, "nll", "NLL per token (lower is better)")]
-    drawn.append(_method_dots(methods, "rougeL", "ROUGE-L (higher is better)"))
-    return figures(part for part in drawn if part)
 
 
 def _method_dots(methods: Mapping[str, Part], key: str, caption: str) -> str:
@@ -65,7 +62,7 @@ def training_curves(curves: Mapping[str, Sequence[Part]]) -> str:
         "Language-model loss on the training dialogues: a faint line of logged values under its running mean."
     )
     chart = figure("Loss against step", charts.lines(series, "step", "loss"))
-    return section("Training", figures([chart]), note=note)
+    return section("Training", figures([chart]), note=note, half=True)
 
 
 def per_querier(methods: Mapping[str, Part]) -> str:
@@ -86,7 +83,7 @@ def per_querier(methods: Mapping[str, Part]) -> str:
 def _nll_changes(names: Sequence[str], gains: Mapping[str, float]) -> str:
     colours = charts.colour("qar"), charts.colour("ft")
     chart = charts.difference_bars(
-        names, [gains[name] for name in names], *colours, "QAR better  ←  0  →  FT better"
+        names, [gains[name] for name in names], *colours, "below zero: QAR is better"
     )
     return figure("Change in NLL, QAR − FT", chart)
 
@@ -129,7 +126,7 @@ def querier_swap(swap: Part | None) -> str:
 
 
 def planted(test: Part | None) -> str:
-    """Accuracy on querier habits that were planted in the data, with the chance line."""
+    """Accuracy where a dependence on who asks was planted in the data, with the chance line."""
     if not test:
         return ""
     people = test.get("per_querier") or {}
@@ -142,8 +139,10 @@ def planted(test: Part | None) -> str:
     }
     chance = (test["chance"], "chance") if _finite(test.get("chance")) else None
     chart = charts.grouped_bars(["All", *people], series, "accuracy", chance)
-    note = "Each querier was given a habit that the responder must answer to; accuracy on held-out questions."
-    return section("Planted habits", figures([figure("Accuracy, overall and by querier", chart)]), note=note)
+    note = "A dependence on who asks was planted in the data; accuracy on held-out questions."
+    return section(
+        "Planted test", figures([figure("Accuracy, overall and by querier", chart)]), note=note, half=True
+    )
 
 
 def _accuracy(person: float | Part, side: str) -> float | None:
@@ -159,23 +158,25 @@ def expert_similarity(similarity: Part | None) -> str:
         return ""
     chart = charts.heat_map(similarity["names"], similarity["matrix"], "cosine")
     note = "Experts of queriers who are answered alike point the same way. The diagonal is 1 and left blank."
-    return section("Querier similarity", figures([figure("Cosine of expert weights", chart)]), note=note)
+    return section(
+        "Querier similarity", figures([figure("Cosine of expert weights", chart)]), note=note, half=True
+    )
 
 
 def answers(samples: Sequence[Part]) -> str:
     """The same question answered to each querier, side by side."""
     if not samples:
         return ""
-    note = "One model, one question; only the querier changes."
-    return section("Who asks changes the answer", *map(answer_cards, samples), note=note)
+    note = "The same model and the same words; only the querier changes."
+    return section("One question, several queriers", *map(answer_cards, samples), note=note)
 
 
 def settings(report: Part) -> str:
     """What was trained on what, and how long each stage took."""
-    parts = [facts({name: report[name] for name in ("dataset", "model") if report.get(name)})]
+    shown = {name: report[name] for name in ("dataset", "model") if report.get(name)}
     if report.get("seconds"):
-        parts.append(facts({"time": {stage: f"{value:.0f} s" for stage, value in report["seconds"].items()}}))
-    return section("Run", *parts)
+        shown["seconds"] = {stage: number(value, 0) for stage, value in report["seconds"].items()}
+    return section("Run", facts(shown), half=True) if shown else ""
 
 
 def _finite(value: float | None) -> bool:

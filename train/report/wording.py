@@ -71,7 +71,7 @@ def headline(report: Mapping[str, Any]) -> str:
 def findings(report: Mapping[str, Any]) -> list[str]:
     """The sentences under the headline, one for each measurement that the run has."""
     lines = [_paired_line(metric, difference, report) for metric, difference in _paired(report).items()]
-    if report.get("querier_swap"):
+    if (report.get("querier_swap") or {}).get("nll_diff") is not None:
         lines.append(_swap_line(report["querier_swap"]))
     if report.get("planted"):
         lines.append(_planted_line(report["planted"]))
@@ -113,9 +113,7 @@ def _swap_line(swap: Mapping[str, Any]) -> str:
 
 def _planted_line(planted: Mapping[str, Any]) -> str:
     accuracies = (percent(planted.get(key)) for key in ("qar_accuracy", "ft_accuracy", "chance"))
-    return "Planted querier habits are reproduced by QAR in {}, by FT in {}; chance is {}.".format(
-        *accuracies
-    )
+    return "Planted test: accuracy {} with QAR and {} with FT; chance is {}.".format(*accuracies)
 
 
 def _empty_line(method: str, scores: Mapping[str, Any]) -> str:
