@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import fake_run
 import pytest
 
+from train.metrics import summarise
 from train.report import render, write_report
 from train.report.__main__ import main
 from train.report.charts import PALETTE
@@ -89,6 +90,16 @@ def test_missing_parts_leave_their_section_out(run):
     assert titles(page) == ["Methods"]
     assert page.count("<svg") == 1  # NLL alone: there is no ROUGE-L to draw
     assert "does not compare" in page and "None" not in page and "nan" not in page
+
+
+def test_a_diverged_method_is_reported_not_hidden(run, tmp_path):
+    broken = [row | {"nll_sum": float("nan")} for row in fake_run.records("qar")]
+    scores = summarise(broken, samples=50)
+    assert scores["ci95"]["nll"] is None
+    report = run[0] | {"methods": run[0]["methods"] | {"qar": scores}, "paired": None}
+    page = write_report(report, tmp_path, *run[1:]).read_text()
+    assert "QAR has no finite NLL" in page and "does not compare" in page
+    assert "By querier" not in titles(page)
 
 
 def test_an_empty_reply_is_shown_as_empty(page):

@@ -149,7 +149,8 @@ def difference_bars(names: Sequence[str], values: Sequence[float], better: str, 
         )
         axes.axvline(0, color=_INK, linewidth=0.8)
         _name_rows(axes, names)
-        axes.margins(x=0.2)
+        axes.spines.left.set_visible(False)
+        axes.margins(x=0.25)
         axes.set_xlabel(axis)
         return _svg(figure)
 

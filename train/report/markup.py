@@ -40,7 +40,7 @@ def table(header: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> s
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def score(value: float | None, ci: Iterable[float | None] | None = None) -> str:
+def score(value: float | None, ci: Sequence[float | None] | None = None) -> str:
     """A table cell: the value and, smaller, its interval."""
     ends = interval(ci)
     return f"{number(value)} <small>{ends}</small>" if ends else number(value)

@@ -68,7 +68,9 @@ def training_curves(curves: Mapping[str, Sequence[Part]]) -> str:
 def per_querier(methods: Mapping[str, Part]) -> str:
     """FT against QAR for every querier: ROUGE-L bars, the change in NLL and the numbers."""
     sides = {name: (methods.get(name) or {}).get("per_querier") or {} for name in ("ft", "qar")}
-    names = [name for name in sides["ft"] if name in sides["qar"]]
+    names = [
+        name for name in sides["ft"] if all(_finite(side.get(name, {}).get("nll")) for side in sides.values())
+    ]
     if not names:
         return ""
     gains = {name: sides["qar"][name]["nll"] - sides["ft"][name]["nll"] for name in names}
@@ -154,7 +156,7 @@ def _accuracy(person: float | Part, side: str) -> float | None:
 
 def expert_similarity(similarity: Part | None) -> str:
     """Heat map of {"names": [...], "matrix": [[...]]}: cosine between the queriers' expert weights."""
-    if not similarity or not similarity["names"]:
+    if not similarity or len(similarity["names"]) < 2:
         return ""
     chart = charts.heat_map(similarity["names"], similarity["matrix"], "cosine")
     note = "Experts of queriers who are answered alike point the same way. The diagonal is 1 and left blank."

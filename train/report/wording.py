@@ -1,7 +1,7 @@
 """Numbers and sentences of the report: what the run shows, in words that the intervals allow."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence, Mapping
 from typing import Any
 
 LABELS = {"zero_shot": "Zero-shot", "ft": "FT", "qar": "QAR", "rpg": "RPG", "qcg": "QCG"}
@@ -26,15 +26,15 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
-def interval(ci: Iterable[float | None] | None, signed: bool = False) -> str:
+def interval(ci: Sequence[float | None] | None, signed: bool = False) -> str:
     """A 95 % interval as "[lo, hi]", or nothing where there is none."""
-    ends = list(ci or [])
-    if len(ends) != 2 or None in ends:
+    if not ci or None in ci:
         return ""
-    return f"[{number(ends[0], signed=signed)}, {number(ends[1], signed=signed)}]"
+    low, high = ci
+    return f"[{number(low, signed=signed)}, {number(high, signed=signed)}]"
 
 
-def outcome(ci: Iterable[float | None] | None, lower_is_better: bool) -> str:
+def outcome(ci: Sequence[float | None] | None, lower_is_better: bool) -> str:
     """`better`, `worse`, `unclear` (the interval includes zero) or `unknown` (no interval)."""
     if not interval(ci):
         return "unknown"
@@ -70,24 +70,26 @@ def headline(report: Mapping[str, Any]) -> str:
 
 def findings(report: Mapping[str, Any]) -> list[str]:
     """The sentences under the headline, one for each measurement that the run has."""
-    lines = [_paired_line(metric, difference, report) for metric, difference in _paired(report).items()]
+    lines = [_paired_line(metric, found, report) for metric, found in _paired(report).items()]
     if (report.get("querier_swap") or {}).get("nll_diff") is not None:
         lines.append(_swap_line(report["querier_swap"]))
     if report.get("planted"):
         lines.append(_planted_line(report["planted"]))
-    lines += [
-        _empty_line(method, scores) for method, scores in report["methods"].items() if scores.get("empty")
-    ]
+    for method, scores in report["methods"].items():
+        if scores.get("empty"):
+            lines.append(_empty_line(method, scores))
+        if number(scores.get("nll")) == "–":
+            lines.append(f"{label(method)} has no finite NLL: it diverged, or nothing was scored.")
     return lines
 
 
 def _paired(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     differences = (report.get("paired") or {}).get("qar_vs_ft") or {}
     known = {metric: differences.get(metric) or {} for metric in METRICS}
-    return {metric: difference for metric, difference in known.items() if difference.get("diff") is not None}
+    return {metric: found for metric, found in known.items() if found.get("diff") is not None}
 
 
-def difference(diff: float | None, ci: Iterable[float | None] | None) -> str:
+def difference(diff: float | None, ci: Sequence[float | None] | None) -> str:
     """A difference with its interval, as in "+0.120 [+0.050, +0.190]"."""
     return f"{number(diff, signed=True)} {interval(ci, signed=True)}".rstrip()
 
@@ -103,7 +105,7 @@ def _swap_line(swap: Mapping[str, Any]) -> str:
     gap = difference(swap.get("nll_diff"), swap.get("nll_ci95"))
     # The wrong querier should cost: swapped - true is good news when it is above zero.
     verdict = {
-        "better": "the model answers less well when told the wrong querier, so it does use who asks",
+        "better": "the model predicts replies less well when told the wrong querier, so it does use who asks",
         "worse": "the model does better when told the wrong querier, so the experts do not help",
         "unclear": "the interval includes zero, so there is no sign that the model uses who asks",
         "unknown": "without an interval this is not evidence either way",
