@@ -1,7 +1,7 @@
 """Numbers and sentences of the report: what the run shows, in words that the intervals allow."""
 
 import math
-from collections.abc import Sequence, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LABELS = {"zero_shot": "Zero-shot", "ft": "FT", "qar": "QAR", "rpg": "RPG", "qcg": "QCG"}
