@@ -1,0 +1,1 @@
+"""Data preparation, fine-tuning, evaluation and reports for querier-aware models."""
