@@ -22,7 +22,8 @@ class QARConfig:
             as the base model exactly; ``"replace"`` runs a second stream whose MLP is the expert (the paper).
         experts: one expert each, one for everybody (the paper's code), or both added.
         expert_scale: factor on the experts' output in the ``"residual"`` tower.
-        first_expert_layer: first decoder layer with experts; the layers below stay plain.
+        first_expert_layer: first decoder layer with experts; the layers below stay plain (all of them, where
+            it equals the number of layers: the base model under the same interface).
         unknown_querier: what id -1 gets. ``"none"`` (no per-querier expert, ``"residual"`` only),
             ``"mean"`` (the mean of all experts), ``"shared"`` (only the shared expert, with
             ``experts="shared+per_querier"``) or ``"error"``. Default: ``"none"`` for ``"residual"``,
