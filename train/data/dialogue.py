@@ -1,8 +1,8 @@
 """Scenes to dialogues of two people, dialogues to train and dev windows.
 
-A *dialogue* is a maximal run of turns by exactly two speakers; the last run of a scene counts too. A *window* is
-the end of a dialogue up to one reply of the responder, fewer than ``MAX_CHARACTERS`` characters counted as the
-reference does (``name``, newline, text of every turn). The split is by dialogue: no reply is in both halves.
+A *dialogue* is a maximal run of turns by exactly two speakers; the last run of a scene counts too. A *window*
+ends with one reply of the responder and goes back as far as fewer than ``MAX_CHARACTERS`` characters allow,
+counted as the reference does (name, newline, text). The split is by dialogue: no reply is in both halves.
 """
 
 import random
@@ -51,7 +51,7 @@ class Split:
 
 
 def two_speaker_runs(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
-    """Maximal runs of turns by exactly two speakers. Neighbouring runs share the turn in which one speaker changes."""
+    """Maximal runs of turns by exactly two speakers; neighbouring runs share the turn at their border."""
     runs, start = [], 0
     while start < len(turns):
         end, speakers = start, set()
@@ -76,7 +76,7 @@ def _first_of_last_speaker(turns: Sequence[Turn], end: int) -> int:
 def windows(
     dialogue: Sequence[Turn], responder: str, max_characters: int = MAX_CHARACTERS
 ) -> list[tuple[Turn, ...]]:
-    """One window per reply of ``responder`` that has a turn before it: as many turns as fit, the oldest dropped.
+    """One window per reply of ``responder`` that has a turn before it: as many turns as fit, oldest dropped.
 
     A reply that does not fit together with the turn before it gives no window; nothing is cut.
     """
@@ -106,14 +106,15 @@ def split_queriers(
     queriers: Sequence[str] = (),
     seed: int = 0,
 ) -> list[Split]:
-    """Train and dev windows of every querier of ``responder`` with enough data, those with most dialogues first.
+    """Train and dev windows of every querier of ``responder`` with enough data, most dialogues first.
 
     ``queriers`` asks for these people and no others; one of them with too little data is a ``UserError``,
     as are an unknown responder or querier, and a responder whom nobody asks often enough.
     """
     spoken = Counter(turn.speaker for scene in scenes for turn in scene.turns)
-    for name in (responder, *queriers):
-        _require_speaker(name, spoken)
+    _require_speaker("responder", responder, spoken)
+    for name in queriers:
+        _require_speaker("querier", name, spoken)
     dialogues = _dialogues_by_querier(scenes, responder)
     for name in queriers:
         _require_enough(name, responder, spoken[name], len(dialogues[name]), thresholds)
@@ -167,13 +168,13 @@ def _characters(turn: Turn) -> int:
     return len(f"{turn.speaker}\n{turn.text}")
 
 
-def _require_speaker(name: str, spoken: Counter[str]) -> None:
+def _require_speaker(role: str, name: str, spoken: Counter[str]) -> None:
     if name in spoken:
         return
     folded = {known.casefold(): known for known in spoken}
     close = [folded[match] for match in get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)]
     hint = close or [known for known, _ in spoken.most_common(5)]
-    raise UserError(f"nobody called '{name}' speaks here; closest names: {', '.join(hint)}")
+    raise UserError(f"{role} '{name}' speaks nowhere in the transcript; closest names: {', '.join(hint)}")
 
 
 def _require_enough(name: str, responder: str, turns: int, dialogues: int, minimum: Thresholds) -> None:
@@ -184,5 +185,5 @@ def _require_enough(name: str, responder: str, turns: int, dialogues: int, minim
     if dialogues < minimum.min_dialogues:
         raise UserError(
             f"querier '{name}' has {dialogues} dialogues with {responder}, "
-            f"fewer than the minimum of {minimum.min_dialogues}"
+            f"below the minimum of {minimum.min_dialogues}"
         )

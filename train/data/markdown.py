@@ -1,9 +1,9 @@
 """One play in Markdown to scenes of turns.
 
 ``# Title``, ``## ACT``, ``### SCENE`` are headings, ``**SPEAKER**`` opens a turn, blank lines end paragraphs,
-``_stage directions_`` (also ``*so*``, and bracketed inside a turn) are not spoken. The real files have slips that
-are mended here: a heading printed as a speaker tag (``**Scene III**``), a direction that lost its opening mark
-(``[Aside]_``), a tag broken over two lines (``BISHOP``, blank, ``**OF WINCHESTER**``), a title that is missing,
+``_stage directions_`` (also ``*so*``, and bracketed inside a turn) are not spoken. The real files have slips
+that are mended here: a heading printed as a speaker tag (``**Scene III**``), a direction without its opening
+mark (``[Aside]_``), a tag broken over two lines (``BISHOP``, blank, ``**OF WINCHESTER**``), a missing title,
 and the rest of a long heading or a song before anybody is named (nobody speaks it, so it is dropped).
 """
 
@@ -55,8 +55,8 @@ class _Script:
 def parse_play(path: Path) -> list[Scene]:
     """The scenes of the play in ``path``, speakers named as printed but in title case.
 
-    Raises ``UserError`` naming file and line: undecodable, empty, no speaker tag, a broken tag, a stage direction
-    that is not closed.
+    Raises ``UserError`` naming file and line: undecodable, empty, no speaker tag, a broken tag, a stage
+    direction that is not closed.
     """
     paragraphs = list(_paragraphs(read_text(path)))
     title = paragraphs[0][1]
@@ -73,9 +73,12 @@ def parse_play(path: Path) -> list[Scene]:
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
-    """(first line number, text) of every block between blank lines; headings and tags open a block of their own."""
+    """(first line number, text) of every block between blank lines; headings and tags open a block."""
+    line, counted = 1, 0
     for match in re.finditer(r"^#.*|^.*\S.*(?:\n(?!#|\*\*).*\S.*)*", text, re.MULTILINE):
-        yield text.count("\n", 0, match.start()) + 1, match.group().strip()
+        line += text.count("\n", counted, match.start())
+        counted = match.start()
+        yield line, match.group().strip()
 
 
 def _read_paragraph(script: _Script, paragraph: str) -> None:
@@ -119,11 +122,15 @@ def _title_word(word: str) -> str:
 
 
 def _spoken(paragraph: str) -> str:
-    """``paragraph`` on one line without stage directions; a word broken as ``Star-`` / ``chamber`` is joined."""
+    """``paragraph`` on one line without stage directions; a word broken at a hyphen is joined."""
     if WHOLE_DIRECTION.fullmatch(paragraph):
         return ""
     text = DIRECTION.sub("", BRACKETED.sub("", paragraph))
     if "_" in text or "*" in text:
-        raise UserError(f"a stage direction or tag is not closed: {paragraph.splitlines()[0]!r}")
+        raise UserError(f"a stage direction or tag is not closed: {_first_line(paragraph)}")
     text = re.sub(r"(?<=[a-z])-\s*\n\s*(?=[a-z])", "-", text.replace("\\", ""))
     return " ".join(text.split())
+
+
+def _first_line(paragraph: str) -> str:
+    return repr(paragraph.splitlines()[0].strip())

@@ -1,6 +1,7 @@
 """Scenes of speaker turns, and the JSON-lines transcript that holds them.
 
-A transcript line is ``{"scene": str, "speaker": str, "text": str}``; neighbouring lines of one scene belong together.
+A transcript line is ``{"scene": str, "speaker": str, "text": str}``; neighbouring lines of one scene belong
+together.
 """
 
 import json
