@@ -1,1 +1,1 @@
-"""Data preparation, fine-tuning, evaluation and reports for querier-aware models."""
+"""Training, data preparation and evaluation of querier-aware LLMs."""

@@ -1,5 +1,8 @@
-"""Errors that a user of the command line can mend."""
+"""The one exception class for mistakes of the user."""
 
 
 class UserError(ValueError):
-    """What the user gave cannot be used; the message is one line that says what to change."""
+    """A mistake of the user, shown as one line.
+
+    The message names the thing (file, line number, speaker, responder, key) and what was expected.
+    """
