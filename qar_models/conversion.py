@@ -121,7 +121,9 @@ def _copy_norm(norm: nn.Module, family: Family) -> nn.Module:
 def _check_fits(model: PreTrainedModel, qar: QARConfig) -> None:
     layers = model.config.num_hidden_layers
     if qar.first_expert_layer > layers:
-        raise ValueError(f"first_expert_layer: got {qar.first_expert_layer}, expected at most {layers} (no experts)")
+        raise ValueError(
+            f"first_expert_layer: got {qar.first_expert_layer}, expected at most {layers} (no experts)"
+        )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -89,7 +89,9 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected a positive number")
         if self.trainable_layers is not None and self.trainable_layers < 1:
-            raise UserError(f"trainable_layers: got {self.trainable_layers}, expected at least 1, or null for all")
+            raise UserError(
+                f"trainable_layers: got {self.trainable_layers}, expected at least 1, or null for all"
+            )
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with other values."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from train.metrics import Record, rouge
 
 @torch.inference_mode()
 def reply_nll(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood in nats, summed over each reply, and its number of tokens: ``(B,)``, ``(B,)``."""
+    """NLL in nats summed over each reply, and its number of tokens: ``(B,)``, ``(B,)``."""
     labels, text = batch["labels"], "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
     inputs = {key: batch[key] for key in (text, "attention_mask", "querier_ids")}
     states = model.model(**inputs, use_cache=False).last_hidden_state
@@ -109,7 +108,7 @@ def _record(example: Example, nll: float, tokens: int, reply: str | None) -> Rec
     reference = example.turns[-1].text
     scores = rouge(reply, reference) if reply is not None else dict.fromkeys(("rouge1", "rouge2", "rougeL"))
     return {
-        "id": str(example.id),
+        "id": example.id,
         "dialogue": dialogue_of(example),
         "querier": example.querier,
         "nll_sum": nll,
@@ -122,7 +121,7 @@ def _record(example: Example, nll: float, tokens: int, reply: str | None) -> Rec
 
 def dialogue_of(example: Example) -> str:
     """The dialogue that a window was cut from: what is resampled as a whole."""
-    return str(example.id).rsplit("_", 1)[0]
+    return example.id.rsplit("_part", 1)[0]
 
 
 def _end_mark(window: Encoded) -> int:
@@ -132,28 +131,21 @@ def _end_mark(window: Encoded) -> int:
 
 @torch.inference_mode()
 def querier_similarity(model: PreTrainedModel, held_out: HeldOut, count: int = 8) -> list[list[float]]:
-    """How alike the experts are: cosine between the ways they move the same states.
+    """How alike the experts are, ``(Q, Q)`` cosines between the ways they move the same states.
 
-    Each of Q queriers asks the same ``count`` windows; what is compared is the last hidden state minus the
-    one that an unknown querier gets. (Weights themselves do not compare: each expert has its own basis.)
+    Each of the Q queriers asks the same ``count`` windows; what is compared is the last hidden state minus
+    its mean over queriers. (Weights themselves do not compare: each expert has a basis of its own.)
     """
     scored = upper_part(model, held_out.first_layer) if held_out.first_layer else model
     batch = next(iter(held_out.loader))
     text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
     inputs = {key: batch[key][:count] for key in (text, "attention_mask")}
-    rows = len(inputs[text])
     mask = inputs["attention_mask"].unsqueeze(-1)
-
-    def states(querier_id: int) -> Tensor:
-        ids = torch.full((rows,), querier_id)
-        return scored.model(**inputs, querier_ids=ids, use_cache=False).last_hidden_state * mask
-
-    nobody = states(-1)
-    moves = torch.stack([(states(index) - nobody).flatten() for index in range(model.qar.num_queriers)])
-    moves = F.normalize(moves, dim=1)
+    states = []
+    for querier_id in range(model.qar.num_queriers):
+        ids = torch.full((len(mask),), querier_id)
+        out = scored.model(**inputs, querier_ids=ids, use_cache=False).last_hidden_state
+        states.append((out * mask).flatten())
+    stacked = torch.stack(states)
+    moves = F.normalize(stacked - stacked.mean(0), dim=1)
     return (moves @ moves.T).tolist()
-
-
-def write_path(folder: Path, method: str) -> Path:
-    """Where a method's records are kept."""
-    return folder / f"records_{method}.json"

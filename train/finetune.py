@@ -1,6 +1,6 @@
 """Fine-tune on one responder's dialogues.
 
-    python -m train.finetune --config train/configs/demo.yaml [key=value ...] [--resume]
+python -m train.finetune --config train/configs/demo.yaml [key=value ...] [--resume]
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     data = load_mqdialog(Path(config.data))
     checkpoint = last_checkpoint(output)
     if checkpoint is not None and not resume:
-        raise UserError(f"{output}: holds {checkpoint.name}; --resume continues it, another output_dir starts anew")
+        raise UserError(
+            f"{output}: holds {checkpoint.name}; --resume continues it, another output_dir starts anew"
+        )
     transformers.set_seed(config.seed)
     model, tokenizer = load_base(config.model, DTYPES[config.dtype])
     windows = encode_windows(data, tokenizer, config, "train")

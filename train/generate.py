@@ -1,6 +1,6 @@
 """Answer queriers, many of them in one batch.
 
-    python -m train.generate --model runs/demo/qar/trained --query "Where hast thou been?" [--as NAME ...]
+python -m train.generate --model runs/demo/qar/trained --query "Where hast thou been?" [--as NAME ...]
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def generate_replies(
     for start in tqdm(range(0, len(order), batch_size), desc="generating", unit="batch", leave=False):
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad(
-            {"input_ids": [list(prompts[index]) for index in chosen]}, padding_side="left", return_tensors="pt"
+            {"input_ids": [list(prompts[index]) for index in chosen]},
+            padding_side="left",
+            return_tensors="pt",
         )
         ids = torch.tensor([querier_ids[index] for index in chosen])
         out = model.generate(
@@ -98,7 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a folder that train.finetune wrote")
     parser.add_argument("--query", required=True, help="what is asked")
-    parser.add_argument("--as", dest="queriers", nargs="+", metavar="NAME", help="who asks (default: everybody)")
+    parser.add_argument(
+        "--as", dest="queriers", nargs="+", metavar="NAME", help="who asks (default: everybody)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=48)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)

@@ -97,7 +97,9 @@ def _fingerprint(model: PreTrainedModel, windows: Sequence[Encoded], num_layers:
     return digest.hexdigest()[:16]
 
 
-def _decoder_part(decoder: PreTrainedModel, config: PreTrainedConfig, start: int, stop: int) -> PreTrainedModel:
+def _decoder_part(
+    decoder: PreTrainedModel, config: PreTrainedConfig, start: int, stop: int
+) -> PreTrainedModel:
     part = _shallow(decoder)
     part.config = config
     part.layers = nn.ModuleList(decoder.layers[start:stop])

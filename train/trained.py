@@ -74,6 +74,14 @@ def build(
     return peft
 
 
+def untrained(config: TrainConfig, responder: str, queriers: tuple[str, ...]) -> Trained:
+    """The base model as it is, under the interface of the trained ones (zero-shot)."""
+    model, tokenizer = load_base(config.model)
+    layers = model.config.num_hidden_layers
+    apply_qar(model, _qar_config(config.replace(method="ft"), queriers, 0, layers))
+    return Trained(model.eval(), tokenizer, config, responder, queriers)
+
+
 def first_trained_layer(config: TrainConfig, num_layers: int) -> int:
     """The lowest layer that is trained."""
     trained = num_layers if config.trainable_layers is None else config.trainable_layers
