@@ -31,12 +31,14 @@ def cluster_queries(
         raise UserError("no training queries to cluster")
     if num_clusters < 1:
         raise UserError(f"number of clusters is {num_clusters}, expected at least 1")
-    distinct = len(set(train))
+    distinct = len({" ".join(query.casefold().split()) for query in train})
     if distinct < num_clusters:
         logger.warning(
             "only %d different training queries: %d clusters instead of %d", distinct, distinct, num_clusters
         )
         num_clusters = distinct
+    if num_clusters == 1:
+        return [0] * len(train), [0] * len(dev)
     train_vectors, dev_vectors = _embed(train, dev, seed, encoder)
     kmeans = KMeans(num_clusters, n_init=10, random_state=seed).fit(train_vectors)
     dev_ids = kmeans.predict(dev_vectors).tolist() if dev else []

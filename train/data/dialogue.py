@@ -39,6 +39,11 @@ class Window:
     id: str
     turns: tuple[Turn, ...]
 
+    @property
+    def query(self) -> str:
+        """The last turn before the reply."""
+        return self.turns[-2].text
+
 
 @dataclass(frozen=True)
 class Split:
@@ -159,7 +164,7 @@ def _split(querier: str, responder: str, dialogues: Sequence[Window], seed: int)
 
 def _parts(dialogue: Window, responder: str) -> list[Window]:
     return [
-        Window(f"{dialogue.id}_part_{number}", turns)
+        Window(f"{dialogue.id}_part{number}", turns)
         for number, turns in enumerate(windows(dialogue.turns, responder))
     ]
 
@@ -179,9 +184,7 @@ def _require_speaker(role: str, name: str, spoken: Counter[str]) -> None:
 
 def _require_enough(name: str, responder: str, turns: int, dialogues: int, minimum: Thresholds) -> None:
     if turns < minimum.min_turns:
-        raise UserError(
-            f"querier '{name}' speaks {turns} turns, fewer than the minimum of {minimum.min_turns}"
-        )
+        raise UserError(f"querier '{name}' speaks {turns} turns, below the minimum of {minimum.min_turns}")
     if dialogues < minimum.min_dialogues:
         raise UserError(
             f"querier '{name}' has {dialogues} dialogues with {responder}, "

@@ -34,8 +34,8 @@ class TooLongError(UserError):
 class Encoded:
     """One window as lists of the same length, plus who asked.
 
-    ``labels`` are -100 where nothing is learnt; ``response_mask`` is 1 on every value of the responder and its
-    end mark; ``input_ids[:prompt_length]`` is given at generation, the header of the reply included.
+    ``labels`` are -100 where nothing is learnt; ``response_mask`` is 1 on all the responder's values and end
+    marks; ``input_ids[:prompt_length]``, which ends with the header of the reply, is given at generation.
     """
 
     input_ids: list[int]
@@ -64,8 +64,8 @@ def encode(
 
     ``style`` "auto" is the tokenizer's chat template if it has one, else the reference's format that its
     special tokens belong to, else plain "Name: text" lines. ``supervise`` "all" learns every reply in the
-    window, "last" only the last one. Raises ``TooLongError`` if the reply alone (in a chat: with its query) exceeds
-    ``max_tokens``, ``UserError`` for a tokenizer that cannot write the style.
+    window, "last" only the last one. Raises ``TooLongError`` if the reply alone (in a chat: and its query)
+    exceeds ``max_tokens``, ``UserError`` for a tokenizer that cannot write the style.
     """
     if supervise not in ("all", "last"):
         raise UserError(f"supervise is '{supervise}', expected 'all' or 'last'")
@@ -90,7 +90,7 @@ def encode(
 def encode_all(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> list[Encoded]:
-    """``encode`` with its ``options`` for every example; those too long are left out and their number logged."""
+    """``encode`` with its ``options`` for every example; too long ones are left out, their number logged."""
     encoded, skipped = [], 0
     for example in examples:
         try:

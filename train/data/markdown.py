@@ -88,9 +88,7 @@ def _read_paragraph(script: _Script, paragraph: str) -> None:
         return
     tag = TAG.match(paragraph)
     if paragraph.startswith("**") and not tag:
-        raise UserError(
-            f"broken speaker tag {paragraph.splitlines()[0]!r}, expected '**NAME**' on its own line"
-        )
+        raise UserError(f"broken speaker tag {_first_line(paragraph)}, expected '**NAME**' on its own line")
     if tag:
         script.turns.append(Turn(_full_name(script, tag[1]), _spoken(paragraph[tag.end() :])))
         return

@@ -140,7 +140,7 @@ def _check(where: str, record: Any) -> dict:
                 raise UserError(f"{where}: key '{key}' of turn {index} is missing or not a string")
     if len(turns) < 2 or turns[-1]["from"] != record["target_role"]:
         raise UserError(
-            f"{where}: 'conversations' must be a query and then a reply of {record['target_role']}"
+            f"{where}: 'conversations' must end with a query and a reply of {record['target_role']}"
         )
     return record | {"where": where}
 
@@ -152,10 +152,9 @@ def _names_by_id(folder: Path, records: dict[str, list[dict]], known_ids: set[in
         pair_id, name = int(record["role_pair_id"]), record["input_role"]
         if pair_id not in known_ids:
             raise UserError(f"{record['where']}: role_pair_id {pair_id} is not in {folder / PAIR_IDS}")
-        if names.setdefault(pair_id, name) != name:
-            raise UserError(
-                f"{record['where']}: role_pair_id {pair_id} is of '{names[pair_id]}', not '{name}'"
-            )
+        known = names.setdefault(pair_id, name)
+        if known != name:
+            raise UserError(f"{record['where']}: role_pair_id {pair_id} belongs to '{known}', not '{name}'")
     return dict(sorted(names.items()))
 
 

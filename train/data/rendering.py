@@ -47,9 +47,15 @@ MARKS = {
 
 def has_marks(style: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the special marks of ``style`` are single tokens of ``tokenizer``."""
-    vocabulary = tokenizer.get_vocab()
     marks = MARKS[style]
-    return all(mark in vocabulary for mark in (marks.start, marks.end or tokenizer.eos_token) if mark != "")
+    end = marks.end or tokenizer.eos_token
+    return end is not None and all(_is_token(mark, tokenizer) for mark in (marks.start, end) if mark)
+
+
+def _is_token(mark: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Looks the one token up: ``get_vocab`` copies the vocabulary, 35 ms for 49,000 tokens."""
+    found = tokenizer.convert_tokens_to_ids(mark)
+    return found is not None and (found != tokenizer.unk_token_id or mark == tokenizer.unk_token)
 
 
 def render_marked(
