@@ -1,6 +1,7 @@
 """What every command-line entry point of ``train`` shares."""
 
 import sys
+import warnings
 from collections.abc import Callable
 
 from train.errors import UserError
@@ -11,6 +12,8 @@ INTERRUPT_EXIT = 130
 
 def run(main: Callable[[], None]) -> None:
     """Call ``main``; a ``UserError`` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    # PEFT still calls what transformers renamed; that is not for our users to mend
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     try:
         main()
     except UserError as error:

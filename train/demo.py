@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of --config")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers.logging.disable_progress_bar()  # of loading weights; the stages have bars of their own
     config = load_config(arguments.config, arguments.overrides)
     demo(config, load_config(arguments.planted), arguments.responder)
 

@@ -108,7 +108,6 @@ def _trainer(
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
-        gradient_checkpointing=config.gradient_checkpointing,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
@@ -126,6 +125,8 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=False,
     )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = QARTrainer(
         model, arguments, data_collator=Collator(tokenizer.pad_token_id), train_dataset=windows, config=config
     )

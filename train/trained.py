@@ -113,7 +113,8 @@ def save_trained(peft: PeftModel, config: TrainConfig, responder: str, folder: P
     """Write the trained parts, whole or not at all."""
     model = peft.get_base_model()
     with build_directory(folder) as building:
-        peft.save_pretrained(building)
+        # the embeddings are not trained; asking would look the base model up again
+        peft.save_pretrained(building, save_embedding_layers=False)
         (building / "README.md").unlink(missing_ok=True)
         save_file(_expert_state(model), building / EXPERTS)
         about = {"config": config.to_dict(), "responder": responder, "qar": model.qar.to_dict()}
