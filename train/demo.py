@@ -71,8 +71,9 @@ def demo(config: TrainConfig, planted: TrainConfig, responder: str) -> Path:
     folder = Path(config.output_dir).parent
     stage = Stages()
     with stage("prepare data"):
-        data = load_mqdialog(prepare(PrepareConfig("plays", responder)))
-        planted_data = load_mqdialog(prepare(PrepareConfig("planted")))
+        config = config.replace(data=str(prepare(PrepareConfig("plays", responder))))
+        planted = planted.replace(data=str(prepare(PrepareConfig("planted"))))
+        data, planted_data = load_mqdialog(Path(config.data)), load_mqdialog(Path(planted.data))
         _show(data)
     with stage("prepare model"):
         load_base(config.model)
