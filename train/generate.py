@@ -31,7 +31,7 @@ def generate_replies(
     prompts: Sequence[Sequence[int]],
     querier_ids: Sequence[int],
     max_new_tokens: int,
-    end_marks: Sequence[int],
+    stop_tokens: Sequence[int],
     batch_size: int = 16,
 ) -> list[str]:
     """Greedy replies, one per prompt and querier; prompts of similar length share a left-padded batch."""
@@ -51,7 +51,7 @@ def generate_replies(
             querier_ids=ids,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=list(end_marks),
+            eos_token_id=list(stop_tokens),
             pad_token_id=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -66,33 +66,40 @@ def answer(
 
     ``history`` is rewritten as spoken by each querier in turn, so that nothing but who asks differs.
     """
-    ids = {name: index for index, name in enumerate(trained.queriers)}
-    for name in queriers:
-        if name not in ids:
-            close = difflib.get_close_matches(name, ids, n=1) or list(ids)[:5]
-            raise UserError(f"querier '{name}' is unknown; did you mean {' or '.join(close)}?")
-    config = trained.config
-    prompts = [
-        encode_prompt(
-            [turn if turn.speaker == trained.responder else Turn(name, turn.text) for turn in history],
-            trained.tokenizer,
-            responder=trained.responder,
-            max_tokens=config.max_tokens,
-            names_in_prompt=config.names_in_prompt,
-            style=config.style,
-        )
-        for name in queriers
-    ]
-    end_marks = sorted({trained.tokenizer.eos_token_id, *_end_marks(trained.tokenizer)})
+    ids = [querier_id(trained.queriers, name) for name in queriers]
+    prompts = [prompt_as(trained, history, name) for name in queriers]
     replies = generate_replies(
-        trained.model, trained.tokenizer, prompts, [ids[name] for name in queriers], max_new_tokens, end_marks
+        trained.model, trained.tokenizer, prompts, ids, max_new_tokens, end_marks(trained.tokenizer)
     )
     return dict(zip(queriers, replies, strict=True))
 
 
-def _end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_as(trained: Trained, history: Sequence[Turn], querier: str) -> list[int]:
+    """The prompt for ``history`` as if ``querier`` had spoken all of it that is not the responder's."""
+    config = trained.config
+    return encode_prompt(
+        [turn if turn.speaker == trained.responder else Turn(querier, turn.text) for turn in history],
+        trained.tokenizer,
+        responder=trained.responder,
+        max_tokens=config.max_tokens,
+        names_in_prompt=config.names_in_prompt,
+        style=config.style,
+    )
+
+
+def querier_id(queriers: Sequence[str], name: str) -> int:
+    """The id of a name; one that is unknown is a ``UserError`` with the closest that are."""
+    if name in queriers:
+        return list(queriers).index(name)
+    close = difflib.get_close_matches(name, queriers, n=1) or list(queriers)[:5]
+    raise UserError(f"querier '{name}' is unknown; did you mean {' or '.join(close)}?")
+
+
+def end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a turn: the tokenizer's end of sequence, and the marks of chat formats it knows."""
     vocabulary = tokenizer.get_vocab()
-    return [vocabulary[mark] for mark in ("<|im_end|>", "<|eot_id|>") if mark in vocabulary]
+    marks = [vocabulary[mark] for mark in ("<|im_end|>", "<|eot_id|>") if mark in vocabulary]
+    return sorted({tokenizer.eos_token_id, *marks})
 
 
 def main() -> None:

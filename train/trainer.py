@@ -118,7 +118,8 @@ def _is_whole(checkpoint: Path) -> bool:
         load_file(checkpoint / WEIGHTS)
     except (OSError, ValueError, SafetensorError):
         return False
-    return all((checkpoint / name).is_file() for name in ("optimizer.pt", "scheduler.pt"))
+    # DeepSpeed keeps the optimizer in a folder of its own, with the scheduler in it
+    return (checkpoint / "optimizer.pt").is_file() or any(checkpoint.glob("global_step*"))
 
 
 class StopOnInterrupt(TrainerCallback):

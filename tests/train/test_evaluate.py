@@ -1,6 +1,8 @@
 import pytest
 import torch
+from rich.console import Console
 
+from train.chat import Chat
 from train.comparison import Comparison
 from train.data.transcript import Turn
 from train.errors import UserError
@@ -75,3 +77,20 @@ def test_windows_of_one_dialogue_are_resampled_together(tiny_data):
 
     first = replace(tiny_data.train[0], id="scene_1_dialogue_2_part3")
     assert dialogue_of(first) == "scene_1_dialogue_2"
+
+
+def test_chat_switches_who_asks_and_survives_slips(comparison, tiny_data, capsys):
+    first, second = tiny_data.queriers[:2]
+    chat = Chat(comparison.load("qar"), first, Console(), max_new_tokens=4)
+    chat.handle(tiny_data.train[0].query)
+    assert [turn.speaker for turn in chat.history] == [first, tiny_data.responder]
+    chat.handle(f"/as {second}")
+    assert chat.querier == second
+    with pytest.raises(UserError, match="querier 'Nobody' is unknown"):
+        chat.handle("/as Nobody")
+    with pytest.raises(UserError, match="command '/dance' is unknown"):
+        chat.handle("/dance")
+    capsys.readouterr()
+    chat.handle("/all")
+    assert all(name in capsys.readouterr().out for name in tiny_data.queriers)
+    assert chat.querier == second
