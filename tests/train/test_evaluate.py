@@ -81,7 +81,7 @@ def test_windows_of_one_dialogue_are_resampled_together(tiny_data):
 
 def test_chat_switches_who_asks_and_survives_slips(comparison, tiny_data, capsys):
     first, second = tiny_data.queriers[:2]
-    chat = Chat(comparison.load("qar"), first, Console(), max_new_tokens=4)
+    chat = Chat(comparison.load("qar"), first, Console(width=200), max_new_tokens=4)
     chat.handle(tiny_data.train[0].query)
     assert [turn.speaker for turn in chat.history] == [first, tiny_data.responder]
     chat.handle(f"/as {second}")
