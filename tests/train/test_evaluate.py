@@ -92,5 +92,6 @@ def test_chat_switches_who_asks_and_survives_slips(comparison, tiny_data, capsys
         chat.handle("/dance")
     capsys.readouterr()
     chat.handle("/all")
-    assert all(name in capsys.readouterr().out for name in tiny_data.queriers)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in tiny_data.queriers)
     assert chat.querier == second
