@@ -60,14 +60,14 @@ class Comparison:
             result["swapped"] = self._swapped(model, generated)
             names = self.data.queriers
             result["similarity"] = {"names": names, "matrix": querier_similarity(model, held_out)}
-            result["samples"] = self._samples(model, generated)
+            result["samples"] = self.samples(model, generated[:: max(1, len(generated) // SAMPLES)])
         return result
 
-    def replies(self, method: str) -> tuple[list[str], list[int]]:
+    def replies(self, model: Any) -> tuple[list[str], list[int]]:
         """A reply to every held-out window, and who asked."""
         indices = range(len(self.held_out.windows))
         asked_by = self.held_out.querier_ids
-        return self.held_out.generate(self.load(method).model, indices, asked_by, MAX_NEW_TOKENS), asked_by
+        return self.held_out.generate(model, indices, asked_by, MAX_NEW_TOKENS), asked_by
 
     def _records(self, model: Any, asked_by: Sequence[int], generated: Sequence[int]) -> list[dict[str, Any]]:
         scores = self.held_out.nll(model, asked_by)
@@ -88,10 +88,10 @@ class Comparison:
         mean = [(sum(nll for nll, _ in window) / SWAPS, window[0][1]) for window in zip(*scored, strict=True)]
         return self._with_replies(model, mean, draws[0], generated)
 
-    def _samples(self, model: Any, generated: Sequence[int]) -> list[dict[str, Any]]:
-        """A few queries, each answered to several queriers in one mixed batch."""
+    def samples(self, model: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """A few of these windows' queries, each answered to several queriers in one mixed batch."""
         frequent = [name for name, _ in Counter(e.querier for e in self.data.train).most_common(ASKED_BY)]
-        chosen = generated[:: max(1, len(generated) // SAMPLES)][:SAMPLES]
+        chosen = indices[:SAMPLES]
         askers = [self._askers(self.held_out.examples[index].querier, frequent) for index in chosen]
         flat = [(index, name) for index, names in zip(chosen, askers, strict=True) for name in names]
         ids = [self.data.queriers.index(name) for _, name in flat]

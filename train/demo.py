@@ -34,7 +34,7 @@ from train.finetune import LOG, finetune
 from train.metrics import compare, summarise, swap_summary
 from train.report import write_report
 
-logger = logging.getLogger(__name__)
+PLANTED_SAMPLES = 1
 console = Console()
 
 
@@ -95,7 +95,7 @@ def demo(config: TrainConfig, planted: TrainConfig, responder: str) -> Path:
         )
     with stage("report"):
         report = _report(config, data, results, habits, stage.seconds)
-        page = _write(folder, report, config, results["qar"])
+        page = _write(folder, report, config, results["qar"], habits["samples"])
     _summarise(report, page)
     return page
 
@@ -111,8 +111,10 @@ def _recovered_habits(config: TrainConfig, data: MQDialog) -> dict[str, Any]:
     hits: dict[str, list[bool]] = {}
     for method in ("ft", "qar"):
         finetune(_for_method(config, method), resume=True)
-        replies, asked_by = comparison.replies(method)
+        model = comparison.load(method).model
+        replies, asked_by = comparison.replies(model)
         hits[method] = [habit_of(reply) == asker for reply, asker in zip(replies, asked_by, strict=True)]
+    samples = comparison.samples(model, range(PLANTED_SAMPLES))
     per_querier = {
         habit.querier: {
             method: _mean([hit for hit, asker in zip(found, asked_by, strict=True) if asker == index])
@@ -126,6 +128,7 @@ def _recovered_habits(config: TrainConfig, data: MQDialog) -> dict[str, Any]:
         "chance": 1 / len(HABITS),
         "examples": len(asked_by),
         "per_querier": per_querier,
+        "samples": samples,
     }
 
 
@@ -158,17 +161,23 @@ def _report(
             "ft_vs_zero_shot": compare(records["ft"], records["zero_shot"]),
         },
         "querier_swap": swap_summary(records["qar"], results["qar"]["swapped"]),
-        "planted": habits,
+        "planted": {key: value for key, value in habits.items() if key != "samples"},
         "seconds": seconds,
     }
 
 
-def _write(folder: Path, report: dict[str, Any], config: TrainConfig, qar: dict[str, Any]) -> Path:
+def _write(
+    folder: Path,
+    report: dict[str, Any],
+    config: TrainConfig,
+    qar: dict[str, Any],
+    planted: list[dict[str, Any]],
+) -> Path:
     curves = {}
     for method in ("ft", "qar"):
         log = json.loads(read_text(Path(_for_method(config, method).output_dir) / LOG))
         curves[method] = [row for row in log if "loss" in row]
-    parts = {"curves": curves, "similarity": qar["similarity"], "samples": qar["samples"]}
+    parts = {"curves": curves, "similarity": qar["similarity"], "samples": planted + qar["samples"]}
     for name, part in parts.items():
         write_atomic(folder / f"{name}.json", json.dumps(part, ensure_ascii=False, indent=1))
     return write_report(report, folder, **parts)
