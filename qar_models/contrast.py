@@ -131,6 +131,8 @@ class QuerierContrast(nn.Module):
                 raise ValueError(f"{name}: missing, but the contrastive loss needs it, of shape {shape}")
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
+            if name != "response_mask" and tensor.is_floating_point():
+                raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")
         if response_mask.device.type == "cpu":
             self._check_values(response_mask, cluster_ids)
 

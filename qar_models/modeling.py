@@ -6,6 +6,7 @@ and leave attention, masks, rotary embeddings and caches to it. B sequences, S t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
@@ -23,6 +24,7 @@ from qar_models.queriers import make_segments
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
 
 IGNORE_INDEX = -100
+_QUERIER_AWARE = re.compile(r"(^|\.)(experts|norm_specific|contrast)\.")
 
 
 @dataclass
@@ -190,6 +192,24 @@ class QARForCausalLMMixin:
         if type(base) is not plain:
             raise TypeError(f"model: got {type(base).__name__}, expected {plain.__name__} for {cls.__name__}")
         return apply_qar(base, qar)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As the base class, for a querier-aware checkpoint; use :meth:`from_base` for a plain one.
+
+        Raises:
+            ValueError: if the checkpoint lacks experts, norms or heads that its configuration asks for, or
+                holds others: it is of a plain model, or of another tower.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for problem in ("missing", "unexpected"):
+            keys = sorted(key for key in info[f"{problem}_keys"] if _QUERIER_AWARE.search(key))
+            if keys:
+                raise ValueError(
+                    f"checkpoint: {problem} {keys[0]} and {len(keys) - 1} more, tower={model.qar.tower!r} "
+                    f"and experts={model.qar.experts!r}; a plain model loads with from_base"
+                )
+        return (model, info) if output_loading_info else model
 
     @property
     def queriers(self) -> dict[str, int]:
