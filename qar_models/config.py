@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 Tower = Literal["residual", "replace"]
 ExpertKind = Literal["per_querier", "shared", "shared+per_querier"]
 UnknownPolicy = Literal["none", "error", "mean", "shared"]
+ContrastKind = Literal["masked", "reference"]
 Backend = Literal["auto", "triton", "torch", "reference"]
 
 _LOWEST = {
@@ -43,6 +44,8 @@ class QARConfig:
         projection_dim: width of the two views (P).
         temperature: τ of the contrastive softmax.
         contrastive_weight: λ, the weight of the contrastive loss in the total.
+        contrast: who competes in the contrastive softmax: ``"masked"`` only queriers that have spoken, or
+            ``"reference"`` as the paper's code, see :func:`~qar_models.load_upstream`.
         backend: kernel backend, see :func:`qar_kernels.fused_mlp`.
     """
 
@@ -59,12 +62,14 @@ class QARConfig:
     projection_dim: int = 512
     temperature: float = 0.1
     contrastive_weight: float = 0.5
+    contrast: ContrastKind = "masked"
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_choice("tower", Tower)
         self._check_choice("experts", ExpertKind)
+        self._check_choice("contrast", ContrastKind)
         self._check_choice("backend", Backend)
         if self.unknown_querier is None:
             object.__setattr__(self, "unknown_querier", "none" if self.tower == "residual" else "error")

@@ -30,7 +30,7 @@ class QuerierContrast(nn.Module):
     def __init__(self, qar: QARConfig, hidden_size: int, norm: nn.Module) -> None:
         super().__init__()
         clusters, queriers, width = qar.num_clusters, qar.num_queriers, qar.projection_dim
-        self.temperature = qar.temperature
+        self.num_queriers, self.temperature = queriers, qar.temperature
         self.norm_role_proj = norm
         like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
         self.head_weight = nn.Parameter(torch.empty(2, clusters, width, hidden_size, **like))
@@ -165,9 +165,8 @@ class QuerierContrast(nn.Module):
         """Values are read where that costs no device sync."""
         if not response_mask.any():
             raise ValueError("response_mask: got no responder token in the whole batch, expected some")
-        clusters, queriers = self.writes.shape
-        _check_range("cluster_ids", cluster_ids, 0, clusters - 1)
-        _check_range("querier_ids", querier_ids, -1, queriers - 1)
+        _check_range("cluster_ids", cluster_ids, 0, len(self.writes) - 1)
+        _check_range("querier_ids", querier_ids, -1, self.num_queriers - 1)
 
 
 def _check_range(name: str, ids: Tensor, lowest: int, highest: int) -> None:

@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 
 from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
+from qar_models.contrast_reference import ReferenceContrast
 from qar_models.experts import Experts
 from qar_models.families import Family, family_of
+
+CONTRASTS = {"masked": QuerierContrast, "reference": ReferenceContrast}
 
 
 def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
@@ -90,7 +93,7 @@ def install(model: PreTrainedModel) -> None:
     model.contrast = None
     if qar.num_clusters:
         norm = _copy_norm(decoder.norm, family)
-        model.contrast = QuerierContrast(qar, model.config.hidden_size, norm)
+        model.contrast = CONTRASTS[qar.contrast](qar, model.config.hidden_size, norm)
 
 
 def _install_layer(family: Family, layer: nn.Module, index: int, qar: QARConfig) -> None:
