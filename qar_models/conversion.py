@@ -59,7 +59,7 @@ def remove_qar(model: nn.Module) -> nn.Module:
     for layer in decoder.layers:
         del layer.experts, layer.towers_coincide
         family.to_plain(layer)
-    for name in ("norm_specific", "qar"):
+    for name in ("norm_specific", "qar", "trained_ids"):
         if hasattr(decoder, name):
             delattr(decoder, name)
     del base.contrast, base.qar, base.config.qar
@@ -85,6 +85,7 @@ def install(model: PreTrainedModel) -> None:
     family.to_aware(decoder.norm)
     family.to_aware(decoder)
     model.qar = decoder.qar = qar
+    decoder.trained_ids = []
     model._no_split_modules = {family.aware[2].__name__}
     for index, layer in enumerate(decoder.layers):
         _install_layer(family, layer, index, qar)

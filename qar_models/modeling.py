@@ -20,7 +20,8 @@ from transformers.utils import can_return_tuple
 from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
 from qar_models.experts import Experts
-from qar_models.queriers import make_segments
+from qar_models.membership import MembershipMixin
+from qar_models.queriers import make_towers
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
 
 IGNORE_INDEX = -100
@@ -94,12 +95,12 @@ class QARDecoderLayerMixin:
         if self.experts is None:
             return hidden_states + self.mlp(normed)
         if self.experts.qar.tower == "residual":
-            return hidden_states + self.experts(self.mlp, normed, towers.segments)
+            return hidden_states + self.experts(self.mlp, normed, towers)
         if self.towers_coincide:  # the towers part here: one input, two outputs
-            general, specific = self.experts(self.mlp, normed, towers.segments, normed)
+            general, specific = self.experts(self.mlp, normed, towers, normed)
             return interleave(hidden_states + general, hidden_states + specific)
         x, x_specific = split(normed)
-        general, specific = self.experts(self.mlp, x, towers.segments, x_specific)
+        general, specific = self.experts(self.mlp, x, towers, x_specific)
         return hidden_states + interleave(general, specific)
 
 
@@ -123,7 +124,8 @@ class QARModelMixin:
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_len = inputs_embeds.shape[:2]
-        segments = make_segments(self.qar, querier_ids, batch_size, seq_len, inputs_embeds.device)
+        device = inputs_embeds.device
+        towers = make_towers(self.qar, querier_ids, batch_size, seq_len, device, self.trained_ids)
         if use_cache is None:
             use_cache = self.config.use_cache
         if use_cache and past_key_values is None:
@@ -136,7 +138,6 @@ class QARModelMixin:
         }
         if self.qar.tower == "replace":
             inputs = {name: self._for_both_towers(value, batch_size) for name, value in inputs.items()}
-        towers = TowerBatch(segments, batch_size)
         out = super().forward(**inputs, use_cache=use_cache, towers=towers, **kwargs)
         return self._join_towers(out, past_key_values if use_cache else None)
 
@@ -165,7 +166,7 @@ class QARModelMixin:
         )
 
 
-class QARForCausalLMMixin:
+class QARForCausalLMMixin(MembershipMixin):
     """The language model head, both losses, loading and saving."""
 
     def post_init(self) -> None:
@@ -188,7 +189,7 @@ class QARForCausalLMMixin:
 
         loaded = isinstance(model_or_path, nn.Module)
         base = model_or_path if loaded else AutoModelForCausalLM.from_pretrained(model_or_path, **kwargs)
-        plain = cls.__mro__[2]
+        plain = cls.__bases__[1]
         if type(base) is not plain:
             raise TypeError(f"model: got {type(base).__name__}, expected {plain.__name__} for {cls.__name__}")
         return apply_qar(base, qar)
@@ -210,11 +211,6 @@ class QARForCausalLMMixin:
                     f"and experts={model.qar.experts!r}; a plain model loads with from_base"
                 )
         return (model, info) if output_loading_info else model
-
-    @property
-    def queriers(self) -> dict[str, int]:
-        """Querier name -> id; empty where no names were given."""
-        return {name: index for index, name in enumerate(self.qar.querier_names or ())}
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Experts | QuerierContrast):
