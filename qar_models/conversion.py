@@ -56,6 +56,8 @@ def remove_qar(model: nn.Module) -> nn.Module:
     if type(base) is not family.for_causal_lm:
         raise ValueError(f"model: {type(base).__name__} is not querier-aware")
     decoder = base.model
+    if decoder.trained_ids:
+        base.train_only(None)
     for layer in decoder.layers:
         del layer.experts, layer.towers_coincide
         family.to_plain(layer)

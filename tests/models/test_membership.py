@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import TOWERS, aware_model, left_padded_batch, plain_model, randomize_experts, training_batch
 from transformers import AutoModelForCausalLM
 
+from qar_models import remove_qar
+
 NAMES = ("Amy", "Bernadette", "Howard", "小雪", "a/b")
 ASKING = ("Howard", "Amy", "小雪")
 
@@ -232,6 +234,25 @@ def test_train_only_switches_and_restores_what_was_frozen():
     model.train_only(None)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen == ["model.embed_tokens.weight"]
+
+
+def test_train_only_with_gradient_checkpointing():
+    model = named_model().train()
+    model.train_only("Howard")
+    batch, grads = training_batch() | {"querier_ids": torch.tensor([2, 0, 2])}, []
+    for enable in (lambda: None, model.gradient_checkpointing_enable):
+        enable()
+        model.zero_grad()
+        model(**batch, use_cache=False).loss.backward()
+        grads.append([layer.experts.trained.gate.grad.clone() for layer in model.model.layers])
+    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*grads, strict=True))
+    assert all(grad.abs().sum() > 0 for grad in grads[0])
+
+
+def test_remove_qar_ends_it():
+    model = named_model()
+    model.train_only("Howard")
+    assert all(parameter.requires_grad for parameter in remove_qar(model).parameters())
 
 
 def test_train_only_through_an_adapter():
