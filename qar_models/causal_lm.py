@@ -25,7 +25,8 @@ from qar_models.modeling import QARModelOutput
 from qar_models.queriers import check_prompt_ids
 
 IGNORE_INDEX = -100
-_QUERIER_AWARE = re.compile(r"(^|\.)(experts|norm_specific|contrast)\.")
+# what answers depend on; the contrastive loss may start afresh, or be left out to serve a model
+_ANSWERING = re.compile(r"(^|\.)(experts|norm_specific)\.")
 
 
 @dataclass
@@ -69,12 +70,12 @@ class QARForCausalLMMixin(MembershipMixin):
         """As the base class, for a querier-aware checkpoint; use :meth:`from_base` for a plain one.
 
         Raises:
-            ValueError: if the checkpoint lacks experts, norms or heads that its configuration asks for, or
-                holds others: it is of a plain model, or of another tower.
+            ValueError: if the checkpoint lacks experts or norms that its configuration asks for, or holds
+                others: it is of a plain model, or of another tower.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem in ("missing", "unexpected"):
-            keys = sorted(key for key in info[f"{problem}_keys"] if _QUERIER_AWARE.search(key))
+            keys = sorted(key for key in info[f"{problem}_keys"] if _ANSWERING.search(key))
             if keys:
                 raise ValueError(
                     f"checkpoint: {problem} {keys[0]} and {len(keys) - 1} more, tower={model.qar.tower!r} "

@@ -158,11 +158,14 @@ class QuerierContrast(nn.Module):
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
             if name != "response_mask" and tensor.is_floating_point():
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")
-        if response_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             self._check_values(response_mask, querier_ids, cluster_ids)
 
     def _check_values(self, response_mask: Tensor, querier_ids: Tensor, cluster_ids: Tensor) -> None:
-        """Values are read where that costs no device sync."""
+        """Values are read where that costs no device sync; elsewhere indexing asserts the ids' range."""
+        if response_mask.device.type != "cpu":
+            torch._assert_async(response_mask.any(), "response_mask: no responder token in the batch")
+            return
         if not response_mask.any():
             raise ValueError("response_mask: got no responder token in the whole batch, expected some")
         _check_range("cluster_ids", cluster_ids, 0, len(self.writes) - 1)

@@ -46,6 +46,16 @@ def test_save_and_load_through_auto_classes(family, tower, experts, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).model_type == f"qar_{family}"
 
 
+def test_a_trained_model_is_served_without_the_contrastive_memory(tmp_path):
+    model, batch = aware_model(num_clusters=2), left_padded_batch()
+    model.save_pretrained(tmp_path)
+    qar = {**model.config.qar, "num_clusters": 0}
+    served = AutoModelForCausalLM.from_pretrained(tmp_path, qar=qar)
+    assert served.contrast is None
+    expected = model(**batch, querier_ids=QUERIER_IDS).logits
+    assert torch.equal(served(**batch, querier_ids=QUERIER_IDS).logits, expected)
+
+
 def test_from_base_takes_a_path(tmp_path):
     base, batch = plain_model(), left_padded_batch()
     base.save_pretrained(tmp_path)
@@ -95,7 +105,7 @@ def test_lora_before_and_after_conversion_agree(tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_adapters_of_the_mlp_take_part_and_merge(tower):
+def test_adapters_of_the_mlp_take_part_and_merge(tower, tmp_path):
     adapted = apply_qar(get_peft_model(plain_model(), LORA), qar_config(tower)).eval()
     randomize_experts(adapted)
     batch = left_padded_batch()
@@ -105,6 +115,11 @@ def test_adapters_of_the_mlp_take_part_and_merge(tower):
     assert (trained - untrained).abs().max() > 0.01
     merged = adapted.merge_and_unload()
     assert type(merged) is QARLlamaForCausalLM
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(
+        loaded(**batch, querier_ids=QUERIER_IDS).logits, merged(**batch, querier_ids=QUERIER_IDS).logits
+    )
     torch.testing.assert_close(merged(**batch, querier_ids=QUERIER_IDS).logits, trained, rtol=1e-4, atol=1e-4)
 
 
