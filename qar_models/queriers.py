@@ -54,7 +54,6 @@ def check_prompt_ids(querier_ids: Tensor | None, qar: QARConfig, batch_size: int
 
 def _checked_ids(querier_ids: Tensor | None, qar: QARConfig, shapes: list[tuple[int, ...]]) -> Tensor:
     """Shape and dtype are checked always; the values too where reading them costs no device sync."""
-    expected = " or ".join(str(shape) for shape in shapes)
     if querier_ids is None:
         raise ValueError(
             f"querier_ids: missing, but the model has experts={qar.experts!r}; pass querier_ids, an integer "
@@ -64,6 +63,7 @@ def _checked_ids(querier_ids: Tensor | None, qar: QARConfig, shapes: list[tuple[
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"querier_ids: got dtype {ids.dtype}, expected integers")
     if ids.shape not in shapes:
+        expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"querier_ids: got shape {tuple(ids.shape)}, expected {expected}")
     _check_values(ids, qar)
     return ids

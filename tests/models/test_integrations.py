@@ -79,6 +79,12 @@ def test_generate_refuses_before_any_work(tower, monkeypatch):
             model.generate(**batch, querier_ids=ids, max_new_tokens=2)
 
 
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("tower", TOWERS)
 def test_compiled_forward(tower):
     model, batch = aware_model(tower=tower), left_padded_batch(padding=0)
@@ -89,6 +95,27 @@ def test_compiled_forward(tower):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("tower", TOWERS)
+def test_compiled_training_step_at_changing_lengths(tower):
+    model = aware_model(tower=tower, num_clusters=2, projection_dim=8).train()
+    batch = training_batch()
+    batch |= {"response_mask": batch["attention_mask"], "cluster_ids": torch.tensor([0, 1, 1])}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (10, 9):
+        shorter = {name: t[:, :length] if t.dim() == 2 else t for name, t in batch.items()}
+        model.eval()
+        model(**shorter, use_cache=False).loss.backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        model.train()
+        compiled(**shorter, use_cache=False).loss.backward()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient)
+        model.zero_grad()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("tower", TOWERS)
 def test_compiled_decode_step_with_a_static_cache(tower):
     model, batch = aware_model(tower=tower), left_padded_batch(padding=0)
