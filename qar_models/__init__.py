@@ -13,6 +13,7 @@ from qar_models.families import (
     QARQwen3Config,
     QARQwen3ForCausalLM,
 )
+from qar_models.upstream import load_upstream
 
 for _family in FAMILIES:
     AutoConfig.register(_family.aware[0].model_type, _family.aware[0])
@@ -27,5 +28,6 @@ __all__ = [
     "QARQwen3Config",
     "QARQwen3ForCausalLM",
     "apply_qar",
+    "load_upstream",
     "remove_qar",
 ]

@@ -9,6 +9,17 @@ from typing import Any, Literal, get_args
 Tower = Literal["residual", "replace"]
 ExpertKind = Literal["per_querier", "shared", "shared+per_querier"]
 UnknownPolicy = Literal["none", "error", "mean", "shared"]
+ContrastKind = Literal["masked", "reference"]
+Backend = Literal["auto", "triton", "torch", "reference"]
+
+_LOWEST = {
+    "num_queriers": 1,
+    "expert_rank": 1,
+    "memory_size": 1,
+    "projection_dim": 1,
+    "first_expert_layer": 0,
+    "num_clusters": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class QARConfig:
         projection_dim: width of the two views (P).
         temperature: τ of the contrastive softmax.
         contrastive_weight: λ, the weight of the contrastive loss in the total.
+        contrast: who competes in the contrastive softmax: ``"masked"`` only queriers that have spoken, or
+            ``"reference"`` as the paper's code, see :func:`~qar_models.load_upstream`.
         backend: kernel backend, see :func:`qar_kernels.fused_mlp`.
     """
 
@@ -50,17 +63,20 @@ class QARConfig:
     projection_dim: int = 512
     temperature: float = 0.1
     contrastive_weight: float = 0.5
-    backend: str = "auto"
+    contrast: ContrastKind = "masked"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         self._check_choice("tower", Tower)
         self._check_choice("experts", ExpertKind)
+        self._check_choice("contrast", ContrastKind)
+        self._check_choice("backend", Backend)
         if self.unknown_querier is None:
             object.__setattr__(self, "unknown_querier", "none" if self.tower == "residual" else "error")
         self._check_choice("unknown_querier", UnknownPolicy)
         if self.querier_names is not None:
             object.__setattr__(self, "querier_names", tuple(self.querier_names))
-        self._check_numbers()
         self._check_combinations()
 
     def _check_choice(self, name: str, choices: Any) -> None:
@@ -69,12 +85,17 @@ class QARConfig:
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(get_args(choices))}")
 
     def _check_numbers(self) -> None:
-        for name in ("num_queriers", "expert_rank", "memory_size", "projection_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("first_expert_layer", "num_clusters", "contrastive_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
+        for name, lowest in _LOWEST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(f"{name}: got {value!r}, expected an integer")
+            if value < lowest:
+                raise ValueError(f"{name}: got {value}, expected at least {lowest}")
+        for name in ("expert_scale", "temperature", "contrastive_weight"):
+            if not isinstance(getattr(self, name), int | float):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a number")
+        if self.contrastive_weight < 0:
+            raise ValueError(f"contrastive_weight: got {self.contrastive_weight}, expected at least 0")
         if self.temperature <= 0:
             raise ValueError(f"temperature: got {self.temperature}, expected a positive number")
 

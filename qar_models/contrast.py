@@ -6,6 +6,9 @@ B sequences, S tokens, H hidden, P projection, C clusters, Q queriers, K memory 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,17 +30,31 @@ class QuerierContrast(nn.Module):
     def __init__(self, qar: QARConfig, hidden_size: int, norm: nn.Module) -> None:
         super().__init__()
         clusters, queriers, width = qar.num_clusters, qar.num_queriers, qar.projection_dim
-        self.temperature = qar.temperature
+        self.num_queriers, self.temperature = queriers, qar.temperature
         self.norm_role_proj = norm
         like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
         self.head_weight = nn.Parameter(torch.empty(2, clusters, width, hidden_size, **like))
         self.head_bias = nn.Parameter(torch.empty(2, clusters, width, **like))
         device, slots = norm.weight.device, qar.memory_size
-        self.register_buffer("memory", torch.zeros(2, clusters, queriers, slots, width, device=device))
+        memory = torch.zeros(2, clusters, queriers, slots, width, device=device, dtype=torch.float32)
+        self.register_buffer("memory", memory)
         # fp64 keeps the running sum equal to a fresh one to fp32 rounding after millions of steps
         totals = torch.zeros(2, clusters, queriers, width, device=device, dtype=torch.float64)
         self.register_buffer("totals", totals)
         self.register_buffer("writes", torch.zeros(clusters, queriers, device=device, dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves go through, casts do not: ``model.bfloat16()`` must not round what is remembered.
+
+        The bits travel as integers, which ``nn.Module.to`` never casts.
+        """
+        exact = {id(self.memory): torch.int32, id(self.totals): torch.int64}
+
+        def apply(tensor: Tensor) -> Tensor:
+            bits = exact.get(id(tensor))
+            return fn(tensor) if bits is None else fn(tensor.view(bits)).view(tensor.dtype)
+
+        return super()._apply(apply, recurse)
 
     def reset_parameters(self, std: float) -> None:
         """Heads N(0, std), empty memory."""
@@ -65,6 +82,8 @@ class QuerierContrast(nn.Module):
         pooled = (self.norm_role_proj(querier_states) * mask.unsqueeze(-1)).sum(1)
         pooled = pooled / mask.sum(1, keepdim=True).clamp(min=1)
         views = self._project(pooled, cluster_ids)
+        # cosines are divided by the temperature: bf16 would leave two digits of the logits
+        views = views.to(torch.promote_types(views.dtype, torch.float32))
         usable = (querier_ids >= 0) & (mask.sum(1) > 0)
         loss = self._loss(views, querier_ids, cluster_ids, usable)
         if self.training:
@@ -76,12 +95,18 @@ class QuerierContrast(nn.Module):
         every = torch.einsum("bh,vcph->vbcp", pooled, self.head_weight) + self.head_bias.unsqueeze(1)
         return every[:, torch.arange(pooled.shape[0], device=pooled.device), cluster_ids]
 
+    def _prototypes(self, cluster_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Prototypes of every querier in each sequence's cluster, and who takes part.
+
+        Returns:
+            ``(2, B, Q, P)``, up to a positive factor (their cosine is all that counts), and ``(B, Q)`` bool.
+        """
+        return self.totals[:, cluster_ids], self.writes[cluster_ids] > 0
+
     def _loss(self, views: Tensor, querier_ids: Tensor, cluster_ids: Tensor, usable: Tensor) -> Tensor:
-        filled = self.writes[cluster_ids].clamp(max=self.memory.shape[3])  # (B, Q)
-        prototypes = self.totals[:, cluster_ids] / filled.clamp(min=1).unsqueeze(-1)  # (2, B, Q, P)
-        other = F.normalize(prototypes.flip(0).to(views.dtype), dim=-1)
-        cosine = torch.einsum("vbp,vbqp->vbq", F.normalize(views, dim=-1), other).float()
-        known = filled > 0
+        prototypes, known = self._prototypes(cluster_ids)
+        other = prototypes.flip(0).to(views.dtype)
+        cosine = F.cosine_similarity(views.unsqueeze(2), other, dim=-1)  # (2, B, Q); autocast keeps fp32
         logits = (cosine / self.temperature).masked_fill(~known, float("-inf"))
         target = querier_ids.clamp(min=0)
         usable = usable & known.gather(1, target.unsqueeze(1)).squeeze(1)
@@ -131,13 +156,22 @@ class QuerierContrast(nn.Module):
                 raise ValueError(f"{name}: missing, but the contrastive loss needs it, of shape {shape}")
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-        if response_mask.device.type == "cpu":
-            self._check_values(response_mask, cluster_ids)
+            if name != "response_mask" and tensor.is_floating_point():
+                raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")
+        if not torch.compiler.is_compiling():
+            self._check_values(response_mask, querier_ids, cluster_ids)
 
-    def _check_values(self, response_mask: Tensor, cluster_ids: Tensor) -> None:
-        """Values are read where that costs no device sync."""
+    def _check_values(self, response_mask: Tensor, querier_ids: Tensor, cluster_ids: Tensor) -> None:
+        """Values are read where that costs no device sync; elsewhere indexing asserts the ids' range."""
+        if response_mask.device.type != "cpu":
+            torch._assert_async(response_mask.any(), "response_mask: no responder token in the batch")
+            return
         if not response_mask.any():
             raise ValueError("response_mask: got no responder token in the whole batch, expected some")
-        clusters = self.head_weight.shape[1]
-        if int(cluster_ids.min()) < 0 or int(cluster_ids.max()) >= clusters:
-            raise ValueError(f"cluster_ids: got {cluster_ids.tolist()}, expected ids 0..{clusters - 1}")
+        _check_range("cluster_ids", cluster_ids, 0, len(self.writes) - 1)
+        _check_range("querier_ids", querier_ids, -1, self.num_queriers - 1)
+
+
+def _check_range(name: str, ids: Tensor, lowest: int, highest: int) -> None:
+    if int(ids.min()) < lowest or int(ids.max()) > highest:
+        raise ValueError(f"{name}: got {ids.tolist()}, expected ids from {lowest} to {highest}")

@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 
 from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
+from qar_models.contrast_reference import ReferenceContrast
 from qar_models.experts import Experts
 from qar_models.families import Family, family_of
+
+CONTRASTS = {"masked": QuerierContrast, "reference": ReferenceContrast}
 
 
 def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
@@ -53,10 +56,12 @@ def remove_qar(model: nn.Module) -> nn.Module:
     if type(base) is not family.for_causal_lm:
         raise ValueError(f"model: {type(base).__name__} is not querier-aware")
     decoder = base.model
+    if decoder.trained_ids:
+        base.train_only(None)
     for layer in decoder.layers:
         del layer.experts, layer.towers_coincide
         family.to_plain(layer)
-    for name in ("norm_specific", "qar"):
+    for name in ("norm_specific", "qar", "trained_ids"):
         if hasattr(decoder, name):
             delattr(decoder, name)
     del base.contrast, base.qar, base.config.qar
@@ -82,6 +87,7 @@ def install(model: PreTrainedModel) -> None:
     family.to_aware(decoder.norm)
     family.to_aware(decoder)
     model.qar = decoder.qar = qar
+    decoder.trained_ids = []
     model._no_split_modules = {family.aware[2].__name__}
     for index, layer in enumerate(decoder.layers):
         _install_layer(family, layer, index, qar)
@@ -90,7 +96,7 @@ def install(model: PreTrainedModel) -> None:
     model.contrast = None
     if qar.num_clusters:
         norm = _copy_norm(decoder.norm, family)
-        model.contrast = QuerierContrast(qar, model.config.hidden_size, norm)
+        model.contrast = CONTRASTS[qar.contrast](qar, model.config.hidden_size, norm)
 
 
 def _install_layer(family: Family, layer: nn.Module, index: int, qar: QARConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,11 +19,21 @@ def gather_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return tensors
-    size = torch.tensor([tensors[-1].shape[0]], device=tensors[-1].device)
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    lengths = torch.cat(sizes).tolist()
+    lengths = _gather_lengths(tensors[-1].shape[0])
     return tuple(_gather_padded(tensor, lengths) for tensor in tensors)
+
+
+def _gather_lengths(length: int) -> list[int]:
+    """The batch size of every rank, exchanged between hosts: the device queue is not waited for."""
+    size = torch.tensor([length])
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size, group=_host_group(dist.group.WORLD))
+    return torch.cat(sizes).tolist()
+
+
+@functools.lru_cache(maxsize=1)
+def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
 
 
 def _gather_padded(tensor: Tensor, lengths: list[int]) -> Tensor:

@@ -5,13 +5,17 @@ H hidden, R expert rank, E experts in the bank (one per querier, or one for all)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
+from qar_kernels import dual_mlp, expert_mlp, fused_mlp
 from qar_models.config import QARConfig
+from qar_models.towers import TowerBatch
 
 
 class Experts(nn.Module):
@@ -31,6 +35,12 @@ class Experts(nn.Module):
             self.shared_gate = nn.Parameter(torch.empty(rank, hidden_size, dtype=dtype, device=device))
             self.shared_up = nn.Parameter(torch.empty(rank, hidden_size, dtype=dtype, device=device))
             self.shared_down = nn.Parameter(torch.empty(hidden_size, rank, dtype=dtype, device=device))
+        self.trained: TrainedExperts | None = None
+
+    @property
+    def bank(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``gate``, ``up`` and ``down`` of all experts."""
+        return self.gate, self.up, self.down
 
     def reset_parameters(self, std: float) -> None:
         """N(0, std); the residual tower's ``down`` starts at zero, so that the model starts as its base."""
@@ -41,56 +51,109 @@ class Experts(nn.Module):
                 init.normal_(parameter, mean=0.0, std=std)
 
     def forward(
-        self, mlp: nn.Module, x: Tensor, segments: Segments, x_specific: Tensor | None = None
+        self, mlp: nn.Module, x: Tensor, towers: TowerBatch, x_specific: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Residual tower: ``mlp(x) + scale * expert(x)``. Replace tower: ``(mlp(x), expert(x_specific))``.
 
         Args:
             mlp: the layer's base MLP (its ``gate_proj``, ``up_proj`` and ``down_proj`` may be adapters).
             x: ``(..., H)`` rows of the base MLP.
-            segments: the expert of each row of ``x``, or of ``x_specific`` where that is given.
+            towers: the expert of each row of ``x``, or of ``x_specific`` where that is given.
             x_specific: ``(..., H)`` rows of the specific tower.
         """
         if x_specific is None:
-            return self._residual(mlp, x, segments)
-        return self._replace(mlp, x, x_specific, segments)
+            return self._residual(mlp, x, towers)
+        return self._replace(mlp, x, x_specific, towers)
 
-    def _residual(self, mlp: nn.Module, x: Tensor, segments: Segments) -> Tensor:
-        scale, bank = self.qar.expert_scale, (self.gate, self.up, self.down)
+    def _residual(self, mlp: nn.Module, x: Tensor, towers: TowerBatch) -> Tensor:
+        scale, backend = self.qar.expert_scale, self.qar.backend
         base = _plain_weights(mlp)
         if base is not None:
-            y = fused_mlp(x, *base, *bank, segments, scale, self.qar.backend)
+            y = fused_mlp(x, *base, *self.bank, towers.segments, scale, backend)
         else:
-            y = torch.add(mlp(x), expert_mlp(x, *bank, segments, self.qar.backend), alpha=scale)
-        extra = self._common(x, segments)
-        return y if extra is None else torch.add(y, extra, alpha=scale)
+            y = torch.add(mlp(x), expert_mlp(x, *self.bank, towers.segments, backend), alpha=scale)
+        for extra in self._extras(x, towers):
+            y = torch.add(y, extra, alpha=scale)
+        return y
 
     def _replace(
-        self, mlp: nn.Module, x: Tensor, x_specific: Tensor, segments: Segments
+        self, mlp: nn.Module, x: Tensor, x_specific: Tensor, towers: TowerBatch
     ) -> tuple[Tensor, Tensor]:
-        bank, base = (self.gate, self.up, self.down), _plain_weights(mlp)
+        base, backend = _plain_weights(mlp), self.qar.backend
         if base is not None:
-            general, specific = dual_mlp(x, x_specific, *base, *bank, segments, self.qar.backend)
+            general, specific = dual_mlp(x, x_specific, *base, *self.bank, towers.segments, backend)
         else:
-            general, specific = mlp(x), expert_mlp(x_specific, *bank, segments, self.qar.backend)
-        extra = self._common(x_specific, segments)
-        return general, specific if extra is None else specific + extra
+            general, specific = mlp(x), expert_mlp(x_specific, *self.bank, towers.segments, backend)
+        for extra in self._extras(x_specific, towers):
+            specific = specific + extra
+        return general, specific
 
-    def _common(self, x: Tensor, segments: Segments) -> Tensor | None:
-        """What does not depend on the querier: the shared expert, and the mean expert of unknown ones."""
-        extra = None
+    def _extras(self, x: Tensor, towers: TowerBatch) -> Iterator[Tensor]:
+        """What comes on top of the bank: experts that train alone, the shared one, the mean of all."""
+        known = towers.segments.row_expert >= 0
+        if self.trained is not None:
+            yield expert_mlp(x, *self.trained.bank, towers.trained, self.qar.backend)
+            known = known | (towers.trained.row_expert >= 0)
         if self.qar.experts == "shared+per_querier":
-            extra = _swiglu(x, self.shared_gate, self.shared_up, self.shared_down)
+            yield _swiglu(x, self.shared_gate, self.shared_up, self.shared_down)
         if self.qar.unknown_querier == "mean":
-            unknown = (segments.row_expert < 0).view(*x.shape[:-1], 1)
-            mean = _swiglu(x, self.gate.mean(0), self.up.mean(0), self.down.mean(0)) * unknown
-            extra = mean if extra is None else extra + mean
-        return extra
+            mean = _swiglu(x, *(weight.mean(0) for weight in self.bank))
+            yield mean * ~known.view(*x.shape[:-1], 1)
+
+    def train_only(self, rows: list[int]) -> None:
+        """Freeze the bank and train copies of these rows; no rows: take the copies back into the bank.
+
+        Copies keep gradients and optimizer states to what is trained, and no optimizer (weight decay!) can
+        touch anybody else.
+        """
+        if self.trained is not None:
+            self.trained.write_back(self)
+        self.trained = TrainedExperts(self, rows) if rows else None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.trained is not None:
+            self.trained.read(self)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         experts, rank, hidden = self.gate.shape
         return f"{experts} experts, rank {rank}, hidden {hidden}, {self.qar.experts}, tower={self.qar.tower}"
+
+
+class TrainedExperts(nn.Module):
+    """Copies of a few experts of a frozen bank. In state dicts they stand in the bank's own tensors."""
+
+    def __init__(self, experts: Experts, rows: list[int]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.gate, self.up, self.down = (nn.Parameter(weight.detach()[rows]) for weight in experts.bank)
+
+    @property
+    def bank(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``gate``, ``up`` and ``down`` of the trained experts."""
+        return self.gate, self.up, self.down
+
+    @torch.no_grad()
+    def write_back(self, experts: Experts) -> None:
+        """Put the trained rows into the bank."""
+        for weight, trained in zip(experts.bank, self.bank, strict=True):
+            weight[self.rows] = trained
+
+    @torch.no_grad()
+    def read(self, experts: Experts) -> None:
+        """Take the rows from the bank: the inverse of :meth:`write_back`."""
+        for weight, trained in zip(experts.bank, self.bank, strict=True):
+            trained.copy_(weight[self.rows])
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        for name, trained in self.named_parameters():
+            key = prefix.removesuffix("trained.") + name
+            destination[key] = destination[key].detach().clone()
+            destination[key][self.rows] = trained.detach()
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """Nothing: the bank's own tensors hold it all, and :class:`Experts` hands it on."""
 
 
 def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

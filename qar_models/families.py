@@ -24,12 +24,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from qar_models.modeling import (
-    DeferredNormMixin,
-    QARDecoderLayerMixin,
-    QARForCausalLMMixin,
-    QARModelMixin,
-)
+from qar_models.causal_lm import QARForCausalLMMixin
+from qar_models.modeling import DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
 
 
 class QARLlamaConfig(LlamaConfig):

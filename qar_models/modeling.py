@@ -1,4 +1,4 @@
-"""The querier-aware parts of a decoder, written once for every family.
+"""The querier-aware parts of a decoder stack, written once for every family.
 
 The mixins stand in front of a transformers class (``class QARLlamaModel(QARModelMixin, LlamaModel)``)
 and leave attention, masks, rotary embeddings and caches to it. B sequences, S tokens, H hidden.
@@ -7,22 +7,15 @@ and leave attention, masks, rotary embeddings and caches to it. B sequences, S t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any, Self
+from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from qar_models.config import QARConfig
-from qar_models.contrast import QuerierContrast
 from qar_models.experts import Experts
-from qar_models.queriers import make_segments
+from qar_models.queriers import make_towers
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
-
-IGNORE_INDEX = -100
 
 
 @dataclass
@@ -30,14 +23,6 @@ class QARModelOutput(BaseModelOutputWithPast):
     """``querier_states`` (B, S, H): states of the querier-specific tower before the final norm."""
 
     querier_states: Tensor | None = None
-
-
-@dataclass
-class QARCausalLMOutput(CausalLMOutputWithPast):
-    """The usual fields; ``loss = lm_loss + contrastive_weight * contrastive_loss`` (scalars)."""
-
-    lm_loss: Tensor | None = None
-    contrastive_loss: Tensor | None = None
 
 
 class DeferredNormMixin:
@@ -92,12 +77,12 @@ class QARDecoderLayerMixin:
         if self.experts is None:
             return hidden_states + self.mlp(normed)
         if self.experts.qar.tower == "residual":
-            return hidden_states + self.experts(self.mlp, normed, towers.segments)
+            return hidden_states + self.experts(self.mlp, normed, towers)
         if self.towers_coincide:  # the towers part here: one input, two outputs
-            general, specific = self.experts(self.mlp, normed, towers.segments, normed)
+            general, specific = self.experts(self.mlp, normed, towers, normed)
             return interleave(hidden_states + general, hidden_states + specific)
         x, x_specific = split(normed)
-        general, specific = self.experts(self.mlp, x, towers.segments, x_specific)
+        general, specific = self.experts(self.mlp, x, towers, x_specific)
         return hidden_states + interleave(general, specific)
 
 
@@ -121,7 +106,8 @@ class QARModelMixin:
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_len = inputs_embeds.shape[:2]
-        segments = make_segments(self.qar, querier_ids, batch_size, seq_len, inputs_embeds.device)
+        device = inputs_embeds.device
+        towers = make_towers(self.qar, querier_ids, batch_size, seq_len, device, self.trained_ids)
         if use_cache is None:
             use_cache = self.config.use_cache
         if use_cache and past_key_values is None:
@@ -134,7 +120,6 @@ class QARModelMixin:
         }
         if self.qar.tower == "replace":
             inputs = {name: self._for_both_towers(value, batch_size) for name, value in inputs.items()}
-        towers = TowerBatch(segments, batch_size)
         out = super().forward(**inputs, use_cache=use_cache, towers=towers, **kwargs)
         return self._join_towers(out, past_key_values if use_cache else None)
 
@@ -161,132 +146,3 @@ class QARModelMixin:
             attentions=out.attentions,
             querier_states=states,
         )
-
-
-class QARForCausalLMMixin:
-    """The language model head, both losses, loading and saving."""
-
-    def post_init(self) -> None:
-        """Called at the end of the base class's ``__init__``: add the querier-aware parts, then finish."""
-        from qar_models.conversion import install  # conversion builds on the classes of this module
-
-        install(self)
-        super().post_init()
-
-    @classmethod
-    def from_base(cls, model_or_path: str | PathLike[str] | nn.Module, qar: QARConfig, **kwargs: Any) -> Self:
-        """A querier-aware model from a plain one.
-
-        Args:
-            model_or_path: a loaded model (converted in place) or what ``from_pretrained`` takes.
-            qar: the settings of the querier-specific tower.
-            **kwargs: for ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, ...).
-        """
-        from qar_models.conversion import apply_qar
-
-        loaded = isinstance(model_or_path, nn.Module)
-        base = model_or_path if loaded else AutoModelForCausalLM.from_pretrained(model_or_path, **kwargs)
-        plain = cls.__mro__[2]
-        if type(base) is not plain:
-            raise TypeError(f"model: got {type(base).__name__}, expected {plain.__name__} for {cls.__name__}")
-        return apply_qar(base, qar)
-
-    @property
-    def queriers(self) -> dict[str, int]:
-        """Querier name -> id; empty where no names were given."""
-        return {name: index for index, name in enumerate(self.qar.querier_names or ())}
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Experts | QuerierContrast):
-            module.reset_parameters(self.config.initializer_range)
-        else:
-            super()._init_weights(module)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        querier_ids: Tensor | None = None,
-        response_mask: Tensor | None = None,
-        cluster_ids: Tensor | None = None,
-        skip_logits: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> QARCausalLMOutput:
-        """As the base class, and:
-
-        Args:
-            querier_ids: ``(B,)``, or ``(B, S)`` for packed rows; -1 for an unknown querier.
-            response_mask: ``(B, S)``, 1 on the responder's tokens (contrastive loss).
-            cluster_ids: ``(B,)``, the query cluster of each sequence (contrastive loss).
-            skip_logits: compute logits at the labelled positions only and return ``logits=None``; a
-                quarter of the time where the vocabulary is large and few tokens are labelled.
-            num_items_in_batch: labelled tokens of the whole optimizer step; the losses are then that
-                step's share, so that their sum over micro-batches is the mean over tokens.
-        """
-        outputs: QARModelOutput = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            querier_ids=querier_ids,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        logits = lm_loss = contrastive_loss = loss = None
-        if not skip_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
-        if labels is not None:
-            _check_labels(labels, hidden_states)
-            loss = lm_loss = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)
-        if labels is not None and self.contrast is not None:
-            contrastive_loss = self.contrast(outputs.querier_states, response_mask, querier_ids, cluster_ids)
-            share = _share_of_step(labels, num_items_in_batch)
-            loss = lm_loss + self.qar.contrastive_weight * share * contrastive_loss
-        return QARCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            lm_loss=lm_loss,
-            contrastive_loss=contrastive_loss,
-        )
-
-    def _lm_loss(
-        self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor, num_items: Tensor | int | None
-    ) -> Tensor:
-        targets = labels[:, 1:]
-        kept = targets != IGNORE_INDEX
-        if logits is None:
-            scores, targets = self.lm_head(hidden_states[:, :-1][kept]), targets[kept]
-        elif logits.shape[1] == labels.shape[1]:
-            scores, targets = logits[:, :-1].flatten(0, 1), targets.flatten()
-        else:
-            raise ValueError(f"logits_to_keep: got {logits.shape[1]} positions, expected all with labels")
-        total = F.cross_entropy(scores.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total / (kept.sum().clamp(min=1) if num_items is None else num_items)
-
-
-def _share_of_step(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
-    """The fraction of the optimizer step's labelled tokens that this batch holds."""
-    return 1.0 if num_items is None else (labels[:, 1:] != IGNORE_INDEX).sum() / num_items
-
-
-def _check_labels(labels: Tensor, hidden_states: Tensor) -> None:
-    if labels.shape != hidden_states.shape[:2]:
-        raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, expected {tuple(hidden_states.shape[:2])} (B, S)"
-        )
-    if labels.is_floating_point():
-        raise TypeError(f"labels: got dtype {labels.dtype}, expected integers")

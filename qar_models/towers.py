@@ -26,10 +26,13 @@ class TowerBatch:
     Attributes:
         segments: the expert of each of the B * S rows.
         batch_size: B, sequences as the caller sees them.
+        trained: rows of the experts that train alone, see :meth:`Experts.train_only`; ``segments`` leaves
+            them out.
     """
 
     segments: Segments
     batch_size: int
+    trained: Segments | None = None
 
 
 def interleave(general: Tensor, specific: Tensor) -> Tensor:
