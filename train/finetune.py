@@ -62,7 +62,7 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     states = cached_states(model, windows, first, output) if first else None
     peft = build(model, config, tuple(data.queriers), data.num_clusters)
     trained = upper_part(model, first) if first else model
-    trainer = _trainer(trained, tokenizer, Windows(windows, states), config)
+    trainer = make_trainer(trained, tokenizer, Windows(windows, states), config)
     stop = StopOnInterrupt()
     trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -100,9 +100,10 @@ def _is_finished(folder: Path, config: TrainConfig) -> bool:
     )
 
 
-def _trainer(
+def make_trainer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Windows, config: TrainConfig
 ) -> QARTrainer:
+    """A trainer of whatever parameters of ``model`` require gradients."""
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         num_train_epochs=config.epochs,

@@ -6,6 +6,7 @@ A folder holds ``adapter_*`` (PEFT), ``experts.safetensors`` and ``trained.json`
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,14 +112,25 @@ def _qar_config(
 
 def save_trained(peft: PeftModel, config: TrainConfig, responder: str, folder: Path) -> None:
     """Write the trained parts, whole or not at all."""
-    model = peft.get_base_model()
     with build_directory(folder) as building:
         # the embeddings are not trained; asking would look the base model up again
         peft.save_pretrained(building, save_embedding_layers=False)
         (building / "README.md").unlink(missing_ok=True)
-        save_file(_expert_state(model), building / EXPERTS)
-        about = {"config": config.to_dict(), "responder": responder, "qar": model.qar.to_dict()}
-        (building / TRAINED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+        _write_experts(peft.get_base_model(), config, responder, building)
+
+
+def save_with_adapter_of(source: Path, trained: Trained, folder: Path) -> None:
+    """Write ``trained`` whose experts changed, with the adapter that lies in ``source``."""
+    with build_directory(folder) as building:
+        for path in source.glob("adapter_*"):
+            shutil.copy2(path, building)
+        _write_experts(trained.model, trained.config, trained.responder, building)
+
+
+def _write_experts(model: PreTrainedModel, config: TrainConfig, responder: str, folder: Path) -> None:
+    save_file(_expert_state(model), folder / EXPERTS)
+    about = {"config": config.to_dict(), "responder": responder, "qar": model.qar.to_dict()}
+    (folder / TRAINED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def load_trained(folder: Path) -> Trained:

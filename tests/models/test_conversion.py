@@ -151,3 +151,11 @@ def randomize_lora(model):
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.2)
+
+
+def test_no_layer_with_experts_is_the_base_model_for_everybody():
+    base, ids = plain_model(), torch.arange(6).view(1, 6)
+    expected = base(ids).logits
+    model = apply_qar(base, qar_config(experts="shared", first_expert_layer=base.config.num_hidden_layers))
+    assert all(layer.experts is None for layer in model.model.layers)
+    assert torch.equal(model(ids).logits, expected)

@@ -97,8 +97,8 @@ def test_config_without_qar():
 
 def test_first_expert_layer_beyond_the_model_leaves_the_model_plain():
     base = plain_model()
-    with pytest.raises(ValueError, match="first_expert_layer: got 2, expected below 2 layers"):
-        apply_qar(base, qar_config(first_expert_layer=2))
+    with pytest.raises(ValueError, match="first_expert_layer: got 3, expected at most 2"):
+        apply_qar(base, qar_config(first_expert_layer=3))
     base(**left_padded_batch())
 
 

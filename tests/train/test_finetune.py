@@ -132,6 +132,6 @@ def test_command_line_shows_one_line_and_fails(tmp_path, request):
 
 
 def test_ignore_index_is_the_models():
-    from qar_models.modeling import IGNORE_INDEX
+    from qar_models.causal_lm import IGNORE_INDEX
 
     assert IGNORE_INDEX == IGNORE

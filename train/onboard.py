@@ -1,0 +1,108 @@
+"""A newcomer gets an expert of their own; nobody else's answers change.
+
+    python -m train.onboard --model runs/demo/qar/trained --data data/my_show/diags_two_role_me_clustered \\
+        --querier "New Friend" --out runs/demo/with_friend
+
+About 20 dialogues of the newcomer with the same responder are enough to start with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import tempfile
+from pathlib import Path
+
+import transformers
+from transformers.trainer_utils import SaveStrategy
+
+from train.batches import Windows
+from train.cli import run
+from train.data.encode import encode_all
+from train.data.layout import Example
+from train.data.mqdialog import load_mqdialog
+from train.errors import UserError
+from train.finetune import make_trainer
+from train.trained import Trained, load_trained, save_with_adapter_of
+
+EPOCHS, LEARNING_RATE = 4.0, 5e-3
+
+
+def onboard(
+    source: Path,
+    data: Path,
+    querier: str,
+    out: Path,
+    epochs: float = EPOCHS,
+    learning_rate: float = LEARNING_RATE,
+) -> Path:
+    """Add ``querier`` to the trained model in ``source``, train that expert alone, write ``out``.
+
+    Raises:
+        UserError: if the newcomer is no newcomer, or ``data`` has no training window of theirs.
+    """
+    trained = load_trained(source)
+    if querier in trained.queriers:
+        raise UserError(f"querier '{querier}' is known to {source} already")
+    found = load_mqdialog(data)
+    if found.responder != trained.responder:
+        raise UserError(f"{data}: the responder is {found.responder}, expected {trained.responder}")
+    examples = [example for example in found.train if example.querier == querier]
+    if not examples:
+        names = ", ".join(found.queriers)
+        raise UserError(f"{data}: no training window of querier '{querier}'; it has {names}")
+    trained.model.add_queriers(querier, init="mean")
+    trained.model.train_only(querier)
+    _train(trained, examples, trained.model.queriers[querier], epochs, learning_rate)
+    trained.model.train_only(None)
+    save_with_adapter_of(source, trained, out)
+    return out
+
+
+def _train(
+    trained: Trained, examples: list[Example], querier_id: int, epochs: float, learning_rate: float
+) -> None:
+    config = trained.config
+    transformers.set_seed(config.seed)
+    windows = encode_all(
+        [dataclasses.replace(example, querier_id=querier_id) for example in examples],
+        trained.tokenizer,
+        max_tokens=config.max_tokens,
+        names_in_prompt=config.names_in_prompt,
+        style=config.style,
+    )
+    if not windows:
+        raise UserError(f"no training window fits into max_tokens={config.max_tokens}")
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = config.replace(output_dir=scratch, epochs=epochs, expert_learning_rate=learning_rate)
+        trainer = make_trainer(trained.model, trained.tokenizer, Windows(windows), settings)
+        trainer.args.save_strategy = SaveStrategy.NO  # minutes of work, and nothing of the others' to lose
+        trainer.train()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a folder that train.finetune wrote")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="a prepared folder with the newcomer's dialogues"
+    )
+    parser.add_argument("--querier", required=True, help="the newcomer's name in that folder")
+    parser.add_argument("--out", type=Path, required=True, help="where the extended model goes")
+    parser.add_argument("--epochs", type=float, default=EPOCHS)
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    onboard(
+        arguments.model,
+        arguments.data,
+        arguments.querier,
+        arguments.out,
+        arguments.epochs,
+        arguments.learning_rate,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
