@@ -1,0 +1,68 @@
+"""Device functions that every kernel shares: tile loads, tile order, segment lookups, the SwiGLU.
+
+T rows, H hidden, I intermediate, R expert rank (``RANK``; ``RANK_PAD`` is R raised to at least 16, the
+smallest side of a matrix instruction).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_dense(
+    src, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TMA: tl.constexpr
+):
+    """A (BLOCK_ROWS, BLOCK_COLS) tile of a row-major (rows, cols) matrix, zeros outside it.
+
+    ``src`` is a tensor descriptor where TMA, else a pointer.
+    """
+    if TMA:
+        return src.load([row, col])
+    else:
+        r = row + tl.arange(0, BLOCK_ROWS)
+        c = col + tl.arange(0, BLOCK_COLS)
+        inside = (r < rows)[:, None] & (c < cols)[None, :]
+        return tl.load(src + r.to(tl.int64)[:, None] * cols + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_rows(ptr, row_index, row_mask, col, cols, BLOCK_COLS: tl.constexpr):
+    """Gathered rows of a row-major matrix with ``cols`` columns: (len(row_index), BLOCK_COLS)."""
+    c = col + tl.arange(0, BLOCK_COLS)
+    inside = row_mask[:, None] & (c < cols)[None, :]
+    return tl.load(ptr + row_index.to(tl.int64)[:, None] * cols + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, value, row_index, row_mask, col, cols, BLOCK_COLS: tl.constexpr):
+    """Scatter a (len(row_index), BLOCK_COLS) tile to rows of a matrix with ``cols`` columns."""
+    c = col + tl.arange(0, BLOCK_COLS)
+    inside = row_mask[:, None] & (c < cols)[None, :]
+    offsets = row_index.to(tl.int64)[:, None] * cols + c[None, :]
+    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def grouped_order(tile, num_rows, num_cols, GROUP: tl.constexpr):
+    """Row and column of a tile, walking GROUP row tiles per column so that weights stay in L2."""
+    per_group = GROUP * num_cols
+    first = (tile // per_group) * GROUP
+    size = tl.minimum(num_rows - first, GROUP)
+    inner = tile % per_group
+    return first + inner % size, inner // size
+
+
+@triton.jit
+def swiglu(a, u):
+    """``silu(a) * u`` in fp32."""
+    return a * tl.sigmoid(a) * u
+
+
+@triton.jit
+def swiglu_backward(d_h, a, u):
+    """``(d_a, d_u, h)`` of ``h = silu(a) * u``, all fp32."""
+    s = tl.sigmoid(a)
+    silu = a * s
+    return d_h * u * s * (1.0 + a - silu), d_h * silu, silu * u
