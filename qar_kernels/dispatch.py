@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +19,9 @@ OVERRIDE = "QAR_KERNELS_PATH"
 # +0.45 % at R 64, I 14336. Beyond 16 per tile (+7 %) the grouped path does less work.
 _MAX_SEGMENTS_PER_TILE = 16
 _ROW_TILE = 128
-_TABLE = Path(__file__).with_name("dispatch.json")
+# Cells {"device", "H", "I", "T", "Q", "fused_over_grouped"}: a ratio of times, under 1 the fused path wins.
+# Read at import: torch.compile cannot trace the reading of a file.
+MEASUREMENTS: list[dict] = json.loads(Path(__file__).with_name("dispatch.json").read_text())
 
 
 def choose_path(device: torch.device, hidden: int, intermediate: int, rows: int, segments: int) -> str:
@@ -36,10 +37,14 @@ def choose_path(device: torch.device, hidden: int, intermediate: int, rows: int,
         if forced not in PATHS:
             raise ValueError(f"{OVERRIDE}: got {forced!r}, expected one of {', '.join(PATHS)}")
         return forced
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return measured_path(measurements(), name, hidden, intermediate, rows, segments) or default_path(
-        rows, segments
-    )
+    name = _device_name(device)
+    measured = measured_path(MEASUREMENTS, name, hidden, intermediate, rows, segments)
+    return measured or default_path(rows, segments)
+
+
+@torch.compiler.assume_constant_result
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def default_path(rows: int, segments: int) -> str:
@@ -65,9 +70,3 @@ def measured_path(
     if not near:
         return None
     return "fused" if min(near)[1] <= 1 else "grouped"
-
-
-@cache
-def measurements() -> list[dict]:
-    """Cells ``{"device", "H", "I", "T", "Q", "fused_over_grouped"}`` (a ratio of times; under 1 fused wins)."""
-    return json.loads(_TABLE.read_text())

@@ -5,7 +5,6 @@ T rows (all leading dimensions flattened), H hidden, I intermediate, R expert ra
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -16,6 +15,7 @@ from qar_kernels import dispatch, reference, torch_backend
 from qar_kernels.checks import check_base, check_experts
 from qar_kernels.segments import Segments
 
+_HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
@@ -156,19 +156,14 @@ def _resolve(backend: str, *rows: Tensor) -> str:
     if backend == "triton":
         _check_triton()
     elif backend == "auto":
-        backend = "triton" if rows[0].device.type == "cuda" and _has_triton() else "torch"
+        backend = "triton" if rows[0].device.type == "cuda" and _HAS_TRITON else "torch"
     if backend == "triton" and any(r.shape[0] == 0 for r in rows):
         return "torch"
     return backend
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def _check_triton() -> None:
-    if not _has_triton():
+    if not _HAS_TRITON:
         raise ValueError("backend: got 'triton', but Triton is not installed; expected 'auto' or 'torch'")
 
 
@@ -179,7 +174,7 @@ def _module(backend: str) -> ModuleType:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to the autocast dtype where autocast is on, as ``F.linear`` would do."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)

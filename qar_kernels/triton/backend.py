@@ -41,6 +41,11 @@ def expert_mlp(
     return _run("expert", None, (None, None, None), x, experts, base_y, segments, scale, False)[1]
 
 
+def plan_tensors(plan: TilePlan) -> list[Tensor]:
+    """The plan as operators take it: its tensors in the order of its fields."""
+    return [getattr(plan, field) for field in _PLAN_FIELDS]
+
+
 def _run(
     tower: str,
     x: Tensor | None,
@@ -60,14 +65,14 @@ def _run(
     tensors = [_dense(t) for t in (x, *base, x_expert, *experts, base_y)]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     outputs = ops.swiglu_experts(
-        tower, *tensors, segments.perm, [getattr(plan, f) for f in _PLAN_FIELDS],
+        tower, *tensors, segments.perm, plan_tensors(plan),
         float(scale), name, save and not recompute,
     )  # fmt: skip
     return outputs[0], outputs[1]
 
 
 def _check_runnable(x: Tensor) -> None:
-    if x.device.type == "cpu" and not launch.interpreted():
+    if x.device.type == "cpu" and not launch.INTERPRETED:
         raise ValueError("backend: got 'triton' with tensors on the CPU, expected 'auto' or 'torch' there")
     if x.dtype not in _DTYPES:
         raise TypeError(

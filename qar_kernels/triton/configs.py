@@ -120,5 +120,10 @@ def select_config(device: torch.device, dtype: torch.dtype, rows: int) -> str:
         return "tiny"
     if dtype == torch.float32:
         return "fp32"
-    arch = "sm90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm80"
+    arch = "sm90" if _is_hopper(device) else "sm80"
     return f"{arch}_{'decode' if rows <= DECODE_ROWS else 'large'}"
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)

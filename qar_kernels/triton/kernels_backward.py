@@ -1,8 +1,9 @@
+# ruff: noqa: ANN001, ANN201, ANN202
 """Backward kernels: hidden gradients, input gradient, expert weight gradients.
 
 T rows, S rows that have experts (the same T rows in the fused tower), H hidden, I intermediate
 (``INTER``), R expert rank (``RANK``), E experts, C segments. "Sorted" means in the order of ``perm``.
-With ``h = silu(a) * u`` and ``s = sigmoid(a)``: ``d_u = d_h * a * s``, ``d_a = d_h * u * s * (1 + a - a * s)``.
+With ``h = silu(a) * u``, ``s = sigmoid(a)``: ``d_u = d_h * a * s``, ``d_a = d_h * u * s * (1 + a - a * s)``.
 Base weight gradients are plain GEMMs over these results and stay with the vendor library.
 """
 
@@ -41,6 +42,21 @@ def _expert_d_hidden_tile(
 
 
 @triton.jit
+def _swiglu_backward_columns(
+    d_h, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, target, inside, col,
+    INTER: tl.constexpr, COLUMNS: tl.constexpr, KEEP_H: tl.constexpr,
+):  # fmt: skip
+    """From ``d_h`` of some columns and the saved pre-activations to ``d_a``, ``d_u`` and ``h``."""
+    a = load_rows(a_ptr, target, inside, col, INTER, COLUMNS).to(tl.float32)
+    u = load_rows(u_ptr, target, inside, col, INTER, COLUMNS).to(tl.float32)
+    d_a, d_u, h = swiglu_backward(d_h, a, u)
+    store_rows(d_a_ptr, d_a, target, inside, col, INTER, COLUMNS)
+    store_rows(d_u_ptr, d_u, target, inside, col, INTER, COLUMNS)
+    if KEEP_H:
+        store_rows(h_ptr, h, target, inside, col, INTER, COLUMNS)
+
+
+@triton.jit
 def _base_d_hidden_tile(
     d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, rank_ptr, tile, T,
     H: tl.constexpr, INTER: tl.constexpr,
@@ -61,16 +77,20 @@ def _base_d_hidden_tile(
     target = rows
     if SORT:
         target = tl.load(rank_ptr + rows, mask=inside, other=0)
-    a = load_rows(a_ptr, target, inside, col, INTER, BLOCK_N).to(tl.float32)
-    u = load_rows(u_ptr, target, inside, col, INTER, BLOCK_N).to(tl.float32)
-    d_a, d_u, h = swiglu_backward(d_h, a, u)
-    store_rows(d_a_ptr, d_a, target, inside, col, INTER, BLOCK_N)
-    store_rows(d_u_ptr, d_u, target, inside, col, INTER, BLOCK_N)
-    if KEEP_H:
-        store_rows(h_ptr, h, target, inside, col, INTER, BLOCK_N)
+    # In one piece the derivative needs six (BLOCK_M, BLOCK_N) tiles in registers: 390 spills at 128x128.
+    left, right = tl.split(tl.permute(tl.reshape(d_h, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    _swiglu_backward_columns(
+        left, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, target, inside, col, INTER, BLOCK_N // 2, KEEP_H
+    )
+    # The right half may lie outside altogether, and then its mask has no columns to compare.
+    col += BLOCK_N // 2
+    inside &= col < INTER
+    _swiglu_backward_columns(
+        right, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, target, inside, col, INTER, BLOCK_N // 2, KEEP_H
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def d_hidden_kernel(
     d_y,  # (T, H) gradient of the base rows' output: descriptor where TMA, else pointer
     down,  # (H, I)
@@ -122,7 +142,8 @@ def d_hidden_kernel(
             _expert_d_hidden_tile(
                 expert_d_y_ptr, expert_down_ptr, expert_a_ptr, expert_u_ptr,
                 expert_d_a_ptr, expert_d_u_ptr, expert_h_ptr, perm_ptr, offsets_ptr, experts_ptr,
-                tl.load(tile_segment_ptr + tile), tl.load(tile_start_ptr + tile), tl.full((1, 1), scale, tl.float32),
+                tl.load(tile_segment_ptr + tile), tl.load(tile_start_ptr + tile),
+                tl.full((1, 1), scale, tl.float32),
                 H, RANK, RANK_PAD, BLOCK_E, BLOCK_K, PRECISION,
             )  # fmt: skip
         elif TOWER != "expert":
@@ -135,7 +156,8 @@ def d_hidden_kernel(
 @triton.jit
 def _segment_d_x(
     acc, d_a_ptr, d_u_ptr, gate_ptr, up_ptr, offsets_ptr, experts_ptr, segment, rows, col,
-    H: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc + d_a_e · Ag_q + d_u_e · Au_q`` for the rows inside the segment; the others add exact zeros."""
     inside = (rows >= tl.load(offsets_ptr + segment)) & (rows < tl.load(offsets_ptr + segment + 1))
@@ -186,7 +208,7 @@ def _grouped_d_x_tile(
     store_rows(d_x_ptr, acc, tl.load(perm_ptr + rows, mask=inside, other=0), inside, col, H, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def d_x_kernel(
     d_a,  # (T, I) sorted in the fused tower: descriptor where TMA, else pointer
     d_u,  # (T, I)

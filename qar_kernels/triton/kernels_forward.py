@@ -1,9 +1,11 @@
+# ruff: noqa: ANN001, ANN201, ANN202
 """Forward kernels: the extended gate/up GEMM, the extended down GEMM.
 
 T rows, S rows that have experts (the same T rows in the fused tower, other rows in the dual tower),
-H hidden, I intermediate (``INTER``), R expert rank (``RANK``), E experts, C segments. "Sorted" means in the order of ``perm``, where every
-expert's rows are contiguous. Both GEMMs are persistent: a program walks the tile list with a stride of
-the grid, expert tiles first, so that their weight streaming hides under the base tiles' arithmetic.
+H hidden, I intermediate (``INTER``), R expert rank (``RANK``), E experts, C segments. "Sorted" means in the
+order of ``perm``, where every expert's rows are contiguous. Both GEMMs are persistent: a program walks the
+tile list with a stride of the grid, expert tiles first, so that their weight streaming hides under the
+base tiles' arithmetic.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def _base_gate_up_tile(
         store_rows(u_ptr, u, target, inside, col, INTER, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gate_up_kernel(
     x,  # (T, H) rows of the base MLP: descriptor where TMA, else pointer
     gate,  # (I, H)
@@ -126,7 +128,8 @@ def gate_up_kernel(
             _expert_gate_up_tile(
                 expert_x_ptr, expert_gate_ptr, expert_up_ptr, expert_h_ptr, expert_a_ptr, expert_u_ptr,
                 perm_ptr, offsets_ptr, experts_ptr,
-                tl.load(tile_segment_ptr + tile), tl.load(tile_start_ptr + tile), tl.full((1, 1), scale, tl.float32),
+                tl.load(tile_segment_ptr + tile), tl.load(tile_start_ptr + tile),
+                tl.full((1, 1), scale, tl.float32),
                 H, RANK, RANK_PAD, BLOCK_E, BLOCK_K, SAVE, PRECISION,
             )  # fmt: skip
         elif TOWER != "expert":
@@ -139,7 +142,8 @@ def gate_up_kernel(
 @triton.jit
 def _segment_down(
     acc, h_ptr, down_ptr, offsets_ptr, experts_ptr, segment, rows, col,
-    H: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc + h_e · Bdᵀ`` for the rows inside the segment; the others add exact zeros."""
     inside = (rows >= tl.load(offsets_ptr + segment)) & (rows < tl.load(offsets_ptr + segment + 1))
@@ -201,7 +205,7 @@ def _grouped_down_tile(
     store_rows(y_ptr, acc, target, inside, col, H, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def down_kernel(
     h,  # (T, I) sorted where FUSED: descriptor where TMA, else pointer
     down,  # (H, I)
@@ -250,7 +254,8 @@ def down_kernel(
         if tile < grouped_tiles:
             if TOWER != "fused":
                 _grouped_down_tile(
-                    expert_h_ptr, expert_down_ptr, base_y_ptr, expert_y_ptr, perm_ptr, offsets_ptr, experts_ptr,
+                    expert_h_ptr, expert_down_ptr, base_y_ptr, expert_y_ptr,
+                    perm_ptr, offsets_ptr, experts_ptr,
                     tl.load(tile_segment_ptr + tile // columns), tl.load(tile_start_ptr + tile // columns),
                     (tile % columns) * BLOCK_N, H, RANK, RANK_PAD, BLOCK_E, BLOCK_N, ADD, PRECISION,
                 )  # fmt: skip

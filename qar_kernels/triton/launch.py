@@ -7,6 +7,8 @@ E experts. Towers: ``"fused"`` base plus experts on the same rows, ``"dual"`` on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,10 +20,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from qar_kernels.tile_plan import TilePlan
 from qar_kernels.triton import kernels_backward as bwd
 from qar_kernels.triton import kernels_forward as fwd
-from qar_kernels.triton.configs import CONFIGS, Gemm, LaunchConfig
+from qar_kernels.triton.configs import Gemm, LaunchConfig
 
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
+
+
+# Whether the kernels were decorated under TRITON_INTERPRET=1.
+INTERPRETED = not isinstance(fwd.gate_up_kernel, triton.JITFunction)
 
 
 class Weights(NamedTuple):
@@ -77,11 +83,6 @@ class Call:
         return Call("expert", self.experts, self.experts, self.perm, self.plan, self.scale, self.config)
 
 
-def interpreted() -> bool:
-    """Whether the kernels were decorated under ``TRITON_INTERPRET=1``."""
-    return not isinstance(fwd.gate_up_kernel, triton.JITFunction)
-
-
 def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden, Hidden]:
     """Pre-activations (empty unless ``save``) and hidden units of the base and of the experts."""
     gemm, tma = call.config.gate_up, _use_tma(call, x, *call.base)
@@ -89,7 +90,8 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
     expert = _new_hidden(x_expert, x_expert.shape[0], call.rank, save)
     block_m = call.config.block_rows
     tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, x.shape[0], call.intermediate, gemm)
-    fwd.gate_up_kernel[_grid(x, tiles)](
+    _launch(
+        fwd.gate_up_kernel, _grid(x, tiles),
         _operand(x, tma, block_m, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_n, gemm.block_k),
         _operand(call.base.up, tma, gemm.block_n, gemm.block_k),
@@ -110,7 +112,8 @@ def down(
     rows, expert_rows = h.shape[0], call.perm.shape[0]
     y = like.new_empty(rows, hidden)
     expert_y = like.new_empty(0 if call.tower == "fused" else expert_rows, hidden)
-    fwd.down_kernel[_grid(like, _row_tiles(call, rows, hidden, gemm))](
+    _launch(
+        fwd.down_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm)),
         _operand(h, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_n, gemm.block_k),
         y, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
@@ -130,7 +133,8 @@ def d_hidden(
     d_base = Hidden(d_a, torch.empty_like(d_a), d_y.new_empty(rows if keep_h else 0, call.intermediate))
     d_expert = _new_hidden(d_y_expert, d_y_expert.shape[0], call.rank, save=True)
     tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, rows, call.intermediate, gemm)
-    bwd.d_hidden_kernel[_grid(d_y, tiles)](
+    _launch(
+        bwd.d_hidden_kernel, _grid(d_y, tiles),
         _operand(d_y, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_k, gemm.block_n),
         base.a, base.u, *d_base,
@@ -148,7 +152,8 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
     rows, expert_rows = d_base.a.shape[0], call.perm.shape[0]
     d_x = like.new_empty(rows, hidden)
     d_x_expert = like.new_empty(0 if call.tower == "fused" else expert_rows, hidden)
-    bwd.d_x_kernel[_grid(like, _row_tiles(call, rows, hidden, gemm))](
+    _launch(
+        bwd.d_x_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm)),
         _operand(d_base.a, tma, call.config.block_rows, gemm.block_k),
         _operand(d_base.u, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_k, gemm.block_n),
@@ -165,7 +170,8 @@ def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) ->
     gemm, hidden = call.config.weight_grad, x.shape[1]
     grads = Weights(*(torch.zeros_like(weight) for weight in call.experts))
     tiles = 2 * (call.plan.experts.shape[0] - 1) * triton.cdiv(hidden, gemm.block_n)
-    bwd.expert_weight_grad_kernel[_grid(x, tiles)](
+    _launch(
+        bwd.expert_weight_grad_kernel, _grid(x, tiles),
         x, d_y, *d_expert, *grads, call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count,
         H=hidden, RANK=call.rank, RANK_PAD=_rank_pad(call.rank),
         BLOCK_N=gemm.block_n, BLOCK_K=gemm.block_k, PRECISION=_precision(x),
@@ -245,6 +251,31 @@ def _operand(matrix: Tensor, tma: bool, block_rows: int, block_cols: int) -> Ten
     return TensorDescriptor.from_tensor(matrix, [block_rows, block_cols]) if tma else matrix
 
 
-def config_named(name: str) -> LaunchConfig:
-    """The launch configuration of that name."""
-    return CONFIGS[name]
+@dataclass(frozen=True)
+class Recorded:
+    """A launch that was asked for: the kernel, its positional arguments and its keyword arguments."""
+
+    kernel: object
+    args: tuple
+    meta: dict
+
+
+_recorded: list[Recorded] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """Collect launches instead of running them: what is compiled ahead of time is what would run."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def _launch(kernel: object, grid: tuple[int], *args: object, **meta: object) -> None:
+    if _recorded is not None:
+        _recorded.append(Recorded(kernel, args, meta))
+    else:
+        kernel[grid](*args, **meta)

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201
 """Device functions that every kernel shares: tile loads, tile order, segment lookups, the SwiGLU.
 
 T rows, H hidden, I intermediate, R expert rank (``RANK``; ``RANK_PAD`` is R raised to at least 16, the
@@ -11,10 +12,46 @@ import triton.language as tl
 
 
 @triton.jit
+def in_columns(row_mask, col, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Mask of a tile's elements; where BLOCK_COLS divides COLS a column needs no comparison.
+
+    The tile must start inside the matrix.
+    """
+    if COLS % BLOCK_COLS == 0:
+        return row_mask[:, None]
+    else:
+        return row_mask[:, None] & (col + tl.arange(0, BLOCK_COLS) < COLS)[None, :]
+
+
+@triton.jit
+def load_rows(ptr, row_index, row_mask, col, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Gathered rows of a row-major matrix with COLS columns: (len(row_index), BLOCK_COLS)."""
+    c = col + tl.arange(0, BLOCK_COLS)
+    inside = in_columns(row_mask, col, COLS, BLOCK_COLS)
+    return tl.load(ptr + row_index.to(tl.int64)[:, None] * COLS + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, value, row_index, row_mask, col, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Scatter a (len(row_index), BLOCK_COLS) tile to rows of a matrix with COLS columns."""
+    c = col + tl.arange(0, BLOCK_COLS)
+    inside = in_columns(row_mask, col, COLS, BLOCK_COLS)
+    offsets = row_index.to(tl.int64)[:, None] * COLS + c[None, :]
+    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def load_dense(
-    src, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TMA: tl.constexpr
+    src,
+    row,
+    col,
+    rows,
+    COLS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """A (BLOCK_ROWS, BLOCK_COLS) tile of a row-major (rows, cols) matrix, zeros outside it.
+    """A (BLOCK_ROWS, BLOCK_COLS) tile of a row-major (rows, COLS) matrix, zeros outside it.
 
     ``src`` is a tensor descriptor where TMA, else a pointer.
     """
@@ -22,26 +59,7 @@ def load_dense(
         return src.load([row, col])
     else:
         r = row + tl.arange(0, BLOCK_ROWS)
-        c = col + tl.arange(0, BLOCK_COLS)
-        inside = (r < rows)[:, None] & (c < cols)[None, :]
-        return tl.load(src + r.to(tl.int64)[:, None] * cols + c[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def load_rows(ptr, row_index, row_mask, col, cols, BLOCK_COLS: tl.constexpr):
-    """Gathered rows of a row-major matrix with ``cols`` columns: (len(row_index), BLOCK_COLS)."""
-    c = col + tl.arange(0, BLOCK_COLS)
-    inside = row_mask[:, None] & (c < cols)[None, :]
-    return tl.load(ptr + row_index.to(tl.int64)[:, None] * cols + c[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def store_rows(ptr, value, row_index, row_mask, col, cols, BLOCK_COLS: tl.constexpr):
-    """Scatter a (len(row_index), BLOCK_COLS) tile to rows of a matrix with ``cols`` columns."""
-    c = col + tl.arange(0, BLOCK_COLS)
-    inside = row_mask[:, None] & (c < cols)[None, :]
-    offsets = row_index.to(tl.int64)[:, None] * cols + c[None, :]
-    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=inside)
+        return load_rows(src, r, r < rows, col, COLS, BLOCK_COLS)
 
 
 @triton.jit

@@ -1,0 +1,58 @@
+"""Every shipped launch configuration compiles ahead of time, without spills, within the chip's memory.
+
+Runs outside the interpreter, so in another process, once per architecture.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from qar_kernels.triton.configs import CONFIGS
+
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+SHAPES = {"Llama-3-8B", "Qwen2.5-7B"}
+TOWERS = ("fused", "dual", "expert")
+
+
+@cache
+def rows(arch, tower):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "qar_kernels.inspect", "--json", "--arch", arch, "--tower", tower]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:] or result.stdout[-2000:]
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_no_spills_and_shared_memory_fits(arch, tower):
+    table = rows(arch, tower)
+    configs = {name for name in CONFIGS if name.startswith(arch.replace("_", ""))}
+    assert {(row["shape"], row["config"]) for row in table} == {(s, c) for s in SHAPES for c in configs}
+    for row in table:
+        assert row["spills"] == 0, row
+        assert row["shared_bytes"] <= SHARED_LIMIT[arch], row
+
+
+@pytest.mark.parametrize("tower", ["fused", "dual"])
+def test_hopper_uses_warpgroup_matrices_and_bulk_copies(tower):
+    for row in rows("sm_90", tower):
+        assert row["hgmma"], row
+        if row["kernel"] != "expert_weight_grad_kernel":  # its rows are gathered: no descriptor can
+            assert row["tma_loads"] > 0, row
+
+
+def test_ampere_uses_tensor_cores():
+    assert all(row["mma"] > 0 and not row["hgmma"] for row in rows("sm_80", "fused"))
+
+
+def test_roofline():
+    command = [sys.executable, "-m", "qar_kernels.inspect", "--roofline", "--json"]
+    cells = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    one_row = next(c for c in cells if (c["chip"], c["shape"], c["T"]) == ("H200", "Llama-3-8B", 1))
+    assert one_row["bound_by"] == "bytes"
+    assert one_row["bytes"] == pytest.approx(6 * 4096 * (14336 + 64), rel=1e-2)
