@@ -69,7 +69,7 @@ def table(arch: str, shapes: dict[str, tuple[int, int]], tower: str = "fused", r
 
 def launches(config: str, hidden: int, inter: int, rank: int, tower: str) -> list[Recorded]:
     """Every launch of a training step (base frozen), on tensors without storage."""
-    rows, experts = 512, 4
+    rows, experts = 64 if config.endswith("decode") else 512, 4
     segments = Segments.from_ids([0, 1, 2, 3] * (rows // 4))
     blocks = CONFIGS[config]
     plan = segments.tile_plan(blocks.block_rows, blocks.block_expert)

@@ -34,6 +34,7 @@ class LaunchConfig:
         group: row tiles that share a column of weights before the next column is read.
         gate_up, down, d_hidden, d_x, weight_grad: the five kernels.
         tma: read dense operands through tensor descriptors.
+        max_splits: parts that the K loop of ``down`` may have where its tiles are too few for the chip.
     """
 
     block_rows: int
@@ -45,6 +46,7 @@ class LaunchConfig:
     d_x: Gemm
     weight_grad: Gemm
     tma: bool = False
+    max_splits: int = 1
 
 
 CONFIGS = {
@@ -66,9 +68,10 @@ CONFIGS = {
         gate_up=Gemm(64, 128, warps=4, stages=3),
         down=Gemm(64, 128, warps=4, stages=4),
         d_hidden=Gemm(64, 128, warps=4, stages=4),
-        d_x=Gemm(64, 128, warps=4, stages=4),
+        d_x=Gemm(32, 128, warps=4, stages=3),
         weight_grad=Gemm(64, 32, warps=4, stages=3),
         tma=True,
+        max_splits=8,
     ),
     "sm80_large": LaunchConfig(
         block_rows=128,
@@ -87,8 +90,9 @@ CONFIGS = {
         gate_up=Gemm(64, 64, warps=4, stages=4),
         down=Gemm(64, 64, warps=4, stages=4),
         d_hidden=Gemm(64, 64, warps=4, stages=4),
-        d_x=Gemm(64, 64, warps=4, stages=4),
+        d_x=Gemm(64, 64, warps=8, stages=3),
         weight_grad=Gemm(64, 32, warps=4, stages=3),
+        max_splits=8,
     ),
     "fp32": LaunchConfig(
         block_rows=64,

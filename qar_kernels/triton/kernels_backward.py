@@ -256,10 +256,11 @@ def d_x_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         if tile < grouped_tiles:
             if TOWER != "fused":
+                owner = tile // columns
                 _grouped_d_x_tile(
                     expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr, expert_d_x_ptr,
                     perm_ptr, offsets_ptr, experts_ptr,
-                    tl.load(tile_segment_ptr + tile // columns), tl.load(tile_start_ptr + tile // columns),
+                    tl.load(tile_segment_ptr + owner), tl.load(tile_start_ptr + owner),
                     (tile % columns) * BLOCK_N, H, RANK, RANK_PAD, BLOCK_E, BLOCK_N, PRECISION,
                 )  # fmt: skip
         elif TOWER != "expert":

@@ -24,6 +24,8 @@ from qar_kernels.triton.configs import Gemm, LaunchConfig
 
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
+_RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded instead of run
+_REDUCE_COLUMNS = 1024
 
 
 # Whether the kernels were decorated under TRITON_INTERPRET=1.
@@ -108,18 +110,26 @@ def down(
 ) -> tuple[Tensor, Tensor]:
     """Outputs of the base rows and of the expert rows (in the fused tower all is in the first)."""
     gemm, tma = call.config.down, _use_tma(call, h, call.base.down)
-    hidden = like.shape[1]
-    rows, expert_rows = h.shape[0], call.perm.shape[0]
+    rows, hidden, fused = h.shape[0], like.shape[1], call.tower == "fused"
     y = like.new_empty(rows, hidden)
-    expert_y = like.new_empty(0 if call.tower == "fused" else expert_rows, hidden)
+    expert_y = like.new_empty(0 if fused else call.perm.shape[0], hidden)
+    splits = _splits(call, like, _base_tiles(call, rows, hidden, gemm))
+    slots = splits + fused if splits > 1 else 1
+    parts = like.new_empty(slots, rows, hidden, dtype=torch.float32) if slots > 1 else y
     _launch(
-        fwd.down_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm)),
+        fwd.down_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm) * slots),
         _operand(h, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_n, gemm.block_k),
-        y, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
+        parts, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
         call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment, rows,
-        **_shape(call, like), **_blocks(call, gemm), TOWER=call.tower, ADD=base_y is not None, TMA=tma,
+        **_shape(call, like), **_blocks(call, gemm), SPLITS=splits, TOWER=call.tower,
+        ADD=base_y is not None, TMA=tma,
     )  # fmt: skip
+    if slots > 1:
+        _launch(
+            fwd.reduce_kernel, (rows, triton.cdiv(hidden, _REDUCE_COLUMNS)), parts, y, call.perm, rows,
+            H=hidden, SLOTS=slots, BLOCK_N=_REDUCE_COLUMNS, SORTED=fused, num_warps=4, num_stages=1,
+        )  # fmt: skip
     return y, expert_y
 
 
@@ -230,9 +240,25 @@ def _row_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
 
 
 def _grid(x: Tensor, tiles: int) -> tuple[int]:
-    if x.device.type != "cuda":
-        return (_INTERPRETER_PROGRAMS,)
-    return (min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count),)
+    return (min(tiles, _programs(x)),)
+
+
+def _programs(x: Tensor) -> int:
+    """Programs of a persistent kernel: one per multiprocessor."""
+    if x.device.type == "cuda":
+        return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return _INTERPRETER_PROGRAMS if x.device.type == "cpu" else _RECORDED_PROGRAMS
+
+
+def _splits(call: Call, x: Tensor, tiles: int) -> int:
+    """Parts of the down K loop: a power of two that gives each program up to two tiles.
+
+    Depends on T, H and the device only, never on the ids: a row's sum has one order in all company.
+    """
+    splits = 1
+    while call.tower != "expert" and 2 * splits <= call.config.max_splits and splits * tiles < _programs(x):
+        splits *= 2
+    return splits
 
 
 def _use_tma(call: Call, *operands: Tensor) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qar_kernels import Segments, fused_mlp
 from qar_kernels.triton import backend as triton_backend
-from qar_kernels.triton.configs import CONFIGS
+from qar_kernels.triton.configs import CONFIGS, Gemm
 
 
 def ids(rows, experts, seed=0, none=True):
@@ -74,6 +74,12 @@ def test_descriptors(use_config, tower):
 def test_shipped_configurations(use_config, name):
     use_config(CONFIGS[name])
     check(Case(ids(150, 5), H=144, I=272, R=64, E=5), "fused", "triton", torch.float16)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_split_k(use_config, tower):
+    use_config(replace(CONFIGS["tiny"], block_rows=64, down=Gemm(64, 16, warps=4, stages=1), max_splits=4))
+    check(Case(ids(37, 4)), tower, "triton", torch.float32)
 
 
 @settings(max_examples=8, deadline=None)
