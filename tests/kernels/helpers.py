@@ -72,12 +72,12 @@ class Case:
         return leaves
 
 
-def run(case, tower, backend, dtype, rounded=None, **options):
+def run(case, tower, backend, dtype, rounded=None, device="cpu", **options):
     """Outputs and every gradient by name. ``rounded``: dtype the inputs are rounded to first."""
     leaves = case.leaves(rounded or dtype, requires_grad=False)
-    leaves = {n: t.to(dtype).requires_grad_(not n.startswith("d_y")) for n, t in leaves.items()}
+    leaves = {n: t.to(device, dtype).requires_grad_(not n.startswith("d_y")) for n, t in leaves.items()}
     weights = [leaves[name] for name in _NAMES[1:]]
-    seg = Segments.from_ids(case.ids)
+    seg = Segments.from_ids(torch.tensor(case.ids, device=device))
     if tower == "fused":
         outputs = {"y": fused_mlp(leaves["x"], *weights, seg, case.scale, backend=backend, **options)}
         used = _NAMES
@@ -95,11 +95,11 @@ def run(case, tower, backend, dtype, rounded=None, **options):
     }
 
 
-def check(case, tower, backend, dtype, **options):
+def check(case, tower, backend, dtype, device="cpu", **options):
     """Every output and gradient of ``backend`` against float64, with eager PyTorch's error as measure."""
-    truth = run(case, tower, "reference", torch.float64, rounded=dtype)
-    eager = run(case, tower, "reference", dtype)
-    got = run(case, tower, backend, dtype, **options)
+    truth = run(case, tower, "reference", torch.float64, rounded=dtype, device=device)
+    eager = run(case, tower, "reference", dtype, device=device)
+    got = run(case, tower, backend, dtype, device=device, **options)
     for name, ref64 in truth.items():
         assert got[name].dtype == dtype
         assert_close(name, got[name], ref64, eager[name])
