@@ -60,7 +60,7 @@ def table(arch: str, shapes: dict[str, tuple[int, int]], tower: str = "fused", r
     """Compile the configurations of ``arch`` at the given ``{name: (H, I)}`` and describe each kernel."""
     rows = []
     for config in CONFIGS:
-        if config.startswith(arch.replace("_", "")):
+        if config.startswith(arch.replace("_", "")) or config == "fp32":
             for shape, (hidden, inter) in shapes.items():
                 for recorded in launches(config, hidden, inter, rank, tower):
                     rows.append(_describe(recorded, arch, shape, config, tower))
@@ -74,8 +74,10 @@ def launches(config: str, hidden: int, inter: int, rank: int, tower: str) -> lis
     blocks = CONFIGS[config]
     plan = segments.tile_plan(blocks.block_rows, blocks.block_expert)
 
+    dtype = torch.float32 if config == "fp32" else torch.bfloat16
+
     def empty(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.bfloat16, device="meta")
+        return torch.empty(size, dtype=dtype, device="meta")
 
     base = Weights(empty(inter, hidden), empty(inter, hidden), empty(hidden, inter))
     expert = Weights(empty(experts, rank, hidden), empty(experts, rank, hidden), empty(experts, hidden, rank))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qar_kernels import dispatch, reference, torch_backend
-from qar_kernels.checks import check_base, check_experts
+from qar_kernels.checks import check_base, check_base_y, check_experts
 from qar_kernels.segments import Segments
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -116,18 +116,33 @@ def expert_mlp(
     expert_down: Tensor,
     seg: Segments,
     backend: str = "auto",
+    expert_scale: float = 1.0,
+    base_y: Tensor | None = None,
 ) -> Tensor:
-    """``expert_q(x)`` alone, for callers whose base MLP runs elsewhere (adapters, quantised weights)."""
+    """``base_y + expert_scale * expert_q(x)``, for callers whose base MLP runs elsewhere.
+
+    That is where the base has adapters (LoRA with dropout, DoRA) or quantised weights: its own modules
+    compute ``base_y`` (like ``x``), and "triton" adds the experts while it writes them. Without
+    ``base_y``, rows without an expert (-1) give zeros. Differentiable in all tensors.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
     x, expert_gate, expert_up, expert_down = _autocast(x, expert_gate, expert_up, expert_down)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
     rows = x.reshape(-1, x.shape[-1])
+    if base_y is not None:
+        (base_y,) = _autocast(base_y)
+        check_base_y(x, base_y)
+        base_y = base_y.reshape(rows.shape)
     name = _resolve(backend, rows)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
-        y = triton_backend.expert_mlp(rows, (expert_gate, expert_up, expert_down), seg)
-    else:
-        y = _module(name).expert_mlp(rows, expert_gate, expert_up, expert_down, seg)
+        experts = (expert_gate, expert_up, expert_down)
+        return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y).reshape(x.shape)
+    y = _module(name).expert_mlp(rows, expert_gate, expert_up, expert_down, seg)
+    y = y * expert_scale if base_y is None else torch.add(base_y, y, alpha=expert_scale)
     return y.reshape(x.shape)
 
 

@@ -125,3 +125,20 @@ def test_leading_dimensions():
     seg = Segments.from_sequences([0, 2], seq_len=3)
     flat = fused_mlp(*leaves, seg)
     assert torch.equal(fused_mlp(leaves[0].view(2, 3, -1), *leaves[1:], seg), flat.view(2, 3, -1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_experts_added_to_a_base_that_ran_elsewhere(backend):
+    leaves, seg = leaves_and_segments()
+    base_y = torch.randn_like(leaves[0]).requires_grad_()
+    wanted = [leaves[0], base_y, *leaves[4:]]
+    y = expert_mlp(leaves[0], *leaves[4:], seg, backend=backend, expert_scale=0.3, base_y=base_y)
+    expected = base_y + 0.3 * expert_mlp(leaves[0], *leaves[4:], seg, backend="reference")
+    torch.testing.assert_close(y, expected)
+    d_y = torch.randn_like(y)
+    for got, grad in zip(
+        torch.autograd.grad(y, wanted, d_y), torch.autograd.grad(expected, wanted, d_y), strict=True
+    ):
+        torch.testing.assert_close(got, grad)
+    with pytest.raises(ValueError, match="base_y: got shape"):
+        expert_mlp(leaves[0], *leaves[4:], seg, backend=backend, base_y=base_y[1:])
