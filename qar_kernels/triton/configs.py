@@ -81,7 +81,7 @@ CONFIGS = {
         down=Gemm(128, 64, warps=8, stages=3),
         d_hidden=Gemm(128, 64, warps=8, stages=3),
         d_x=Gemm(128, 64, warps=8, stages=3),
-        weight_grad=Gemm(64, 64, warps=4, stages=3),
+        weight_grad=Gemm(64, 64, warps=8, stages=3),
     ),
     "sm80_decode": LaunchConfig(
         block_rows=64,

@@ -12,7 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qar_kernels.triton.tiles import grouped_order, load_dense, load_rows, store_rows, swiglu_backward
+from qar_kernels.triton.tiles import (
+    grouped_order,
+    load_dense,
+    load_rows,
+    segment_stages,
+    split_columns,
+    store_rows,
+    swiglu_backward,
+)
 
 
 @triton.jit
@@ -78,7 +86,7 @@ def _base_d_hidden_tile(
     if SORT:
         target = tl.load(rank_ptr + rows, mask=inside, other=0)
     # In one piece the derivative needs six (BLOCK_M, BLOCK_N) tiles in registers: 390 spills at 128x128.
-    left, right = tl.split(tl.permute(tl.reshape(d_h, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    left, right = split_columns(d_h, BLOCK_M, BLOCK_N)
     _swiglu_backward_columns(
         left, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, target, inside, col, INTER, BLOCK_N // 2, KEEP_H
     )
@@ -286,7 +294,8 @@ def d_x_kernel(
             target = rows
             if TOWER == "fused":
                 first = tl.load(first_segment_ptr + row_tile)
-                for segment in range(first, tl.load(last_segment_ptr + row_tile)):
+                last = tl.load(last_segment_ptr + row_tile)
+                for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD)):
                     acc = _segment_d_x(
                         acc, expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr,
                         offsets_ptr, experts_ptr, segment, rows, col,

@@ -13,7 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qar_kernels.triton.tiles import grouped_order, load_dense, load_rows, store_rows, swiglu
+from qar_kernels.triton.tiles import (
+    grouped_order,
+    load_dense,
+    load_rows,
+    segment_stages,
+    split_columns,
+    store_rows,
+    swiglu,
+)
 
 
 @triton.jit
@@ -46,6 +54,18 @@ def _expert_gate_up_tile(
 
 
 @triton.jit
+def _store_swiglu_columns(
+    a, u, h_ptr, a_ptr, u_ptr, target, inside, col,
+    INTER: tl.constexpr, COLUMNS: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """``silu(a) * u`` and, where SAVE, both pre-activations of some columns."""
+    store_rows(h_ptr, swiglu(a, u), target, inside, col, INTER, COLUMNS)
+    if SAVE:
+        store_rows(a_ptr, a, target, inside, col, INTER, COLUMNS)
+        store_rows(u_ptr, u, target, inside, col, INTER, COLUMNS)
+
+
+@triton.jit
 def _base_gate_up_tile(
     x, gate, up, h_ptr, a_ptr, u_ptr, rank_ptr, tile, T,
     H: tl.constexpr, INTER: tl.constexpr,
@@ -71,10 +91,16 @@ def _base_gate_up_tile(
     target = rows
     if SORT:
         target = tl.load(rank_ptr + rows, mask=inside, other=0)
-    store_rows(h_ptr, swiglu(a, u), target, inside, col, INTER, BLOCK_N)
-    if SAVE:
-        store_rows(a_ptr, a, target, inside, col, INTER, BLOCK_N)
-        store_rows(u_ptr, u, target, inside, col, INTER, BLOCK_N)
+    # In one piece a, u and h do not fit beside each other at 128x128 (up to 10 spills).
+    a_left, a_right = split_columns(a, BLOCK_M, BLOCK_N)
+    u_left, u_right = split_columns(u, BLOCK_M, BLOCK_N)
+    _store_swiglu_columns(a_left, u_left, h_ptr, a_ptr, u_ptr, target, inside, col, INTER, BLOCK_N // 2, SAVE)
+    # The right half may lie outside altogether, and then its mask has no columns to compare.
+    col += BLOCK_N // 2
+    inside &= col < INTER
+    _store_swiglu_columns(
+        a_right, u_right, h_ptr, a_ptr, u_ptr, target, inside, col, INTER, BLOCK_N // 2, SAVE
+    )
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -212,7 +238,8 @@ def _row_tile_down(
     if FUSED:
         if SPLITS == 1 or slot == SPLITS:
             first = tl.load(first_segment_ptr + row_tile)
-            for segment in range(first, tl.load(last_segment_ptr + row_tile)):
+            last = tl.load(last_segment_ptr + row_tile)
+            for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD)):
                 acc = _segment_down(
                     acc, expert_h_ptr, expert_down_ptr, offsets_ptr, experts_ptr, segment, rows, col,
                     H, RANK, RANK_PAD, BLOCK_N, PRECISION,

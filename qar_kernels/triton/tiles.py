@@ -73,6 +73,18 @@ def grouped_order(tile, num_rows, num_cols, GROUP: tl.constexpr):
 
 
 @triton.jit
+def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a (ROWS, COLUMNS) tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.constexpr_function
+def segment_stages(rank_pad):
+    """Pipeline stages of the loop over segments: at R 128 two would need 393 KB of shared memory."""
+    return 1 if rank_pad > 64 else 2
+
+
+@triton.jit
 def swiglu(a, u):
     """``silu(a) * u`` in fp32."""
     return a * tl.sigmoid(a) * u
