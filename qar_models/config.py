@@ -1,0 +1,141 @@
+"""What makes a model querier-aware, as one frozen, checked dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Tower = Literal["residual", "replace"]
+ExpertKind = Literal["per_querier", "shared", "shared+per_querier"]
+UnknownPolicy = Literal["none", "error", "mean", "shared"]
+ContrastKind = Literal["masked", "reference"]
+Backend = Literal["auto", "triton", "torch", "reference"]
+
+_LOWEST = {
+    "num_queriers": 1,
+    "expert_rank": 1,
+    "memory_size": 1,
+    "projection_dim": 1,
+    "first_expert_layer": 0,
+    "num_clusters": 0,
+}
+
+
+@dataclass(frozen=True)
+class QARConfig:
+    """Settings of the querier-specific tower (arXiv 2412.11736, section 3).
+
+    Attributes:
+        num_queriers: number of querier ids, ``0 .. num_queriers - 1``.
+        expert_rank: rank R of the low-rank SwiGLU experts.
+        tower: ``"residual"`` adds the expert to the base MLP in one stream of hidden states and starts
+            as the base model exactly; ``"replace"`` runs a second stream whose MLP is the expert (the paper).
+        experts: one expert each, one for everybody (the paper's code), or both added.
+        expert_scale: factor on the experts' output in the ``"residual"`` tower.
+        first_expert_layer: first decoder layer with experts; the layers below stay plain (all of them, where
+            it equals the number of layers: the base model under the same interface).
+        unknown_querier: what id -1 gets. ``"none"`` (no per-querier expert, ``"residual"`` only),
+            ``"mean"`` (the mean of all experts), ``"shared"`` (only the shared expert, with
+            ``experts="shared+per_querier"``) or ``"error"``. Default: ``"none"`` for ``"residual"``,
+            ``"error"`` for ``"replace"``.
+        querier_names: names in order of id, saved with the model.
+        num_clusters: query clusters of the contrastive loss; 0 turns the loss off.
+        memory_size: last projections kept per view, cluster and querier (K).
+        projection_dim: width of the two views (P).
+        temperature: τ of the contrastive softmax.
+        contrastive_weight: λ, the weight of the contrastive loss in the total.
+        contrast: who competes in the contrastive softmax: ``"masked"`` only queriers that have spoken, or
+            ``"reference"`` as the paper's code, see :func:`~qar_models.load_upstream`.
+        backend: kernel backend, see :func:`qar_kernels.fused_mlp`.
+    """
+
+    num_queriers: int
+    expert_rank: int = 64
+    tower: Tower = "residual"
+    experts: ExpertKind = "per_querier"
+    expert_scale: float = 1.0
+    first_expert_layer: int = 0
+    unknown_querier: UnknownPolicy | None = None
+    querier_names: tuple[str, ...] | None = None
+    num_clusters: int = 0
+    memory_size: int = 512
+    projection_dim: int = 512
+    temperature: float = 0.1
+    contrastive_weight: float = 0.5
+    contrast: ContrastKind = "masked"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_choice("tower", Tower)
+        self._check_choice("experts", ExpertKind)
+        self._check_choice("contrast", ContrastKind)
+        self._check_choice("backend", Backend)
+        if self.unknown_querier is None:
+            object.__setattr__(self, "unknown_querier", "none" if self.tower == "residual" else "error")
+        self._check_choice("unknown_querier", UnknownPolicy)
+        if self.querier_names is not None:
+            object.__setattr__(self, "querier_names", tuple(self.querier_names))
+        self._check_combinations()
+
+    def _check_choice(self, name: str, choices: Any) -> None:
+        value = getattr(self, name)
+        if value not in get_args(choices):
+            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(get_args(choices))}")
+
+    def _check_numbers(self) -> None:
+        for name, lowest in _LOWEST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(f"{name}: got {value!r}, expected an integer")
+            if value < lowest:
+                raise ValueError(f"{name}: got {value}, expected at least {lowest}")
+        for name in ("expert_scale", "temperature", "contrastive_weight"):
+            if not isinstance(getattr(self, name), int | float):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a number")
+        if self.contrastive_weight < 0:
+            raise ValueError(f"contrastive_weight: got {self.contrastive_weight}, expected at least 0")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: got {self.temperature}, expected a positive number")
+
+    def _check_combinations(self) -> None:
+        if self.unknown_querier == "none" and self.tower == "replace":
+            raise ValueError(
+                "unknown_querier: got 'none' with tower='replace', where a row without an expert has no "
+                "MLP; expected 'error', 'mean' or 'shared'"
+            )
+        if self.unknown_querier == "shared" and self.experts != "shared+per_querier":
+            raise ValueError(
+                f"unknown_querier: got 'shared' with experts={self.experts!r}, "
+                "expected experts='shared+per_querier'"
+            )
+        names = self.querier_names
+        if names is not None and (len(names) != self.num_queriers or len(set(names)) != len(names)):
+            raise ValueError(
+                f"querier_names: got {len(names)} names ({len(set(names))} different), "
+                f"expected {self.num_queriers} different names"
+            )
+
+    @property
+    def needs_querier_ids(self) -> bool:
+        """Whether the forward pass must be told who asks."""
+        return self.experts != "shared"
+
+    @property
+    def num_experts(self) -> int:
+        """Experts in each layer's bank (E); the extra expert of ``shared+per_querier`` not counted."""
+        return 1 if self.experts == "shared" else self.num_queriers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``config.json``."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QARConfig:
+        """The inverse of :meth:`to_dict`; an unknown key is an error that names it."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"QARConfig: got unknown keys {unknown}, expected keys of {sorted(known)}")
+        return cls(**values)

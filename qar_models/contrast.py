@@ -1,0 +1,177 @@
+"""The querier-contrastive loss (arXiv 2412.11736, section 3.3): answers to similar queries should
+differ by who asks.
+
+B sequences, S tokens, H hidden, P projection, C clusters, Q queriers, K memory slots; 2 views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from qar_models.config import QARConfig
+from qar_models.distributed import gather_batch
+
+MAX_LOSS = 10.0
+
+
+class QuerierContrast(nn.Module):
+    """Two linear views per cluster, and a memory of the last K projections of every querier.
+
+    The mean of a querier's remembered projections is its prototype. Sums are kept beside the ring
+    buffer, so that a step costs the same for every K and touches the batch's own queriers only.
+    """
+
+    def __init__(self, qar: QARConfig, hidden_size: int, norm: nn.Module) -> None:
+        super().__init__()
+        clusters, queriers, width = qar.num_clusters, qar.num_queriers, qar.projection_dim
+        self.num_queriers, self.temperature = queriers, qar.temperature
+        self.norm_role_proj = norm
+        like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+        self.head_weight = nn.Parameter(torch.empty(2, clusters, width, hidden_size, **like))
+        self.head_bias = nn.Parameter(torch.empty(2, clusters, width, **like))
+        device, slots = norm.weight.device, qar.memory_size
+        memory = torch.zeros(2, clusters, queriers, slots, width, device=device, dtype=torch.float32)
+        self.register_buffer("memory", memory)
+        # fp64 keeps the running sum equal to a fresh one to fp32 rounding after millions of steps
+        totals = torch.zeros(2, clusters, queriers, width, device=device, dtype=torch.float64)
+        self.register_buffer("totals", totals)
+        self.register_buffer("writes", torch.zeros(clusters, queriers, device=device, dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves go through, casts do not: ``model.bfloat16()`` must not round what is remembered.
+
+        The bits travel as integers, which ``nn.Module.to`` never casts.
+        """
+        exact = {id(self.memory): torch.int32, id(self.totals): torch.int64}
+
+        def apply(tensor: Tensor) -> Tensor:
+            bits = exact.get(id(tensor))
+            return fn(tensor) if bits is None else fn(tensor.view(bits)).view(tensor.dtype)
+
+        return super()._apply(apply, recurse)
+
+    def reset_parameters(self, std: float) -> None:
+        """Heads N(0, std), empty memory."""
+        init.normal_(self.head_weight, mean=0.0, std=std)
+        for tensor in (self.head_bias, self.memory, self.totals, self.writes):
+            init.zeros_(tensor)
+
+    def forward(
+        self,
+        querier_states: Tensor,
+        response_mask: Tensor | None,
+        querier_ids: Tensor | None,
+        cluster_ids: Tensor | None,
+    ) -> Tensor:
+        """The loss, a scalar in [0, 10]; in training the memory takes in the batch afterwards.
+
+        Args:
+            querier_states: ``(B, S, H)``, last layer's states of the specific tower, before the final norm.
+            response_mask: ``(B, S)``, 1 on the responder's tokens.
+            querier_ids: ``(B,)``; sequences of unknown queriers (-1) are left out.
+            cluster_ids: ``(B,)``, the query cluster of each sequence.
+        """
+        self._check(querier_states, response_mask, querier_ids, cluster_ids)
+        mask = response_mask.to(querier_states)
+        pooled = (self.norm_role_proj(querier_states) * mask.unsqueeze(-1)).sum(1)
+        pooled = pooled / mask.sum(1, keepdim=True).clamp(min=1)
+        views = self._project(pooled, cluster_ids)
+        # cosines are divided by the temperature: bf16 would leave two digits of the logits
+        views = views.to(torch.promote_types(views.dtype, torch.float32))
+        usable = (querier_ids >= 0) & (mask.sum(1) > 0)
+        loss = self._loss(views, querier_ids, cluster_ids, usable)
+        if self.training:
+            self._remember(views.detach().float(), querier_ids, cluster_ids, usable)
+        return loss
+
+    def _project(self, pooled: Tensor, cluster_ids: Tensor) -> Tensor:
+        """``(B, H)`` -> both views ``(2, B, P)`` through each sequence's own cluster's heads."""
+        every = torch.einsum("bh,vcph->vbcp", pooled, self.head_weight) + self.head_bias.unsqueeze(1)
+        return every[:, torch.arange(pooled.shape[0], device=pooled.device), cluster_ids]
+
+    def _prototypes(self, cluster_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Prototypes of every querier in each sequence's cluster, and who takes part.
+
+        Returns:
+            ``(2, B, Q, P)``, up to a positive factor (their cosine is all that counts), and ``(B, Q)`` bool.
+        """
+        return self.totals[:, cluster_ids], self.writes[cluster_ids] > 0
+
+    def _loss(self, views: Tensor, querier_ids: Tensor, cluster_ids: Tensor, usable: Tensor) -> Tensor:
+        prototypes, known = self._prototypes(cluster_ids)
+        other = prototypes.flip(0).to(views.dtype)
+        cosine = F.cosine_similarity(views.unsqueeze(2), other, dim=-1)  # (2, B, Q); autocast keeps fp32
+        logits = (cosine / self.temperature).masked_fill(~known, float("-inf"))
+        target = querier_ids.clamp(min=0)
+        usable = usable & known.gather(1, target.unsqueeze(1)).squeeze(1)
+        # a sequence that cannot be scored gets finite logits, so that its (unused) loss has no NaN gradient
+        logits = torch.where(usable.view(1, -1, 1), logits, 0.0)
+        losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(2), reduction="none").view(2, -1)
+        mean = (losses * usable).sum() / (2 * usable.sum()).clamp(min=1)
+        return mean.clamp(0.0, MAX_LOSS)
+
+    @torch.no_grad()
+    def _remember(self, views: Tensor, querier_ids: Tensor, cluster_ids: Tensor, usable: Tensor) -> None:
+        """Write every usable sequence of all ranks into its querier's ring buffer; the oldest give way."""
+        views, querier_ids, cluster_ids, usable = gather_batch(views, querier_ids, cluster_ids, usable)
+        clusters, queriers, slots = self.memory.shape[1:4]
+        pair = torch.where(usable, cluster_ids * queriers + querier_ids, clusters * queriers)
+        count = torch.zeros(clusters * queriers + 1, dtype=torch.int64, device=pair.device)
+        count.index_add_(0, pair, torch.ones_like(pair))
+        order = (pair.unsqueeze(0) == pair.unsqueeze(1)).tril(-1).sum(1)
+        # of more than K new entries of one querier only the last K stay, so no slot is written twice
+        usable = usable & (order >= count[pair] - slots)
+        owner = pair.clamp(max=clusters * queriers - 1)
+        row = owner * slots + (self.writes.view(-1)[owner] + order) % slots
+        memory = self.memory.view(2, -1, self.memory.shape[-1])
+        old = memory[:, row]
+        new = torch.where(usable.view(1, -1, 1), views, old)
+        self.totals.view(2, clusters * queriers, -1).index_add_(1, owner, new.double() - old.double())
+        # sequences that are not written repeat the first one that is: fixed shapes, no read-back
+        source = torch.where(usable, torch.arange(len(usable), device=row.device), usable.int().argmax())
+        memory.index_copy_(1, row[source], new[:, source])
+        self.writes.view(-1).add_(count[:-1])
+
+    def _check(
+        self,
+        states: Tensor,
+        response_mask: Tensor | None,
+        querier_ids: Tensor | None,
+        cluster_ids: Tensor | None,
+    ) -> None:
+        batch, seq_len = states.shape[:2]
+        expected = {
+            "response_mask": (response_mask, (batch, seq_len)),
+            "querier_ids": (querier_ids, (batch,)),
+            "cluster_ids": (cluster_ids, (batch,)),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tensor is None:
+                raise ValueError(f"{name}: missing, but the contrastive loss needs it, of shape {shape}")
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
+            if name != "response_mask" and tensor.is_floating_point():
+                raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")
+        if not torch.compiler.is_compiling():
+            self._check_values(response_mask, querier_ids, cluster_ids)
+
+    def _check_values(self, response_mask: Tensor, querier_ids: Tensor, cluster_ids: Tensor) -> None:
+        """Values are read where that costs no device sync; elsewhere indexing asserts the ids' range."""
+        if response_mask.device.type != "cpu":
+            torch._assert_async(response_mask.any(), "response_mask: no responder token in the batch")
+            return
+        if not response_mask.any():
+            raise ValueError("response_mask: got no responder token in the whole batch, expected some")
+        _check_range("cluster_ids", cluster_ids, 0, len(self.writes) - 1)
+        _check_range("querier_ids", querier_ids, -1, self.num_queriers - 1)
+
+
+def _check_range(name: str, ids: Tensor, lowest: int, highest: int) -> None:
+    if int(ids.min()) < lowest or int(ids.max()) > highest:
+        raise ValueError(f"{name}: got {ids.tolist()}, expected ids from {lowest} to {highest}")

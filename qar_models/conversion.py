@@ -1,0 +1,136 @@
+"""Plain model <-> querier-aware model, in place.
+
+Nothing of the base model is moved or copied: its modules change to their querier-aware subclasses and
+gain ``experts``, so all base parameters keep their names, and adapters or hooks on them stay.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qar_models.config import QARConfig
+from qar_models.contrast import QuerierContrast
+from qar_models.contrast_reference import ReferenceContrast
+from qar_models.experts import Experts
+from qar_models.families import Family, family_of
+
+CONTRASTS = {"masked": QuerierContrast, "reference": ReferenceContrast}
+
+
+def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
+    """Make a loaded Llama, Qwen2 or Qwen3 querier-aware, in place.
+
+    Args:
+        model: a ``ForCausalLM`` of a supported family, or a PEFT model around one.
+        qar: the settings of the querier-specific tower.
+
+    Returns:
+        The same object. With ``tower="residual"`` it computes exactly what it did before, until trained.
+
+    Raises:
+        TypeError: if the family is not supported.
+        ValueError: if the model is querier-aware already, or the settings do not fit it.
+    """
+    base = _unwrap(model)
+    family = family_of(base)
+    if type(base) is family.for_causal_lm:
+        raise ValueError(f"model: {type(base).__name__} is querier-aware already; call remove_qar first")
+    _check_fits(base, qar)
+    family.to_aware(base.config)
+    base.config.qar = qar.to_dict()
+    base.config.architectures = [family.for_causal_lm.__name__]
+    base.__class__ = family.for_causal_lm
+    install(base)
+    _initialize(base)
+    return model
+
+
+def remove_qar(model: nn.Module) -> nn.Module:
+    """Give the base model back: the inverse of :func:`apply_qar`, in place."""
+    base = _unwrap(model)
+    family = family_of(base)
+    if type(base) is not family.for_causal_lm:
+        raise ValueError(f"model: {type(base).__name__} is not querier-aware")
+    decoder = base.model
+    if decoder.trained_ids:
+        base.train_only(None)
+    for layer in decoder.layers:
+        del layer.experts, layer.towers_coincide
+        family.to_plain(layer)
+    for name in ("norm_specific", "qar", "trained_ids"):
+        if hasattr(decoder, name):
+            delattr(decoder, name)
+    del base.contrast, base.qar, base.config.qar
+    for instance in (decoder.norm, decoder, base, base.config):
+        family.to_plain(instance)
+    base.config.architectures = [type(base).__name__]
+    return model
+
+
+def install(model: PreTrainedModel) -> None:
+    """Change the modules of ``model`` (whose config already carries ``qar``) and add the new ones.
+
+    The new parameters' values are left to initialisation or to a checkpoint.
+    """
+    family = family_of(model)
+    if model.config.qar is None:
+        raise ValueError(
+            f"config.qar: missing; build {type(model).__name__} with from_base or from_pretrained"
+        )
+    qar = QARConfig.from_dict(model.config.qar)
+    _check_fits(model, qar)
+    decoder = model.model
+    family.to_aware(decoder.norm)
+    family.to_aware(decoder)
+    model.qar = decoder.qar = qar
+    decoder.trained_ids = []
+    model._no_split_modules = {family.aware[2].__name__}
+    for index, layer in enumerate(decoder.layers):
+        _install_layer(family, layer, index, qar)
+    if qar.tower == "replace":
+        decoder.norm_specific = _copy_norm(decoder.norm, family)
+    model.contrast = None
+    if qar.num_clusters:
+        norm = _copy_norm(decoder.norm, family)
+        model.contrast = CONTRASTS[qar.contrast](qar, model.config.hidden_size, norm)
+
+
+def _install_layer(family: Family, layer: nn.Module, index: int, qar: QARConfig) -> None:
+    family.to_aware(layer)
+    layer.towers_coincide = qar.tower == "replace" and index <= qar.first_expert_layer
+    layer.experts = None
+    if index >= qar.first_expert_layer:
+        # the norm's weight has the compute dtype and the layer's device also where the MLP is quantised
+        like = layer.post_attention_layernorm.weight
+        layer.experts = Experts(qar, like.shape[0], like.dtype, like.device)
+
+
+def _initialize(model: PreTrainedModel) -> None:
+    std = model.config.initializer_range
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Experts | QuerierContrast):
+                module.reset_parameters(std)
+
+
+def _copy_norm(norm: nn.Module, family: Family) -> nn.Module:
+    """A norm that starts as the model's final norm but is one of its own, applied when called."""
+    duplicate = copy.deepcopy(norm)
+    family.to_plain(duplicate)
+    return duplicate
+
+
+def _check_fits(model: PreTrainedModel, qar: QARConfig) -> None:
+    layers = model.config.num_hidden_layers
+    if qar.first_expert_layer > layers:
+        raise ValueError(
+            f"first_expert_layer: got {qar.first_expert_layer}, expected at most {layers} (no experts)"
+        )
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

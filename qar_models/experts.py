@@ -1,0 +1,185 @@
+"""The low-rank experts of one decoder layer.
+
+H hidden, R expert rank, E experts in the bank (one per querier, or one for all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from qar_kernels import dual_mlp, expert_mlp, fused_mlp
+from qar_models.config import QARConfig
+from qar_models.towers import TowerBatch
+
+
+class Experts(nn.Module):
+    """A bank of low-rank SwiGLU experts, stacked: ``gate``/``up`` (E, R, H), ``down`` (E, H, R).
+
+    With ``experts="shared+per_querier"`` one more expert, ``shared_*``, serves every row.
+    """
+
+    def __init__(self, qar: QARConfig, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.qar = qar
+        experts, rank = qar.num_experts, qar.expert_rank
+        self.gate = nn.Parameter(torch.empty(experts, rank, hidden_size, dtype=dtype, device=device))
+        self.up = nn.Parameter(torch.empty(experts, rank, hidden_size, dtype=dtype, device=device))
+        self.down = nn.Parameter(torch.empty(experts, hidden_size, rank, dtype=dtype, device=device))
+        if qar.experts == "shared+per_querier":
+            self.shared_gate = nn.Parameter(torch.empty(rank, hidden_size, dtype=dtype, device=device))
+            self.shared_up = nn.Parameter(torch.empty(rank, hidden_size, dtype=dtype, device=device))
+            self.shared_down = nn.Parameter(torch.empty(hidden_size, rank, dtype=dtype, device=device))
+        self.trained: TrainedExperts | None = None
+
+    @property
+    def bank(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``gate``, ``up`` and ``down`` of all experts."""
+        return self.gate, self.up, self.down
+
+    def reset_parameters(self, std: float) -> None:
+        """N(0, std); the residual tower's ``down`` starts at zero, so that the model starts as its base."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if self.qar.tower == "residual" and name.endswith("down"):
+                init.zeros_(parameter)
+            else:
+                init.normal_(parameter, mean=0.0, std=std)
+
+    def forward(
+        self, mlp: nn.Module, x: Tensor, towers: TowerBatch, x_specific: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Residual tower: ``mlp(x) + scale * expert(x)``. Replace tower: ``(mlp(x), expert(x_specific))``.
+
+        Args:
+            mlp: the layer's base MLP (its ``gate_proj``, ``up_proj`` and ``down_proj`` may be adapters).
+            x: ``(..., H)`` rows of the base MLP.
+            towers: the expert of each row of ``x``, or of ``x_specific`` where that is given.
+            x_specific: ``(..., H)`` rows of the specific tower.
+        """
+        if x_specific is None:
+            return self._residual(mlp, x, towers)
+        return self._replace(mlp, x, x_specific, towers)
+
+    def _residual(self, mlp: nn.Module, x: Tensor, towers: TowerBatch) -> Tensor:
+        scale, backend = self.qar.expert_scale, self.qar.backend
+        base = _plain_weights(mlp)
+        if base is not None:
+            y = fused_mlp(x, *base, *self.bank, towers.segments, scale, backend)
+        else:
+            y = torch.add(mlp(x), expert_mlp(x, *self.bank, towers.segments, backend), alpha=scale)
+        for extra in self._extras(x, towers):
+            y = torch.add(y, extra, alpha=scale)
+        return y
+
+    def _replace(
+        self, mlp: nn.Module, x: Tensor, x_specific: Tensor, towers: TowerBatch
+    ) -> tuple[Tensor, Tensor]:
+        base, backend = _plain_weights(mlp), self.qar.backend
+        if base is not None:
+            general, specific = dual_mlp(x, x_specific, *base, *self.bank, towers.segments, backend)
+        else:
+            general, specific = mlp(x), expert_mlp(x_specific, *self.bank, towers.segments, backend)
+        for extra in self._extras(x_specific, towers):
+            specific = specific + extra
+        return general, specific
+
+    def _extras(self, x: Tensor, towers: TowerBatch) -> Iterator[Tensor]:
+        """What comes on top of the bank: experts that train alone, the shared one, the mean of all."""
+        known = towers.segments.row_expert >= 0
+        if self.trained is not None:
+            yield expert_mlp(x, *self.trained.bank, towers.trained, self.qar.backend)
+            known = known | (towers.trained.row_expert >= 0)
+        if self.qar.experts == "shared+per_querier":
+            yield _swiglu(x, self.shared_gate, self.shared_up, self.shared_down)
+        if self.qar.unknown_querier == "mean":
+            mean = _swiglu(x, *(weight.mean(0) for weight in self.bank))
+            yield mean * ~known.view(*x.shape[:-1], 1)
+
+    def train_only(self, rows: list[int]) -> None:
+        """Freeze the bank and train copies of these rows; no rows: take the copies back into the bank.
+
+        Copies keep gradients and optimizer states to what is trained, and no optimizer (weight decay!) can
+        touch anybody else.
+        """
+        if self.trained is not None:
+            self.trained.write_back(self)
+        self.trained = TrainedExperts(self, rows) if rows else None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.trained is not None:
+            self.trained.read(self)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        experts, rank, hidden = self.gate.shape
+        return f"{experts} experts, rank {rank}, hidden {hidden}, {self.qar.experts}, tower={self.qar.tower}"
+
+
+class TrainedExperts(nn.Module):
+    """Copies of a few experts of a frozen bank. In state dicts they stand in the bank's own tensors."""
+
+    def __init__(self, experts: Experts, rows: list[int]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.gate, self.up, self.down = (nn.Parameter(weight.detach()[rows]) for weight in experts.bank)
+
+    @property
+    def bank(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``gate``, ``up`` and ``down`` of the trained experts."""
+        return self.gate, self.up, self.down
+
+    @torch.no_grad()
+    def write_back(self, experts: Experts) -> None:
+        """Put the trained rows into the bank."""
+        for weight, trained in zip(experts.bank, self.bank, strict=True):
+            weight[self.rows] = trained
+
+    @torch.no_grad()
+    def read(self, experts: Experts) -> None:
+        """Take the rows from the bank: the inverse of :meth:`write_back`."""
+        for weight, trained in zip(experts.bank, self.bank, strict=True):
+            trained.copy_(weight[self.rows])
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        for name, trained in self.named_parameters():
+            key = prefix.removesuffix("trained.") + name
+            destination[key] = destination[key].detach().clone()
+            destination[key][self.rows] = trained.detach()
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """Nothing: the bank's own tensors hold it all, and :class:`Experts` hands it on."""
+
+
+def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def _plain_weights(mlp: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The three base weights, or None where only calling the modules is right.
+
+    That is where a projection is wrapped (LoRA), quantised, has a bias, hooks of its own (offloading),
+    or holds a shard of its weight (ZeRO-3), and where the activation is not SiLU.
+    """
+    projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
+        return None
+    if all(_is_plain(projection) for projection in projections) and not mlp._forward_pre_hooks:
+        return tuple(projection.weight for projection in projections)
+    return None
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    return (
+        type(projection) is nn.Linear
+        and projection.bias is None
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and not hasattr(projection, "_hf_hook")
+        and projection.weight.shape == (projection.out_features, projection.in_features)
+    )

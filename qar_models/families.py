@@ -1,0 +1,172 @@
+"""The supported decoder families. A new one is a configuration, four class statements and a table row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from qar_models.causal_lm import QARForCausalLMMixin
+from qar_models.modeling import DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
+
+
+class QARLlamaConfig(LlamaConfig):
+    """:class:`LlamaConfig` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
+
+    model_type = "qar_llama"
+    qar: dict[str, Any] | None = None
+
+
+class QARLlamaRMSNorm(DeferredNormMixin, LlamaRMSNorm):
+    """Llama's final norm, applied per tower."""
+
+
+class QARLlamaDecoderLayer(QARDecoderLayerMixin, LlamaDecoderLayer):
+    """Llama's decoder layer with experts."""
+
+
+class QARLlamaModel(QARModelMixin, LlamaModel):
+    """Llama's decoder with a querier-specific tower."""
+
+    config_class = QARLlamaConfig
+    _no_split_modules = ("QARLlamaDecoderLayer",)
+
+
+class QARLlamaForCausalLM(QARForCausalLMMixin, LlamaForCausalLM):
+    """Querier-aware Llama (Llama 2 and 3, SmolLM2 and others that load as ``LlamaForCausalLM``)."""
+
+    config_class = QARLlamaConfig
+    _no_split_modules = ("QARLlamaDecoderLayer",)
+
+
+class QARQwen2Config(Qwen2Config):
+    """:class:`Qwen2Config` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
+
+    model_type = "qar_qwen2"
+    qar: dict[str, Any] | None = None
+
+
+class QARQwen2RMSNorm(DeferredNormMixin, Qwen2RMSNorm):
+    """Qwen2's final norm, applied per tower."""
+
+
+class QARQwen2DecoderLayer(QARDecoderLayerMixin, Qwen2DecoderLayer):
+    """Qwen2's decoder layer with experts."""
+
+
+class QARQwen2Model(QARModelMixin, Qwen2Model):
+    """Qwen2's decoder with a querier-specific tower."""
+
+    config_class = QARQwen2Config
+    _no_split_modules = ("QARQwen2DecoderLayer",)
+
+
+class QARQwen2ForCausalLM(QARForCausalLMMixin, Qwen2ForCausalLM):
+    """Querier-aware Qwen2 and Qwen2.5."""
+
+    config_class = QARQwen2Config
+    _no_split_modules = ("QARQwen2DecoderLayer",)
+
+
+class QARQwen3Config(Qwen3Config):
+    """:class:`Qwen3Config` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
+
+    model_type = "qar_qwen3"
+    qar: dict[str, Any] | None = None
+
+
+class QARQwen3RMSNorm(DeferredNormMixin, Qwen3RMSNorm):
+    """Qwen3's final norm, applied per tower."""
+
+
+class QARQwen3DecoderLayer(QARDecoderLayerMixin, Qwen3DecoderLayer):
+    """Qwen3's decoder layer with experts."""
+
+
+class QARQwen3Model(QARModelMixin, Qwen3Model):
+    """Qwen3's decoder with a querier-specific tower."""
+
+    config_class = QARQwen3Config
+    _no_split_modules = ("QARQwen3DecoderLayer",)
+
+
+class QARQwen3ForCausalLM(QARForCausalLMMixin, Qwen3ForCausalLM):
+    """Querier-aware Qwen3 (dense)."""
+
+    config_class = QARQwen3Config
+    _no_split_modules = ("QARQwen3DecoderLayer",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's plain classes and, in the same order, their querier-aware subclasses."""
+
+    plain: tuple[type, type, type, type, type]
+    aware: tuple[type, type, type, type, type]
+
+    @property
+    def for_causal_lm(self) -> type[PreTrainedModel]:
+        """The querier-aware ``ForCausalLM`` class."""
+        return self.aware[4]
+
+    def to_aware(self, instance: PreTrainedConfig | nn.Module) -> None:
+        """Turn one object of the family into its querier-aware subclass, in place."""
+        instance.__class__ = self.aware[self.plain.index(type(instance))]
+
+    def to_plain(self, instance: PreTrainedConfig | nn.Module) -> None:
+        """The inverse of :meth:`to_aware`."""
+        instance.__class__ = self.plain[self.aware.index(type(instance))]
+
+
+FAMILIES = (
+    Family(
+        (LlamaConfig, LlamaRMSNorm, LlamaDecoderLayer, LlamaModel, LlamaForCausalLM),
+        (QARLlamaConfig, QARLlamaRMSNorm, QARLlamaDecoderLayer, QARLlamaModel, QARLlamaForCausalLM),
+    ),
+    Family(
+        (Qwen2Config, Qwen2RMSNorm, Qwen2DecoderLayer, Qwen2Model, Qwen2ForCausalLM),
+        (QARQwen2Config, QARQwen2RMSNorm, QARQwen2DecoderLayer, QARQwen2Model, QARQwen2ForCausalLM),
+    ),
+    Family(
+        (Qwen3Config, Qwen3RMSNorm, Qwen3DecoderLayer, Qwen3Model, Qwen3ForCausalLM),
+        (QARQwen3Config, QARQwen3RMSNorm, QARQwen3DecoderLayer, QARQwen3Model, QARQwen3ForCausalLM),
+    ),
+)
+
+
+for _family in FAMILIES:
+    # transformers enters a class here when its __init__ runs, which an in-place conversion skips; without
+    # the entry ``output_hidden_states`` and ``output_attentions`` would silently return None
+    _decoder = _family.aware[3]
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(_decoder), _decoder._can_record_outputs)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a plain or querier-aware ``ForCausalLM``.
+
+    Raises:
+        TypeError: naming the model's class, if no family has it.
+    """
+    for family in FAMILIES:
+        if type(model) in (family.plain[4], family.aware[4]):
+            return family
+    supported = ", ".join(family.plain[4].__name__ for family in FAMILIES)
+    raise TypeError(f"model: got {type(model).__name__}, expected one of {supported}")

@@ -1,0 +1,208 @@
+"""Queriers come and go: names, experts added and removed, one querier trained while all else rests.
+
+E experts in a bank, C clusters, Q queriers, K memory slots, P projection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qar_models import expert_files
+from qar_models.experts import Experts
+
+Names = str | Sequence[str]
+
+
+class MembershipMixin:
+    """Methods of every querier-aware ``ForCausalLM``.
+
+    Adding and removing make new parameters, so optimizers are built afterwards. Nobody else's answer
+    changes by a bit, except where ``unknown_querier="mean"`` averages over all queriers.
+    """
+
+    @property
+    def queriers(self) -> dict[str, int]:
+        """Querier name -> id; empty where no names were given."""
+        return {name: index for index, name in enumerate(self.qar.querier_names or ())}
+
+    def name_queriers(self, names: Sequence[str]) -> None:
+        """Give every querier a (new) name, in order of id."""
+        if len(names) != self.qar.num_queriers:
+            raise ValueError(f"names: got {len(names)} names, expected {self.qar.num_queriers}")
+        self._set_names(tuple(names))
+
+    def add_queriers(
+        self, names: Names, init: Literal["zero", "mean"] = "zero", like: str | None = None
+    ) -> None:
+        """Append queriers; they get the next ids.
+
+        Args:
+            names: one name or several, all new.
+            init: ``"zero"`` (the expert says nothing yet, but can learn) or ``"mean"`` (of all experts).
+            like: start as a copy of this querier instead.
+
+        Raises:
+            ValueError: naming names that are duplicate, or a ``like`` that is unknown.
+        """
+        names = _as_list(names)
+        self._check_idle()
+        self._check_named()
+        taken = sorted({name for name in names if name in self.queriers or names.count(name) > 1})
+        if taken or not names:
+            raise ValueError(f"names: got {taken or names}, expected new names, each once")
+        if init not in ("zero", "mean"):
+            raise ValueError(f"init: got {init!r}, expected 'zero' or 'mean'")
+        source = None if like is None else self._ids([like])[0]
+        kept = list(range(self.qar.num_queriers))
+        self._resize(kept, len(names))
+        with torch.no_grad():
+            for experts in self._banks():
+                _start(experts, len(kept), self.config.initializer_range, init, source)
+        self._set_names((*self.queriers, *names))
+
+    def remove_queriers(self, names: Names) -> None:
+        """Forget queriers; those behind them move up, so ids are to be looked up in :attr:`queriers` again.
+
+        Raises:
+            ValueError: naming names that are unknown, or if nobody would be left.
+        """
+        self._check_idle()
+        removed = set(self._ids(_as_list(names)))
+        kept = [index for index in range(self.qar.num_queriers) if index not in removed]
+        if not kept:
+            raise ValueError("names: got all queriers, expected at least one to stay")
+        remaining = list(self.queriers)
+        self._resize(kept, 0)
+        self._set_names(tuple(remaining[index] for index in kept))
+
+    def train_only(self, names: Names | None) -> None:
+        """Train these queriers' experts and nothing else; ``None`` ends it and thaws what was frozen.
+
+        Meanwhile the experts train as ``experts.trained.*``, and everybody can be answered. Saved models
+        hold the trained values in the usual place.
+
+        Raises:
+            ValueError: naming names that are unknown, or if experts are shared by everybody.
+        """
+        ids = [] if names is None else self._ids(_as_list(names))
+        self._check_own_experts()
+        if not self.model.trained_ids:
+            self._trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        for experts in self._banks():
+            experts.train_only(ids)
+        self.model.trained_ids = ids
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(".experts.trained." in name if ids else name in self._trainable)
+
+    def save_experts(self, folder: str | PathLike[str], queriers: Names | None = None) -> None:
+        """Write experts to ``folder``, one safetensors file per querier and an ``index.json``.
+
+        Experts of other queriers that ``folder`` holds already stay. A crash leaves the old state.
+
+        Args:
+            folder: made where it does not exist.
+            queriers: names; default all.
+
+        Raises:
+            ValueError: on unknown names, or if ``folder`` holds experts of another base model.
+        """
+        self._check_own_experts()
+        names = list(self.queriers) if queriers is None else _as_list(queriers)
+        expert_files.save(self, folder, dict(zip(names, self._ids(names), strict=True)))
+
+    def load_experts(self, folder: str | PathLike[str], queriers: Names | None = None) -> None:
+        """Read experts that :meth:`save_experts` wrote; unknown names are added, known ones replaced.
+
+        Raises:
+            ValueError: if names are not there, a file is damaged, or the base model is another. The model
+                is then as it was.
+        """
+        self._check_own_experts()
+        self._check_idle()
+        loaded = expert_files.load(self, folder, None if queriers is None else _as_list(queriers))
+        new = [name for name in loaded if name not in self.queriers]
+        if new:
+            self.add_queriers(new)
+        with torch.no_grad():
+            for name, tensors in loaded.items():
+                for key, row in expert_files.rows(self, self.queriers[name]).items():
+                    row.copy_(tensors[key])
+
+    def _ids(self, names: list[str]) -> list[int]:
+        self._check_named()
+        unknown = [name for name in names if name not in self.queriers]
+        if unknown or not names or len(set(names)) != len(names):
+            wrong = unknown or names
+            raise ValueError(f"names: got {wrong}, expected different names of {list(self.queriers)}")
+        return [self.queriers[name] for name in names]
+
+    def _banks(self) -> Iterator[Experts]:
+        if self.qar.experts != "shared":
+            yield from (layer.experts for layer in self.model.layers if layer.experts is not None)
+
+    def _check_named(self) -> None:
+        if self.qar.querier_names is None:
+            raise ValueError("queriers: have no names yet; name them with name_queriers")
+
+    def _check_own_experts(self) -> None:
+        if self.qar.experts == "shared":
+            raise ValueError("experts: got 'shared', where no querier has an expert of their own")
+
+    def _check_idle(self) -> None:
+        if self.model.trained_ids:
+            raise ValueError("train_only: still on; end it with train_only(None) first")
+        if self.qar.contrast == "reference":
+            raise ValueError("contrast: got 'reference', whose queriers are fixed")
+
+    def _resize(self, kept: list[int], added: int) -> None:
+        """Keep these rows of every bank, and of the contrastive memory, and append empty ones."""
+        for experts in self._banks():
+            for name in ("gate", "up", "down"):
+                _replace_tensor(experts, name, lambda old: _take(old, 0, kept, added))
+        if self.contrast is not None:
+            for name, dim in (("memory", 2), ("totals", 2), ("writes", 1)):
+                _replace_tensor(self.contrast, name, lambda old, dim=dim: _take(old, dim, kept, added))
+            self.contrast.num_queriers = len(kept) + added
+
+    def _set_names(self, names: tuple[str, ...]) -> None:
+        qar = dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names)
+        self.qar = self.model.qar = qar
+        self.config.qar = qar.to_dict()
+        for layer in self.model.layers:
+            if layer.experts is not None:
+                layer.experts.qar = qar
+
+
+def _as_list(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _take(old: Tensor, dim: int, kept: list[int], added: int) -> Tensor:
+    rows = old.index_select(dim, torch.tensor(kept, device=old.device))
+    shape = list(old.shape)
+    shape[dim] = added
+    return torch.cat((rows, old.new_zeros(shape)), dim)
+
+
+def _replace_tensor(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    old = getattr(module, name)
+    new = change(old.detach())
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+
+
+def _start(experts: Experts, first: int, std: float, init: str, source: int | None) -> None:
+    """Fill the new rows of a bank, those from ``first`` on."""
+    for weight in experts.bank:
+        if source is not None:
+            weight[first:] = weight[source]
+        elif init == "mean":
+            weight[first:] = weight[:first].mean(0)
+        elif weight is not experts.down:  # with gate and up at zero too, no gradient would ever arrive
+            weight[first:].normal_(0.0, std)

@@ -1,0 +1,148 @@
+"""The querier-aware parts of a decoder stack, written once for every family.
+
+The mixins stand in front of a transformers class (``class QARLlamaModel(QARModelMixin, LlamaModel)``)
+and leave attention, masks, rotary embeddings and caches to it. B sequences, S tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from qar_models.experts import Experts
+from qar_models.queriers import make_towers
+from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
+
+
+@dataclass
+class QARModelOutput(BaseModelOutputWithPast):
+    """``querier_states`` (B, S, H): states of the querier-specific tower before the final norm."""
+
+    querier_states: Tensor | None = None
+
+
+class DeferredNormMixin:
+    """A final norm that does nothing when called: :class:`QARModelMixin` applies it to each tower."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The identity."""
+        return hidden_states
+
+    def normalize(self, hidden_states: Tensor) -> Tensor:
+        """The norm itself."""
+        return super().forward(hidden_states)
+
+
+class QARDecoderLayerMixin:
+    """A decoder layer whose MLP is joined by experts. Llama, Qwen2 and Qwen3 layers share this forward."""
+
+    experts: Experts | None
+    towers_coincide: bool  # replace tower, up to the first layer with experts: run the general rows only
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        towers: TowerBatch | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the base class; ``towers`` says which expert each row has."""
+        if self.towers_coincide:
+            hidden_states, attention_mask, position_ids, position_embeddings = (
+                general_rows(value, towers.batch_size)
+                for value in (hidden_states, attention_mask, position_ids, position_embeddings)
+            )
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return self._feed_forward(hidden_states, towers)
+
+    def _feed_forward(self, hidden_states: Tensor, towers: TowerBatch) -> Tensor:
+        normed = self.post_attention_layernorm(hidden_states)
+        if self.experts is None:
+            return hidden_states + self.mlp(normed)
+        if self.experts.qar.tower == "residual":
+            return hidden_states + self.experts(self.mlp, normed, towers)
+        if self.towers_coincide:  # the towers part here: one input, two outputs
+            general, specific = self.experts(self.mlp, normed, towers, normed)
+            return interleave(hidden_states + general, hidden_states + specific)
+        x, x_specific = split(normed)
+        general, specific = self.experts(self.mlp, x, towers, x_specific)
+        return hidden_states + interleave(general, specific)
+
+
+class QARModelMixin:
+    """The decoder stack: who asks goes in once, both towers come out."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        querier_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> QARModelOutput:
+        """As the base class, with ``querier_ids`` (B,) or (B, S), -1 for an unknown querier."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, seq_len = inputs_embeds.shape[:2]
+        device = inputs_embeds.device
+        towers = make_towers(self.qar, querier_ids, batch_size, seq_len, device, self.trained_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        if self.qar.tower == "replace":
+            inputs = {name: self._for_both_towers(value, batch_size) for name, value in inputs.items()}
+        out = super().forward(**inputs, use_cache=use_cache, towers=towers, **kwargs)
+        return self._join_towers(out, past_key_values if use_cache else None)
+
+    @staticmethod
+    def _for_both_towers(value: Any, batch_size: int) -> Any:
+        if hasattr(value, "get_seq_length"):
+            return TowerCache(value, batch_size)
+        return repeat_rows(value, batch_size)
+
+    def _join_towers(self, out: BaseModelOutputWithPast, past_key_values: Any) -> QARModelOutput:
+        states = out.last_hidden_state
+        if self.qar.tower == "residual":
+            last_hidden_state = self.norm.normalize(states)
+        else:
+            general, states = split(states)
+            last_hidden_state = (self.norm.normalize(general) + self.norm_specific(states)) / 2
+        hidden_states = out.hidden_states
+        if hidden_states is not None:
+            hidden_states = (*hidden_states[:-1], last_hidden_state)
+        return QARModelOutput(
+            last_hidden_state=last_hidden_state,
+            past_key_values=past_key_values,
+            hidden_states=hidden_states,
+            attentions=out.attentions,
+            querier_states=states,
+        )

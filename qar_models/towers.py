@@ -1,0 +1,91 @@
+"""How the two towers share one batch.
+
+B sequences, S tokens. In the ``replace`` tower a batch runs as 2B rows, *interleaved*: row ``2b`` is
+sequence ``b`` in the general tower, row ``2b + 1`` the same sequence in the specific tower. Interleaving
+(instead of stacking) makes ``(2B, heads, ...)`` and ``(B, 2 * heads, ...)`` the same memory, so that the
+key-value cache can hold both towers as two groups of heads of B rows, and every cache operation
+(beam reordering, cropping, repeating) keeps working on B rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from qar_kernels import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class TowerBatch:
+    """What one forward pass tells every decoder layer.
+
+    Attributes:
+        segments: the expert of each of the B * S rows.
+        batch_size: B, sequences as the caller sees them.
+        trained: rows of the experts that train alone, see :meth:`Experts.train_only`; ``segments`` leaves
+            them out.
+    """
+
+    segments: Segments
+    batch_size: int
+    trained: Segments | None = None
+
+
+def interleave(general: Tensor, specific: Tensor) -> Tensor:
+    """Two ``(B, ...)`` towers -> ``(2B, ...)`` rows."""
+    return torch.stack((general, specific), dim=1).flatten(0, 1)
+
+
+def split(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``(2B, ...)`` rows -> the general and the specific tower, ``(B, ...)`` views."""
+    return rows[0::2], rows[1::2]
+
+
+def repeat_rows(value: Any, batch_size: int) -> Any:
+    """Give both towers the same per-sequence input: ``(B, ...)`` tensors, or dictionaries of them."""
+    if isinstance(value, dict):
+        return {key: repeat_rows(item, batch_size) for key, item in value.items()}
+    if value is None or (isinstance(value, Tensor) and (value.shape[0] != batch_size or value.dim() < 2)):
+        return value
+    if not isinstance(value, Tensor):
+        raise TypeError(f"attention_mask: got {type(value).__name__}, which tower='replace' cannot repeat")
+    return value.repeat_interleave(2, dim=0)
+
+
+def general_rows(value: Any, batch_size: int) -> Any:
+    """The inverse of :func:`repeat_rows`, also for the tuple of position embeddings; views, no copies."""
+    if isinstance(value, tuple):
+        return tuple(general_rows(item, batch_size) for item in value)
+    if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == 2 * batch_size:
+        return value[0::2]
+    return value
+
+
+class TowerCache:
+    """A view on a cache of B rows through which 2B interleaved rows read and write.
+
+    Layers below the first expert run on B rows, because the towers still coincide there; their keys and
+    values pass through as they are.
+    """
+
+    def __init__(self, cache: Cache, batch_size: int) -> None:
+        self.cache = cache
+        self.batch_size = batch_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`transformers.Cache.update`, with both towers as two groups of heads."""
+        if keys.shape[0] == self.batch_size:
+            return self.cache.update(keys, values, layer_idx, *args, **kwargs)
+        paired = (self._pair(keys), self._pair(values))
+        stored = self.cache.update(*paired, layer_idx, *args, **kwargs)
+        return tuple(state.reshape(2 * self.batch_size, -1, *state.shape[2:]) for state in stored)
+
+    def _pair(self, states: Tensor) -> Tensor:
+        return states.reshape(self.batch_size, -1, *states.shape[2:])

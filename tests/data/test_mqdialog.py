@@ -1,0 +1,153 @@
+"""The MQDialog folder: what is written is read back, other ids and maps are understood, damage is named."""
+
+import json
+
+import pytest
+
+from train.data.layout import PAIR_IDS, Example, MQDialog, responder_folder
+from train.data.mqdialog import load_mqdialog, write_mqdialog
+from train.data.transcript import Turn
+from train.errors import UserError
+from train.files import build_directory, write_atomic
+
+QUERIERS = ["Prince Henry", "Ford"]
+
+
+def data() -> MQDialog:
+    def make(split, querier_id, number):
+        turns = (Turn(QUERIERS[querier_id], f"{split} {number}?"), Turn("Falstaff", "Ay – é."))
+        return Example(f"{split}{number}", turns, "Falstaff", QUERIERS[querier_id], querier_id, number % 3)
+
+    train = [make("train", querier_id, number) for querier_id in (0, 1) for number in range(4)]
+    dev = [make("dev", querier_id, 0) for querier_id in (0, 1)]
+    return MQDialog("Falstaff", QUERIERS, 3, train, dev)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    target = responder_folder(tmp_path, "plays", "Falstaff")
+    with build_directory(target) as workspace:
+        write_mqdialog(data(), workspace, "plays")
+    return target
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def train_file(folder, querier="Ford"):
+    (path,) = folder.glob(f"*_{querier}/*_response_L512_train.json")
+    return path
+
+
+def test_layout_and_round_trip(folder):
+    assert folder.parts[-2:] == ("plays", "diags_two_role_falstaff_clustered")
+    record = json.loads(train_file(folder, "PrinceHenry").read_text())[1]
+    assert record == {
+        "id": "train1",
+        "conversations": [
+            {"from": "Prince Henry", "value": "train 1?"},
+            {"from": "Falstaff", "value": "Ay – é."},
+        ],
+        "target_role": "Falstaff",
+        "target_role_short": "Falstaff",
+        "input_role": "Prince Henry",
+        "input_role_short": "PrinceHenry",
+        "role_pair_id": 2,
+        "cluster_id": 1,
+    }
+    found = load_mqdialog(folder)
+    assert (found.responder, found.queriers, found.num_clusters) == ("Falstaff", QUERIERS, 3)
+    assert sorted(found.train, key=repr) == sorted(data().train, key=repr)
+    assert sorted(found.dev, key=repr) == sorted(data().dev, key=repr)
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"Falstaff": {"Prince Henry": 9, "Ford": 4, "Nobody": 5}},
+        {"Falstaff_PrinceHenry": 9, "Falstaff_Ford": 4},
+        {"9": "Prince Henry", "4": "Ford"},
+    ],
+)
+def test_any_ids_become_contiguous_in_their_order(folder, mapping):
+    (folder / PAIR_IDS).write_text(json.dumps(mapping))
+    for querier, pair_id in (("PrinceHenry", 9), ("Ford", "4")):
+        for path in folder.glob(f"*_{querier}/*.json"):
+            edit(path, lambda records, pair_id=pair_id: [r.update(role_pair_id=pair_id) for r in records])
+    found = load_mqdialog(folder)
+    assert found.queriers == ["Ford", "Prince Henry"]
+    assert {(e.querier, e.querier_id) for e in found.train} == {("Ford", 0), ("Prince Henry", 1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r[2].pop("conversations"), "train.json: record 2: key 'conversations'"),
+        (lambda r: r[1].pop("cluster_id"), "train.json: record 1: key 'cluster_id'"),
+        (lambda r: r[1].update(role_pair_id=True), "record 1: key 'role_pair_id'"),
+        (lambda r: r[0]["conversations"][1].pop("value"), "record 0: key 'value' of turn 1"),
+        (lambda r: r[0]["conversations"].pop(), "record 0: 'conversations' must end with"),
+        (lambda r: r[0].update(role_pair_id=77), "record 0: role_pair_id 77 is not in"),
+        (lambda r: r[0].update(input_role="Page"), "role_pair_id 3 belongs to 'Page', not 'Ford'"),
+        (lambda r: r.insert(0, "text"), "record 0: expected an object"),
+    ],
+)
+def test_damaged_records_are_named(folder, change, message):
+    edit(train_file(folder), change)
+    with pytest.raises(UserError, match=message):
+        load_mqdialog(folder)
+
+
+def test_damaged_json_names_file_and_line(folder):
+    path = train_file(folder)
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(UserError, match=r"train\.json:\d+: damaged JSON"):
+        load_mqdialog(folder)
+
+
+def test_empty_split(folder):
+    for path in folder.glob("*/*_dev.json"):
+        path.write_text("[]")
+    with pytest.raises(UserError, match="the dev split is empty"):
+        load_mqdialog(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": "b"}', '{"a": null}'])
+def test_damaged_pair_ids(folder, text):
+    (folder / PAIR_IDS).write_text(text)
+    with pytest.raises(UserError, match=r"role_pair_id\.json: expected an object"):
+        load_mqdialog(folder)
+
+
+def test_unknown_folder_lists_what_is_there(folder):
+    with pytest.raises(UserError, match=r"hamlet.*plays holds: diags_two_role_falstaff_clustered"):
+        load_mqdialog(responder_folder(folder.parents[1], "plays", "Hamlet"))
+    with pytest.raises(UserError, match="does not exist either"):
+        load_mqdialog(folder / "no" / "such")
+
+
+def test_a_failed_build_leaves_the_old_folder_and_nothing_else(folder):
+    before = sorted(path.name for path in folder.rglob("*"))
+    with pytest.raises(RuntimeError), build_directory(folder) as workspace:
+        (workspace / "half").write_text("half")
+        raise RuntimeError
+    assert sorted(path.name for path in folder.rglob("*")) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_atomic(path, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_queriers_that_would_share_a_folder(tmp_path):
+    clash = MQDialog("Falstaff", ["A B", "AB"], 1, [], [])
+    with pytest.raises(UserError, match="querier 'AB'"):
+        write_mqdialog(clash, tmp_path, "plays")

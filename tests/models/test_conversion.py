@@ -1,0 +1,153 @@
+"""Plain model <-> querier-aware model <-> disk, with and without adapters."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import (
+    EXPERTS,
+    FAMILIES,
+    QUERIER_IDS,
+    TOWERS,
+    aware_model,
+    left_padded_batch,
+    plain_model,
+    qar_config,
+    randomize_experts,
+    training_batch,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from qar_models import QARLlamaForCausalLM, apply_qar, remove_qar
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], lora_dropout=0.0)
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_and_load_through_auto_classes(family, tower, experts, tmp_path):
+    model = aware_model(family, tower, experts, num_clusters=2, memory_size=3, projection_dim=8)
+    model.train()
+    batch = training_batch()
+    model(**batch, response_mask=batch["attention_mask"], cluster_ids=torch.tensor([0, 1, 1]))
+    model.eval().save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is FAMILIES[family][2] and not loaded.training
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert loaded.qar == model.qar
+    for name, tensor in model.state_dict().items():
+        assert (
+            torch.equal(tensor, loaded.state_dict()[name]) and tensor.dtype == loaded.state_dict()[name].dtype
+        )
+    inputs = left_padded_batch()
+    assert torch.equal(
+        model(**inputs, querier_ids=QUERIER_IDS).logits, loaded(**inputs, querier_ids=QUERIER_IDS).logits
+    )
+    assert AutoConfig.from_pretrained(tmp_path).model_type == f"qar_{family}"
+
+
+def test_a_trained_model_is_served_without_the_contrastive_memory(tmp_path):
+    model, batch = aware_model(num_clusters=2), left_padded_batch()
+    model.save_pretrained(tmp_path)
+    qar = {**model.config.qar, "num_clusters": 0}
+    served = AutoModelForCausalLM.from_pretrained(tmp_path, qar=qar)
+    assert served.contrast is None
+    expected = model(**batch, querier_ids=QUERIER_IDS).logits
+    assert torch.equal(served(**batch, querier_ids=QUERIER_IDS).logits, expected)
+
+
+def test_from_base_takes_a_path(tmp_path):
+    base, batch = plain_model(), left_padded_batch()
+    base.save_pretrained(tmp_path)
+    model = QARLlamaForCausalLM.from_base(tmp_path, qar_config()).eval()
+    assert torch.equal(model(**batch, querier_ids=QUERIER_IDS).logits, base(**batch).logits)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remove_qar_gives_the_base_model_back(family, tower):
+    base, batch = plain_model(family), left_padded_batch()
+    expected, keys, config = base(**batch).logits, list(base.state_dict()), base.config.to_dict()
+    model = apply_qar(base, qar_config(tower, num_clusters=2, projection_dim=8))
+    assert model is base
+    remove_qar(model)
+    assert type(model) is FAMILIES[family][1]
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(**batch).logits, expected)
+    assert {**model.config.to_dict(), "architectures": None} == {**config, "architectures": None}
+    assert torch.equal(model.generate(**batch, max_new_tokens=2)[:, :10], batch["input_ids"])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_conversion_keeps_the_parameters_themselves(tower):
+    base = plain_model()
+    parameters = {name: id(parameter) for name, parameter in base.named_parameters()}
+    model = apply_qar(base, qar_config(tower))
+    assert parameters.items() <= {name: id(p) for name, p in model.named_parameters()}.items()
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_lora_before_and_after_conversion_agree(tower):
+    before = apply_qar(get_peft_model(plain_model(), LORA), qar_config(tower))
+    keys = set(get_peft_model(plain_model(), LORA).state_dict())
+    assert keys <= set(before.state_dict())
+    after = get_peft_model(apply_qar(plain_model(), qar_config(tower)), LORA)
+    assert keys <= set(after.state_dict())
+    after.load_state_dict(before.state_dict())
+    for model in (before, after):
+        randomize_lora(model)
+        randomize_experts(model)
+    batch = left_padded_batch()
+    assert torch.equal(
+        before.eval()(**batch, querier_ids=QUERIER_IDS).logits,
+        after.eval()(**batch, querier_ids=QUERIER_IDS).logits,
+    )
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_adapters_of_the_mlp_take_part_and_merge(tower, tmp_path):
+    adapted = apply_qar(get_peft_model(plain_model(), LORA), qar_config(tower)).eval()
+    randomize_experts(adapted)
+    batch = left_padded_batch()
+    untrained = adapted(**batch, querier_ids=QUERIER_IDS).logits
+    randomize_lora(adapted)
+    trained = adapted(**batch, querier_ids=QUERIER_IDS).logits
+    assert (trained - untrained).abs().max() > 0.01
+    merged = adapted.merge_and_unload()
+    assert type(merged) is QARLlamaForCausalLM
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(
+        loaded(**batch, querier_ids=QUERIER_IDS).logits, merged(**batch, querier_ids=QUERIER_IDS).logits
+    )
+    torch.testing.assert_close(merged(**batch, querier_ids=QUERIER_IDS).logits, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_model_generates_and_gives_its_base_back():
+    base, batch = get_peft_model(plain_model(), LORA).eval(), left_padded_batch()
+    expected = base(**batch).logits
+    model = apply_qar(base, qar_config())
+    assert model is base
+    model.generate(**batch, querier_ids=QUERIER_IDS, max_new_tokens=2)
+    assert torch.equal(remove_qar(model)(**batch).logits, expected)
+
+
+def test_conversion_in_the_middle_of_training_keeps_mode_and_frozen_parameters():
+    base = plain_model().train().requires_grad_(False)
+    model = apply_qar(base, qar_config())
+    assert model.training and model.model.layers[0].experts.training
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"model.layers.{i}.experts.{n}" for i in (0, 1) for n in ("gate", "up", "down")}
+
+
+def test_a_llama_config_of_another_size_is_untouched_by_the_registration(tmp_path):
+    plain_model().save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is LlamaConfig
+
+
+def randomize_lora(model):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2)

@@ -1,0 +1,97 @@
+"""``generate`` with mixed queriers in one left-padded batch."""
+
+import pytest
+import torch
+from tiny_models import EXPERTS, FAMILIES, QUERIER_IDS, TOWERS, aware_model, left_padded_batch
+from transformers import DynamicCache
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def generate(model, batch, querier_ids=QUERIER_IDS, **settings):
+    return model.generate(**batch, querier_ids=querier_ids, **{**GREEDY, **settings})
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_equals_that_row_alone(family, tower, experts):
+    model, batch = aware_model(family, tower, experts), left_padded_batch()
+    together = generate(model, batch)
+    for row in range(3):
+        # without its padding, too: a padded row must not see that it is padded
+        start = 3 if row == 0 else 0
+        alone = {name: tensor[row : row + 1, start:] for name, tensor in batch.items()}
+        assert torch.equal(
+            generate(model, alone, QUERIER_IDS[row : row + 1])[0, 10 - start :], together[row, 10:]
+        )
+
+
+def test_the_answer_depends_on_who_asks():
+    model, batch = aware_model(), left_padded_batch()
+    assert not torch.equal(generate(model, batch), generate(model, batch, torch.tensor([1, 2, 4])))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("first_expert_layer", [0, 1])
+def test_cached_equals_uncached(tower, first_expert_layer, settings):
+    model = aware_model(tower=tower, first_expert_layer=first_expert_layer)
+    batch = left_padded_batch()
+    uncached = {name: value for name, value in settings.items() if name != "cache_implementation"}
+    assert torch.equal(
+        generate(model, batch, **settings), generate(model, batch, **uncached, use_cache=False)
+    )
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_beams_equal_that_row_alone(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch()
+    together = generate(model, batch, num_beams=3, num_return_sequences=2)
+    for row in range(3):
+        alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        got = generate(model, alone, QUERIER_IDS[row : row + 1], num_beams=3, num_return_sequences=2)
+        assert torch.equal(got, together[2 * row : 2 * row + 2])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_sampling_is_seeded(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch()
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return generate(model, batch, do_sample=True)
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_cache_operations_see_one_row_per_sequence(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch(padding=0)
+    cache = DynamicCache(config=model.config)
+    model(**batch, querier_ids=QUERIER_IDS, past_key_values=cache)
+    assert all(layer.keys.shape[0] == 3 for layer in cache.layers)
+    cache.crop(-3)
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    order = torch.tensor([2, 0, 1])
+    ids = batch["input_ids"][order]
+    got = model(
+        ids[:, 7:],
+        attention_mask=batch["attention_mask"],
+        querier_ids=QUERIER_IDS[order],
+        past_key_values=cache,
+    )
+    expected = model(ids, querier_ids=QUERIER_IDS[order]).logits[:, 7:]
+    torch.testing.assert_close(got.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_logits_to_keep(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch()
+    full = model(**batch, querier_ids=QUERIER_IDS).logits
+    for kept in (1, 3, torch.tensor([0, 7])):
+        expected = full[:, -kept:] if isinstance(kept, int) else full[:, kept]
+        torch.testing.assert_close(
+            model(**batch, querier_ids=QUERIER_IDS, logits_to_keep=kept).logits, expected
+        )

@@ -1,0 +1,194 @@
+"""What other people's code does with a model: streaming, pipelines, compilation, dtypes, folders."""
+
+import importlib.util
+import threading
+
+import pytest
+import torch
+from tiny_models import (
+    QUERIER_IDS,
+    TOWERS,
+    VOCAB,
+    aware_model,
+    left_padded_batch,
+    plain_model,
+    qar_config,
+    training_batch,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from qar_models import QARLlamaForCausalLM
+
+
+def tokenizer():
+    vocabulary = {"<pad>": 0, **{f"w{i}": i for i in range(1, VOCAB)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", padding_side="left")
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_streaming(tower):
+    model, tokens = aware_model(tower=tower), tokenizer()
+    batch = tokens("w5 w6 w7", return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    settings = {**batch, "querier_ids": torch.tensor([3]), "max_new_tokens": 5, "do_sample": False}
+    expected = tokens.decode(model.generate(**settings)[0])
+    streamer = TextIteratorStreamer(tokens)
+    thread = threading.Thread(target=model.generate, kwargs={**settings, "streamer": streamer})
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_pipeline(tower):
+    model, tokens = aware_model(tower=tower), tokenizer()
+    generate = pipeline("text-generation", model=model, tokenizer=tokens)
+    texts = ["w5 w6 w7", "w8 w9"]
+    for text, querier in zip(texts, (3, 1), strict=True):
+        ids = torch.tensor([querier])
+        got = generate(text, max_new_tokens=4, do_sample=False, querier_ids=ids)
+        prompt = tokens(text, return_tensors="pt")["input_ids"]
+        expected = model.generate(prompt, max_new_tokens=4, do_sample=False, querier_ids=ids)
+        words = got[0]["generated_text"].removeprefix(text)
+        assert words == tokens.decode(expected[0, prompt.shape[1] :])
+    with pytest.raises(ValueError, match="querier_ids: missing"):
+        generate(texts[0], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_generate_refuses_before_any_work(tower, monkeypatch):
+    model, batch = aware_model(tower=tower), left_padded_batch()
+    monkeypatch.setattr(type(model.model), "forward", lambda *_, **__: pytest.fail("the decoder ran"))
+    for ids, message in (
+        (None, "querier_ids: missing"),
+        (QUERIER_IDS[:2], r"querier_ids: got shape \(2,\), expected \(3,\)"),
+        (QUERIER_IDS.unsqueeze(1).expand(3, 10), r"querier_ids: got shape \(3, 10\), expected \(3,\)"),
+        (torch.tensor([0, 1, 9]), "querier_ids: got 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**batch, querier_ids=ids, max_new_tokens=2)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("tower", TOWERS)
+def test_compiled_forward(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch(padding=0)
+    expected = model(**batch, querier_ids=QUERIER_IDS, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        got = compiled(**batch, querier_ids=QUERIER_IDS, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("tower", TOWERS)
+def test_compiled_training_step_at_changing_lengths(tower):
+    model = aware_model(tower=tower, num_clusters=2, projection_dim=8).train()
+    batch = training_batch()
+    batch |= {"response_mask": batch["attention_mask"], "cluster_ids": torch.tensor([0, 1, 1])}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (10, 9):
+        shorter = {name: t[:, :length] if t.dim() == 2 else t for name, t in batch.items()}
+        model.eval()
+        model(**shorter, use_cache=False).loss.backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        model.train()
+        compiled(**shorter, use_cache=False).loss.backward()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient)
+        model.zero_grad()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("tower", TOWERS)
+def test_compiled_decode_step_with_a_static_cache(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch(padding=0)
+    ids = batch["input_ids"]
+    expected = model(ids, querier_ids=QUERIER_IDS).logits
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(ids[:, :6], querier_ids=QUERIER_IDS, past_key_values=cache)
+        for position in range(6, 10):
+            token = ids[:, position : position + 1]
+            mask = torch.ones(3, position + 1, dtype=torch.long)
+            out = step(token, attention_mask=mask, querier_ids=QUERIER_IDS, past_key_values=cache)
+            torch.testing.assert_close(out.logits[:, 0], expected[:, position], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_bf16_autocast(tower):
+    model, batch = aware_model(tower=tower, num_clusters=2, projection_dim=8), training_batch()
+    batch |= {"response_mask": batch["attention_mask"], "cluster_ids": torch.tensor([0, 1, 1])}
+    model.train()(**batch)
+    expected = model.eval()(**batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(**batch)
+    assert got.loss.dtype == torch.float32
+    assert abs(got.lm_loss - expected.lm_loss) < 0.05 * expected.lm_loss
+    assert abs(got.contrastive_loss - expected.contrastive_loss) < 0.1
+    got.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_loading_in_bf16_and_on_a_device(tower, tmp_path):
+    aware_model(tower=tower).save_pretrained(tmp_path)
+    for settings in ({}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **settings)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        out = model(**training_batch())
+        assert out.logits.dtype == torch.bfloat16 and out.loss.isfinite()
+        out.loss.backward()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_packed_rows_equal_the_padded_batch(tower, attention):
+    model = aware_model(tower=tower, base=plain_model(attn_implementation=attention))
+    lengths = (4, 7, 5)
+    ids = torch.randint(1, VOCAB, (3, 7), generator=torch.Generator().manual_seed(4))
+    mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(1)
+    padded = model(ids, attention_mask=mask.long(), querier_ids=QUERIER_IDS).logits
+    packed = model(
+        ids[mask].unsqueeze(0),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        querier_ids=QUERIER_IDS.unsqueeze(1).expand(3, 7)[mask].unsqueeze(0),
+        use_cache=False,
+    ).logits
+    torch.testing.assert_close(packed[0], padded[mask], rtol=1e-4, atol=1e-4)
+
+
+def test_saved_folder_is_ready_to_publish(tmp_path):
+    model = aware_model(querier_names=("Amy", "Bernadette", "Howard", "Raj", "Emily"))
+    model.save_pretrained(tmp_path)
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in tmp_path.iterdir()}
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "QARLlamaForCausalLM" in card and "Amy" in card and card.startswith("---\n")
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_quantised_base_without_bitsandbytes(tmp_path):
+    plain_model().save_pretrained(tmp_path)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True)
+    with pytest.raises(ImportError, match="bitsandbytes"):
+        QARLlamaForCausalLM.from_base(tmp_path, qar_config(), quantization_config=four_bit)

@@ -1,0 +1,376 @@
+"""Queriers come and go, and nobody else's answer changes by a bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import TOWERS, aware_model, left_padded_batch, plain_model, randomize_experts, training_batch
+from transformers import AutoModelForCausalLM
+
+from qar_models import remove_qar
+
+NAMES = ("Amy", "Bernadette", "Howard", "小雪", "a/b")
+ASKING = ("Howard", "Amy", "小雪")
+
+
+def named_model(**settings):
+    return aware_model(querier_names=NAMES, **settings)
+
+
+def answers(model, asking=ASKING):
+    ids = torch.tensor([model.queriers[name] for name in asking])
+    with torch.no_grad():
+        return model(**left_padded_batch(), querier_ids=ids).logits
+
+
+def assert_same_experts(got, expected):
+    # an expert at another place of the bank: PyTorch's silu on the CPU rounds the tail of a tensor otherwise
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+def test_names():
+    model = named_model()
+    assert model.queriers == {name: index for index, name in enumerate(NAMES)}
+    assert aware_model().queriers == {}
+
+
+def test_naming_a_model_without_names():
+    model = aware_model()
+    with pytest.raises(ValueError, match="have no names yet"):
+        model.add_queriers("Leonard")
+    with pytest.raises(ValueError, match="got 2 names, expected 5"):
+        model.name_queriers(("a", "b"))
+    model.name_queriers(NAMES)
+    assert model.queriers["Howard"] == 2
+
+
+@pytest.mark.parametrize("settings", [{"init": "zero"}, {"init": "mean"}, {"like": "Howard"}], ids=str)
+@pytest.mark.parametrize("tower", TOWERS)
+def test_adding_changes_nobody_elses_answer(tower, settings, tmp_path):
+    model = named_model(tower=tower)
+    before = answers(model)
+    model.add_queriers(["Leonard", "Priya"], **settings)
+    assert model.queriers["Leonard"] == 5 and model.queriers["Priya"] == 6
+    assert torch.equal(answers(model), before)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.queriers == model.queriers
+    assert torch.equal(answers(loaded, ("Priya", "Amy", "小雪")), answers(model, ("Priya", "Amy", "小雪")))
+
+
+def test_how_new_queriers_start():
+    model = named_model()
+    model.add_queriers("Zero")
+    model.add_queriers("Mean", init="mean")
+    model.add_queriers("Twin", like="Howard")
+    experts = model.model.layers[1].experts
+    assert experts.down[5].abs().sum() == 0 and experts.gate[5].abs().sum() > 0
+    torch.testing.assert_close(experts.up[6], experts.up[:6].mean(0))
+    assert torch.equal(experts.down[7], experts.down[2])
+    batch = left_padded_batch()
+    unknown = model(**batch, querier_ids=torch.tensor([-1, -1, -1])).logits
+    torch.testing.assert_close(answers(model, ("Zero",) * 3), unknown)
+    assert torch.equal(answers(model, ("Twin",) * 3), answers(model, ("Howard",) * 3))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_removing_changes_nobody_elses_answer(tower):
+    model = named_model(tower=tower)
+    before = answers(model)
+    model.remove_queriers(["Bernadette", "a/b"])
+    assert model.queriers == {"Amy": 0, "Howard": 1, "小雪": 2}
+    assert model.model.layers[0].experts.gate.shape[0] == model.config.qar["num_queriers"] == 3
+    assert torch.equal(answers(model), before)
+    with pytest.raises(ValueError, match="querier_ids: got 3"):
+        model(**left_padded_batch(), querier_ids=torch.tensor([0, 1, 3]))
+
+
+def contrastive_batch(model):
+    batch = training_batch()
+    return batch | {
+        "response_mask": batch["attention_mask"],
+        "cluster_ids": torch.tensor([0, 1, 1]),
+        "querier_ids": torch.tensor([model.queriers[name] for name in ASKING]),
+    }
+
+
+def test_the_contrastive_memory_follows():
+    model = named_model(num_clusters=2, projection_dim=8, memory_size=2).train()
+    for _ in range(3):
+        model(**contrastive_batch(model))
+    contrast = model.contrast
+    kept = contrast.memory[:, :, [0, 2, 3, 4]].clone()
+    expected = model.eval()(**contrastive_batch(model)).contrastive_loss
+    model.add_queriers("Leonard")
+    model.remove_queriers("Bernadette")
+    assert torch.equal(contrast.memory[:, :, :4], kept)
+    assert contrast.memory[:, :, 4].abs().sum() == 0 and contrast.writes[:, 4].sum() == 0
+    assert torch.equal(model(**contrastive_batch(model)).contrastive_loss, expected)
+    model.train()(**contrastive_batch(model)).loss.backward()
+
+
+def test_shared_experts_still_have_queriers_to_contrast():
+    model = named_model(experts="shared", num_clusters=2, projection_dim=8)
+    model.add_queriers("Leonard")
+    assert model.contrast.memory.shape[2] == model.qar.num_queriers == 6
+    assert model.model.layers[0].experts.gate.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.add_queriers("Amy"), r"names: got \['Amy'\], expected new names"),
+        (
+            lambda m: m.add_queriers(["Leonard", "Leonard"]),
+            r"names: got \['Leonard'\], expected new",
+        ),
+        (lambda m: m.add_queriers([]), r"names: got \[\]"),
+        (
+            lambda m: m.add_queriers("Leonard", like="Stuart"),
+            r"got \['Stuart'\], expected different names of",
+        ),
+        (lambda m: m.add_queriers("Leonard", init="ones"), "init: got 'ones', expected 'zero' or 'mean'"),
+        (lambda m: m.remove_queriers("Stuart"), r"got \['Stuart'\]"),
+        (lambda m: m.remove_queriers(["Amy", "Amy"]), r"got \['Amy', 'Amy'\], expected different names"),
+        (lambda m: m.remove_queriers(NAMES), "expected at least one to stay"),
+        (lambda m: m.train_only("Stuart"), r"got \['Stuart'\]"),
+        (lambda m: m.train_only([]), r"names: got \[\]"),
+    ],
+)
+def test_mistaken_names_are_refused_and_change_nothing(change, message):
+    model = named_model()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        change(model)
+    assert model.queriers == {name: index for index, name in enumerate(NAMES)}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def train(model, steps=5, asking=("Howard",) * 3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.02, weight_decay=0.1)
+    batch = training_batch() | {"querier_ids": torch.tensor([model.queriers[name] for name in asking])}
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("experts", ["per_querier", "shared+per_querier"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_training_one_querier_leaves_everybody_else_alone(tower, experts):
+    model = named_model(tower=tower, experts=experts)
+    others = answers(model, ("Bernadette", "Amy", "小雪"))
+    howard = answers(model, ("Howard",) * 3)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train_only(["Howard"])
+    assert torch.equal(answers(model, ("Howard",) * 3), howard)
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.05
+    during = answers(model, ("Howard", "Amy", "小雪"))
+    assert model.state_dict().keys() == state.keys()
+    model.train_only(None)
+    assert_same_experts(answers(model, ("Howard", "Amy", "小雪")), during)
+    assert torch.equal(answers(model, ("Bernadette", "Amy", "小雪")), others)
+    for name, tensor in model.state_dict().items():
+        same = tensor == state[name]
+        if name.endswith((".experts.gate", ".experts.up", ".experts.down")):
+            assert same.flatten(1).all(1).tolist() == [True, True, False, True, True]
+        else:
+            assert same.all()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_others_in_the_batch_get_no_gradient():
+    model = named_model(unknown_querier="mean")
+    model.train_only(["小雪", "Howard"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        f"model.layers.{i}.experts.trained.{n}" for i in (0, 1) for n in ("gate", "up", "down")
+    }
+    batch = training_batch() | {"querier_ids": torch.tensor([0, 2, -1])}
+    model(**batch).loss.backward()
+    grad = model.model.layers[0].experts.trained.down.grad
+    assert (grad.flatten(1).abs().sum(1) > 0).tolist() == [False, True]
+
+
+def test_unknown_queriers_while_one_trains():
+    model = named_model(unknown_querier="mean")
+    batch, ids = left_padded_batch(), torch.tensor([2, -1, 0])
+    before = model(**batch, querier_ids=ids).logits
+    model.train_only("Howard")
+    assert torch.equal(model(**batch, querier_ids=ids).logits, before)
+
+
+def test_a_checkpoint_while_one_trains_is_an_ordinary_one(tmp_path):
+    model = named_model()
+    model.train_only("Howard")
+    train(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_experts(answers(loaded), answers(model))
+    fresh = named_model()
+    fresh.train_only("Howard")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(answers(fresh), answers(model))
+
+
+def test_train_only_switches_and_restores_what_was_frozen():
+    model = named_model()
+    model.model.embed_tokens.requires_grad_(False)
+    model.train_only("Howard")
+    train(model, 1)
+    howard = answers(model, ("Howard",) * 3)
+    model.train_only("Amy")
+    assert torch.equal(answers(model, ("Howard",) * 3), howard)
+    with pytest.raises(ValueError, match="end it with train_only"):
+        model.add_queriers("Leonard")
+    model.train_only(None)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["model.embed_tokens.weight"]
+
+
+def test_train_only_with_gradient_checkpointing():
+    model = named_model().train()
+    model.train_only("Howard")
+    batch, grads = training_batch() | {"querier_ids": torch.tensor([2, 0, 2])}, []
+    for enable in (lambda: None, model.gradient_checkpointing_enable):
+        enable()
+        model.zero_grad()
+        model(**batch, use_cache=False).loss.backward()
+        grads.append([layer.experts.trained.gate.grad.clone() for layer in model.model.layers])
+    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*grads, strict=True))
+    assert all(grad.abs().sum() > 0 for grad in grads[0])
+
+
+def test_remove_qar_ends_it():
+    model = named_model()
+    model.train_only("Howard")
+    assert all(parameter.requires_grad for parameter in remove_qar(model).parameters())
+
+
+def test_train_only_through_an_adapter():
+    model = get_peft_model(named_model(), LoraConfig(r=2, target_modules=["gate_proj"]))
+    model.train_only("Howard")
+    assert all(".experts.trained." in name for name, p in model.named_parameters() if p.requires_grad)
+    train(model, 1)
+    model.train_only(None)
+    assert any("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_shared_experts_belong_to_nobody(tmp_path):
+    model = named_model(experts="shared")
+    for call in (lambda: model.train_only("Amy"), lambda: model.save_experts(tmp_path)):
+        with pytest.raises(ValueError, match="no querier has an expert of their own"):
+            call()
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_experts_move_between_models(tower, tmp_path):
+    source = named_model(tower=tower)
+    source.save_experts(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
+    target = aware_model(tower=tower, num_queriers=1, querier_names=["Stuart"])
+    stuart = answers(target, ("Stuart",) * 3)
+    target.load_experts(tmp_path, ["小雪", "Amy", "Howard"])
+    assert list(target.queriers) == ["Stuart", "小雪", "Amy", "Howard"]
+    assert_same_experts(answers(target), answers(source))
+    assert torch.equal(answers(target, ("Stuart",) * 3), stuart)
+    target.load_experts(tmp_path)
+    assert set(target.queriers) == {"Stuart", *NAMES}
+
+
+def test_known_queriers_are_replaced_and_others_in_the_folder_stay(tmp_path):
+    model = named_model()
+    model.save_experts(tmp_path)
+    before = answers(model)
+    files = set(tmp_path.iterdir())
+    model.train_only("Howard")
+    train(model)
+    model.save_experts(tmp_path, "Howard")
+    trained = answers(model)
+    assert len(set(tmp_path.iterdir())) == len(files) and set(tmp_path.iterdir()) != files
+    fresh = named_model()
+    assert torch.equal(answers(fresh), before)
+    fresh.load_experts(tmp_path)
+    assert torch.equal(answers(fresh), trained)
+    assert torch.equal(trained[1:], before[1:]) and not torch.equal(trained[0], before[0])
+
+
+def test_the_fingerprint_does_not_depend_on_the_dtype(tmp_path):
+    # a base model as it is published: bf16 values
+    named_model().bfloat16().save_experts(tmp_path)
+    named_model().bfloat16().float().load_experts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: named_model(base=plain_model(seed=5)),
+        lambda: named_model(base=plain_model(num_hidden_layers=1)),
+        lambda: named_model(tower="replace"),
+        lambda: get_peft_model(named_model(), LoraConfig(r=2, target_modules=["gate_proj"])),
+    ],
+)
+def test_experts_of_another_base_are_refused(other, tmp_path):
+    named_model().save_experts(tmp_path)
+    model = other()
+    for call in (model.load_experts, model.save_experts):
+        with pytest.raises(ValueError, match=r"index\.json: got experts of base model .*, expected "):
+            call(tmp_path)
+
+
+def test_experts_of_another_rank_are_refused(tmp_path):
+    named_model(expert_rank=4).save_experts(tmp_path)
+    with pytest.raises(ValueError, match=r"got layers\.0\.down \(64, 4\), expected \(64, 8\), in the"):
+        named_model().load_experts(tmp_path)
+
+
+def test_damaged_files_are_refused_and_change_nothing(tmp_path):
+    named_model().save_experts(tmp_path)
+    victim = tmp_path / json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))["queriers"]["小雪"]
+    model = aware_model(num_queriers=1, querier_names=["Stuart"])
+    for damage in (lambda: victim.write_bytes(victim.read_bytes()[:-1]), victim.unlink):
+        damage()
+        with pytest.raises(ValueError, match="expected the whole expert of '小雪'; damaged"):
+            model.load_experts(tmp_path)
+        assert list(model.queriers) == ["Stuart"]
+
+
+def test_a_crash_while_writing_leaves_the_old_state(tmp_path, monkeypatch):
+    model = named_model()
+    model.save_experts(tmp_path)
+    expected = answers(model)
+    randomize_experts(model, seed=9)
+    calls = []
+
+    def fail_at_the_third(source, target):
+        calls.append(target)
+        if len(calls) == 3:
+            raise OSError("disk full")
+        shutil.move(source, target)
+
+    monkeypatch.setattr("os.replace", fail_at_the_third)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_experts(tmp_path)
+    monkeypatch.undo()
+    assert not list(tmp_path.glob(".*"))
+    model.load_experts(tmp_path)
+    assert torch.equal(answers(model), expected)
+
+
+def test_unknown_names_and_folders_are_refused(tmp_path):
+    model = named_model()
+    with pytest.raises(ValueError, match=r"expected a folder with index\.json, written by save_experts"):
+        model.load_experts(tmp_path)
+    model.save_experts(tmp_path, ["Amy"])
+    with pytest.raises(ValueError, match=r"queriers: got \['Howard'\], expected names of \['Amy'\]"):
+        model.load_experts(tmp_path, ["Howard"])
+    with pytest.raises(ValueError, match=r"names: got \['Stuart'\]"):
+        model.save_experts(tmp_path, ["Stuart"])

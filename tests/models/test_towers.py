@@ -1,0 +1,229 @@
+"""What the two towers compute: exact base parity, and an independent plain implementation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import (
+    EXPERTS,
+    FAMILIES,
+    HIDDEN,
+    QUERIER_IDS,
+    TOWERS,
+    aware_model,
+    left_padded_batch,
+    plain_model,
+    qar_config,
+)
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fresh_residual_model_equals_its_base_exactly(family, experts):
+    base, batch = plain_model(family), left_padded_batch()
+    expected = base(**batch).logits
+    keys = set(base.state_dict())
+    model = FAMILIES[family][2].from_base(base, qar_config("residual", experts))
+    assert torch.equal(model(**batch, querier_ids=QUERIER_IDS).logits, expected)
+    assert keys <= set(model.state_dict())
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_trained_experts_change_the_answer_of_their_querier_only(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch()
+    before = model(**batch, querier_ids=QUERIER_IDS).logits
+    with torch.no_grad():
+        model.model.layers[0].experts.down[0] += 1
+    after = model(**batch, querier_ids=QUERIER_IDS).logits
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matches_the_plain_implementation(family, tower, experts):
+    model = aware_model(family, tower, experts, expert_scale=0.5).double()
+    if tower == "replace":
+        with torch.no_grad():
+            model.model.norm_specific.weight.uniform_(0.5, 1.5)
+    batch = left_padded_batch()
+    got = model(**batch, querier_ids=QUERIER_IDS).logits
+    expected = PlainTowers(model).logits(**batch, querier_ids=QUERIER_IDS)
+    real = batch["attention_mask"].bool()
+    assert_equal_formulas(got[real], expected[real])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_first_expert_layer_leaves_the_layers_below_plain(tower):
+    model, batch = aware_model(tower=tower, first_expert_layer=1).double(), left_padded_batch()
+    assert model.model.layers[0].experts is None
+    got = model(**batch, querier_ids=QUERIER_IDS).logits
+    expected = PlainTowers(model).logits(**batch, querier_ids=QUERIER_IDS)
+    real = batch["attention_mask"].bool()
+    assert_equal_formulas(got[real], expected[real])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_per_token_ids_equal_per_sequence_ids(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch()
+    per_token = QUERIER_IDS.unsqueeze(1).expand(-1, batch["input_ids"].shape[1])
+    assert torch.equal(
+        model(**batch, querier_ids=per_token).logits, model(**batch, querier_ids=QUERIER_IDS).logits
+    )
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_row_does_not_depend_on_who_shares_the_batch(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch()
+    one = model(**batch, querier_ids=torch.tensor([3, 0, 3])).logits
+    other = model(**batch, querier_ids=torch.tensor([1, 0, 4])).logits
+    assert torch.equal(one[1], other[1])
+    assert not torch.equal(one[0], other[0])
+
+
+UNKNOWN = torch.tensor([3, -1, 3])
+
+
+def test_unknown_querier_gets_the_base_answer():
+    base, batch = plain_model(), left_padded_batch()
+    expected = base(**batch).logits
+    model = aware_model(base=base)
+    torch.testing.assert_close(model(**batch, querier_ids=UNKNOWN).logits[1], expected[1])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_unknown_querier_gets_the_mean_expert(tower):
+    model, batch = aware_model(tower=tower, unknown_querier="mean"), left_padded_batch()
+    got = model(**batch, querier_ids=UNKNOWN).logits
+    for layer in model.model.layers:
+        for weight in (layer.experts.gate, layer.experts.up, layer.experts.down):
+            weight.data[0] = weight.data.mean(0)
+    torch.testing.assert_close(got[1], model(**batch, querier_ids=QUERIER_IDS).logits[1])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_unknown_querier_gets_the_shared_expert_alone(tower):
+    model = aware_model(tower=tower, experts="shared+per_querier", unknown_querier="shared")
+    batch = left_padded_batch()
+    got = model(**batch, querier_ids=UNKNOWN).logits
+    for layer in model.model.layers:
+        layer.experts.down.data[0] = 0
+    torch.testing.assert_close(got[1], model(**batch, querier_ids=QUERIER_IDS).logits[1])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_hidden_states_and_attentions(tower):
+    base = plain_model(attn_implementation="eager")
+    model, batch = aware_model(tower=tower, base=base), left_padded_batch()
+    out = model(**batch, querier_ids=QUERIER_IDS, output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == 3 and len(out.attentions) == 2
+    assert out.hidden_states[-1].shape == (3, 10, HIDDEN)
+    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+    rows = 6 if tower == "replace" else 3
+    assert out.attentions[-1].shape == (rows, 4, 10, 10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inherited_details_survive(family):
+    overrides = {"num_key_value_heads": 1, "tie_word_embeddings": True}
+    if family == "llama":
+        overrides |= {"attention_bias": True, "mlp_bias": True}
+    else:
+        overrides |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    base, batch = plain_model(family, **overrides), left_padded_batch()
+    expected = base(**batch).logits
+    model = FAMILIES[family][2].from_base(base, qar_config("residual"))
+    assert torch.equal(model(**batch, querier_ids=QUERIER_IDS).logits, expected)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def assert_equal_formulas(got, expected):
+    # transformers computes norms, rotary angles and the softmax in float32 whatever the model's dtype
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=3e-5)
+
+
+class PlainTowers:
+    """The formulas of the paper's section 3 from the state dict, with both streams stacked on the batch
+    axis and everything spelled out; it shares no code with the package."""
+
+    def __init__(self, model):
+        self.weights, self.config, self.qar = model.state_dict(), model.config, model.qar
+
+    def logits(self, input_ids, attention_mask, querier_ids):
+        hidden = self.weights["model.embed_tokens.weight"][input_ids]
+        streams = torch.cat((hidden, hidden)) if self.qar.tower == "replace" else hidden
+        mask = attention_mask.repeat(len(streams) // len(hidden), 1)
+        positions = torch.arange(input_ids.shape[1], dtype=torch.float64)
+        for index in range(self.config.num_hidden_layers):
+            prefix = f"model.layers.{index}."
+            normed = self.norm(streams, prefix + "input_layernorm")
+            streams = streams + self.attention(normed, prefix + "self_attn.", mask, positions)
+            normed = self.norm(streams, prefix + "post_attention_layernorm")
+            streams = streams + self.feed_forward(normed, prefix, querier_ids, index)
+        if self.qar.tower == "replace":
+            general, specific = streams.chunk(2)
+            final = (self.norm(general, "model.norm") + self.norm(specific, "model.norm_specific")) / 2
+        else:
+            final = self.norm(streams, "model.norm")
+        return final @ self.weights["lm_head.weight"].T
+
+    def norm(self, x, name):
+        return (
+            x
+            / (x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt()
+            * self.weights[name + ".weight"]
+        )
+
+    def linear(self, x, name):
+        y = x @ self.weights[name + ".weight"].T
+        return y + self.weights.get(name + ".bias", 0)
+
+    def attention(self, x, prefix, mask, positions):
+        batch, length, _ = x.shape
+        size = HIDDEN // self.config.num_attention_heads
+        query, key, value = (
+            self.linear(x, prefix + name).view(batch, length, -1, size)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        if prefix + "q_norm.weight" in self.weights:
+            query, key = self.norm(query, prefix + "q_norm"), self.norm(key, prefix + "k_norm")
+        query, key = rotate(query, positions), rotate(key, positions)
+        groups = query.shape[2] // key.shape[2]
+        key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / size**0.5
+        visible = torch.ones(length, length).tril().bool() & mask[:, None, None].bool()
+        weights = scores.masked_fill(~visible, -1e30).softmax(-1)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, -1)
+        return self.linear(mixed, prefix + "o_proj")
+
+    def feed_forward(self, x, prefix, querier_ids, index):
+        def base(rows):
+            hidden = F.silu(self.linear(rows, prefix + "mlp.gate_proj"))
+            return self.linear(hidden * self.linear(rows, prefix + "mlp.up_proj"), prefix + "mlp.down_proj")
+
+        if index < self.qar.first_expert_layer:
+            return base(x)
+        if self.qar.tower == "residual":
+            return base(x) + self.qar.expert_scale * self.expert(x, prefix, querier_ids)
+        general, specific = x.chunk(2)
+        return torch.cat((base(general), self.expert(specific, prefix, querier_ids)))
+
+    def expert(self, x, prefix, querier_ids):
+        def swiglu(rows, gate, up, down):
+            return (F.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
+
+        banks = [self.weights[f"{prefix}experts.{name}"] for name in ("gate", "up", "down")]
+        ids = [0] * len(x) if self.qar.experts == "shared" else querier_ids.tolist()
+        out = torch.stack([swiglu(row, *(bank[i] for bank in banks)) for row, i in zip(x, ids, strict=True)])
+        if self.qar.experts == "shared+per_querier":
+            shared = [self.weights[f"{prefix}experts.shared_{name}"] for name in ("gate", "up", "down")]
+            out = out + swiglu(x, *shared)
+        return out
+
+
+def rotate(x, positions, theta=10000.0):
+    half = x.shape[-1] // 2
+    angle = positions[:, None] / theta ** (torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

@@ -1,0 +1,84 @@
+"""Tiny random models and batches that the tests of this folder share."""
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from qar_models import QARConfig, QARLlamaForCausalLM, QARQwen2ForCausalLM, QARQwen3ForCausalLM
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, QARLlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, QARQwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, QARQwen3ForCausalLM),
+}
+TOWERS = ("residual", "replace")
+EXPERTS = ("per_querier", "shared", "shared+per_querier")
+VOCAB, HIDDEN, QUERIERS = 96, 64, 5
+QUERIER_IDS = torch.tensor([3, 0, 3])
+
+
+def plain_model(family="llama", seed=0, **overrides):
+    """A random base model whose logits differ clearly from token to token."""
+    torch.manual_seed(seed)
+    config_class, model_class, _ = FAMILIES[family]
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    if family == "qwen3":
+        settings["head_dim"] = 16
+    return model_class(config_class(**{**settings, **overrides})).eval()
+
+
+def qar_config(tower="residual", experts="per_querier", **settings):
+    return QARConfig(
+        **{"num_queriers": QUERIERS, "expert_rank": 8, "tower": tower, "experts": experts, **settings}
+    )
+
+
+def aware_model(family="llama", tower="residual", experts="per_querier", base=None, **settings):
+    """A querier-aware model whose experts differ from each other and from zero."""
+    base = plain_model(family) if base is None else base
+    model = FAMILIES[family][2].from_base(base, qar_config(tower, experts, **settings))
+    randomize_experts(model)
+    return model.eval()
+
+
+def randomize_experts(model, seed=1):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name and name.endswith("down"):
+                parameter.normal_(0, 0.2)
+
+
+def left_padded_batch(batch_size=3, seq_len=10, padding=3):
+    """``input_ids`` and ``attention_mask``; the first row starts with padding."""
+    generator = torch.Generator().manual_seed(2)
+    input_ids = torch.randint(1, VOCAB, (batch_size, seq_len), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[0, :padding] = 0
+    attention_mask[0, :padding] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def training_batch():
+    """A batch with labels for the language model loss."""
+    batch = left_padded_batch()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :4] = -100
+    return {**batch, "labels": labels, "querier_ids": QUERIER_IDS}

@@ -1,0 +1,61 @@
+import pytest
+
+from train.config import TrainConfig, load_config
+from train.errors import UserError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_values_and_overrides(tmp_path):
+    path = write(tmp_path, "data: d\noutput_dir: o\nlearning_rate: 1e-4\nlora_targets: [q_proj]\n")
+    config = load_config(path, ["epochs=3", "trainable_layers=null", "tower=replace", "deepspeed=ds.json"])
+    assert config.learning_rate == 1e-4
+    assert config.epochs == 3.0
+    assert config.trainable_layers is None
+    assert config.lora_targets == ("q_proj",)
+    assert (config.tower, config.deepspeed) == ("replace", "ds.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (
+            "data: d\noutput_dir: o\nlearning_rat: 1\n",
+            "unknown key 'learning_rat'; did you mean 'learning_rate'",
+        ),
+        ("output_dir: o\n", "key 'data' is missing"),
+        ("data: d\noutput_dir: o\nepochs: many\n", "key 'epochs': got 'many', expected a number"),
+        ("data: d\noutput_dir: o\nbatch_size: 2.5\n", "key 'batch_size': got 2.5, expected int"),
+        ("data: d\noutput_dir: o\nbatch_size: 0\n", "batch_size: got 0, expected at least 1"),
+        (
+            "data: d\noutput_dir: o\ntower: twin\n",
+            "key 'tower': got 'twin', expected one of residual, replace",
+        ),
+        ("data: d\noutput_dir: o\nlora_targets: q\n", "key 'lora_targets': got 'q', expected a list"),
+        ("- 1\n", "expected a mapping"),
+        ("a: [\n", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, named):
+    with pytest.raises(UserError, match=r"run\.yaml|batch_size") as error:
+        load_config(write(tmp_path, text))
+    assert named in str(error.value)
+
+
+def test_missing_file_and_bad_override(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match="override 'epochs': expected key=value"):
+        load_config(write(tmp_path, "data: d\noutput_dir: o\n"), ["epochs"])
+
+
+def test_every_shipped_config_is_valid(request):
+    folder = request.config.rootpath / "train" / "configs"
+    found = sorted(folder.rglob("*.yaml"))
+    assert found
+    for path in found:
+        assert isinstance(load_config(path), TrainConfig)

@@ -1,0 +1,137 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train import finetune as module
+from train.data.encode import IGNORE
+from train.errors import UserError
+from train.finetune import finetune
+from train.trained import EXPERTS, load_trained
+from train.trainer import WEIGHTS, StopOnInterrupt, last_checkpoint
+
+
+def losses(config):
+    log = json.loads((Path(config.output_dir) / "log.json").read_text())
+    return [row["loss"] for row in log if "loss" in row]
+
+
+def experts_of(folder):
+    return load_file(Path(folder) / EXPERTS)
+
+
+def test_learns_saves_small_checkpoints_and_is_reused(config):
+    folder = finetune(config)
+    found = losses(config)
+    assert len(found) == 6
+    assert sum(found[-2:]) < sum(found[:2])
+    stored = load_file(Path(config.output_dir) / "checkpoint-6" / WEIGHTS)
+    assert any(".experts." in name for name in stored)
+    assert any("lora_A" in name for name in stored)
+    assert not any(name.endswith(("base_layer.weight", "embed_tokens.weight")) for name in stored)
+    assert len(list(Path(config.output_dir).glob("checkpoint-*"))) == 2
+    before = (folder / EXPERTS).stat().st_mtime_ns
+    assert finetune(config) == folder
+    assert (folder / EXPERTS).stat().st_mtime_ns == before
+
+
+def test_trained_model_loads_and_experts_answer_differently(config, tiny_data):
+    trained = load_trained(finetune(config))
+    ids = torch.arange(5).repeat(2, 1)
+    out = trained.model(ids, querier_ids=torch.tensor([0, 1])).logits
+    assert not torch.allclose(out[0], out[1])
+    assert trained.queriers == tuple(tiny_data.queriers)
+
+
+def test_ft_has_no_experts_and_ignores_who_asks(config):
+    trained = load_trained(finetune(config.replace(method="ft")))
+    assert all(layer.experts is None for layer in trained.model.model.layers)
+    ids = torch.arange(5).repeat(2, 1)
+    out = trained.model(ids, querier_ids=torch.tensor([0, 1])).logits
+    torch.testing.assert_close(out[0], out[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"contrastive_weight": 0.5, "memory_size": 4, "projection_dim": 8}])
+def test_interrupted_run_resumes_to_the_same_model(config, changes, monkeypatch):
+    config = config.replace(**changes)
+    unbroken = experts_of(finetune(config))
+    broken = config.replace(output_dir=config.output_dir + "_broken")
+
+    class InterruptAtThree(StopOnInterrupt):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            super().on_step_end(args, state, control, **kwargs)
+
+    monkeypatch.setattr(module, "StopOnInterrupt", InterruptAtThree)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(broken)
+    assert last_checkpoint(Path(broken.output_dir)).name == "checkpoint-3"
+    with pytest.raises(UserError, match="--resume continues it"):
+        finetune(broken)
+    monkeypatch.undo()
+    resumed = experts_of(finetune(broken, resume=True))
+    assert resumed.keys() == unbroken.keys()
+    for name, tensor in unbroken.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
+    finetune(config)
+    run = Path(config.output_dir)
+    weights = run / "checkpoint-6" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:64])
+    assert last_checkpoint(run).name == "checkpoint-4"
+    assert "checkpoint-6 is not a whole checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lora_targets": ("nothing",)}, "lora_targets: none of 'nothing'"),
+        ({"trainable_layers": 9}, "trainable_layers: got 9, but the model has 3"),
+        ({"model": "./absent"}, "model './absent': no such folder"),
+        ({"data": "absent"}, "absent"),
+        ({"max_tokens": 5}, "max_tokens=5"),
+    ],
+)
+def test_mistakes_are_named_before_training(config, changes, named):
+    with pytest.raises(UserError, match=named):
+        finetune(config.replace(**changes))
+    assert not (Path(config.output_dir) / "trained").exists()
+
+
+def test_replace_tower_and_full_depth_train_too(config):
+    folder = finetune(config.replace(tower="replace", experts="per_querier", trainable_layers=None))
+    assert any("norm_specific" in name for name in experts_of(folder))
+    assert sum(losses(config)[-2:]) < sum(losses(config)[:2])
+
+
+def test_damaged_result_is_refused(config):
+    folder = finetune(config)
+    (folder / EXPERTS).write_bytes((folder / EXPERTS).read_bytes()[:50])
+    with pytest.raises(UserError, match=EXPERTS):
+        load_trained(folder)
+    with pytest.raises(UserError, match="no trained model there"):
+        load_trained(folder.parent)
+
+
+def test_command_line_shows_one_line_and_fails(tmp_path, request):
+    command = [sys.executable, "-m", "train.finetune", "--config", str(tmp_path / "absent.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=request.config.rootpath, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error:")
+    assert "absent.yaml" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_ignore_index_is_the_models():
+    from qar_models.modeling import IGNORE_INDEX
+
+    assert IGNORE_INDEX == IGNORE

@@ -1,0 +1,1 @@
+"""Training, data preparation and evaluation of querier-aware LLMs."""

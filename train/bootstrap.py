@@ -1,0 +1,126 @@
+"""Bootstrap intervals over whole groups of examples (dialogues).
+
+Windows of one dialogue share most of their text, so resampling single examples would give intervals that
+are too narrow. A mean, a token-weighted mean and a paired difference are all one ratio, sum of numerators /
+sum of denominators, and share one resampler.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+SAMPLES = 1000
+
+
+def _group_sums(values: Sequence[float], groups: Sequence[Hashable] | None) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if groups is None:
+        return values
+    if len(groups) != len(values):
+        raise ValueError(f"groups: expected {len(values)} entries, one for each value, got {len(groups)}")
+    index = {group: position for position, group in enumerate(dict.fromkeys(groups))}
+    return np.bincount([index[group] for group in groups], weights=values)
+
+
+def _ratio_ci(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    groups: Sequence[Hashable] | None,
+    samples: int,
+    seed: int,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of sum(numerators) / sum(denominators); (nan, nan) under two groups."""
+    numerator, denominator = _group_sums(numerators, groups), _group_sums(denominators, groups)
+    count = len(numerator)
+    if count < 2:
+        return math.nan, math.nan
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
+    ratios = (draws @ numerator) / (draws @ denominator)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def listed(interval: tuple[float, float]) -> list[float] | None:
+    """An interval as JSON holds it: [lo, hi], or None where it could not be estimated."""
+    return None if math.isnan(interval[0]) else list(interval)
+
+
+def _check_same_length(first: Sequence[Any], second: Sequence[Any]) -> None:
+    if len(first) != len(second) or len(first) == 0:
+        sizes = f"{len(first)} and {len(second)}"
+        raise ValueError(f"expected two equally long, non-empty lists, got {sizes} items")
+
+
+def bootstrap_ci(
+    values: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Interval of the mean of `values`, by resampling whole `groups` (single values without them).
+
+    (nan, nan) where there are fewer than two groups: one dialogue says nothing about the next.
+    """
+    return _ratio_ci(values, np.ones(len(values)), groups, samples, seed, level)
+
+
+def paired_bootstrap(
+    a: Sequence[float],
+    b: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Mean of `a - b` over the same examples: {"diff", "ci95": [lo, hi] or None}."""
+    _check_same_length(a, b)
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    interval = bootstrap_ci(difference, groups, samples, seed)
+    return {"diff": float(difference.mean()), "ci95": listed(interval)}
+
+
+def nll_summary(
+    nll_sums: Sequence[float],
+    token_counts: Sequence[int],
+    groups: Sequence[Hashable] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Token-weighted mean NLL in nats: {"nll", "perplexity", "ci95": [lo, hi] or None}, ci95 of the NLL.
+
+    Raises ValueError where an example has no scored token.
+    """
+    nll, interval = _token_mean(nll_sums, token_counts, groups, samples, seed)
+    return {"nll": nll, "perplexity": float(np.exp(nll)), "ci95": interval}
+
+
+def paired_nll(
+    a_sums: Sequence[float],
+    b_sums: Sequence[float],
+    token_counts: Sequence[int],
+    groups: Sequence[Hashable] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Token-weighted mean of NLL `a - b` over the same tokens: {"diff", "ci95": [lo, hi] or None}."""
+    _check_same_length(a_sums, b_sums)
+    difference = np.asarray(a_sums, dtype=np.float64) - np.asarray(b_sums, dtype=np.float64)
+    mean, interval = _token_mean(difference, token_counts, groups, samples, seed)
+    return {"diff": mean, "ci95": interval}
+
+
+def _token_mean(
+    sums: Sequence[float],
+    token_counts: Sequence[int],
+    groups: Sequence[Hashable] | None,
+    samples: int,
+    seed: int,
+) -> tuple[float, list[float] | None]:
+    _check_same_length(sums, token_counts)
+    if min(token_counts) < 1:
+        raise ValueError("token_counts: every example needs at least one scored token")
+    mean = float(np.sum(sums) / np.sum(token_counts))
+    return mean, listed(_ratio_ci(sums, token_counts, groups, samples, seed))

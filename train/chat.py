@@ -1,0 +1,111 @@
+"""Talk with a trained responder, as anybody it knows.
+
+    python -m train.chat --model runs/demo/qar/trained --querier "Prince Henry"
+
+``/as NAME`` switches who asks, in mid-conversation; ``/all`` shows the last query answered to everybody side
+by side; ``/who`` lists the names; ``/quit`` (or Ctrl-D) ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import TextStreamer
+
+from train.cli import run
+from train.data.transcript import Turn
+from train.errors import UserError
+from train.generate import answer, end_marks, prompt_as, querier_id
+from train.trained import Trained, load_trained
+
+
+class Chat:
+    """One conversation; the turns so far count whoever asked them."""
+
+    def __init__(self, trained: Trained, querier: str, console: Console, max_new_tokens: int) -> None:
+        self.trained, self.console, self.max_new_tokens = trained, console, max_new_tokens
+        self.history: list[Turn] = []
+        self.switch(querier)
+
+    def switch(self, querier: str) -> None:
+        """From now on somebody else asks."""
+        querier_id(self.trained.queriers, querier)
+        self.querier = querier
+
+    def handle(self, line: str) -> None:
+        """A command, or something to answer."""
+        command, _, rest = line.partition(" ")
+        if command == "/as":
+            self.switch(rest.strip())
+        elif command == "/who":
+            self.console.print(", ".join(self.trained.queriers))
+        elif command == "/all":
+            self._answer_all()
+        elif line.startswith("/"):
+            raise UserError(f"command '{command}' is unknown, expected /as NAME, /all, /who or /quit")
+        elif line.strip():
+            self._answer(line.strip())
+
+    def _answer(self, query: str) -> None:
+        self.history.append(Turn(self.querier, query))
+        tokenizer = self.trained.tokenizer
+        prompt = prompt_as(self.trained, self.history, self.querier)
+        self.console.print(f"[bold]{self.trained.responder}[/]: ", end="")
+        ids = torch.tensor([prompt])
+        out = self.trained.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            querier_ids=torch.tensor([querier_id(self.trained.queriers, self.querier)]),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=end_marks(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+        reply = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
+        self.history.append(Turn(self.trained.responder, reply))
+
+    def _answer_all(self) -> None:
+        asked = [index for index, turn in enumerate(self.history) if turn.speaker != self.trained.responder]
+        if not asked:
+            raise UserError("/all answers the last query, but nothing was asked yet")
+        history = self.history[: asked[-1] + 1]
+        table = Table("asked by", f"{self.trained.responder} answers", show_lines=True)
+        replies = answer(self.trained, history, self.trained.queriers, self.max_new_tokens)
+        for name, reply in replies.items():
+            table.add_row(name, reply)
+        self.console.print(table)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a folder that train.finetune wrote")
+    parser.add_argument("--querier", required=True, help="who asks first")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    transformers.logging.disable_progress_bar()
+    console = Console()
+    chat = Chat(load_trained(arguments.model), arguments.querier, console, arguments.max_new_tokens)
+    while True:
+        try:
+            line = console.input(f"[dim]{chat.querier}:[/] ")
+        except EOFError:
+            return
+        if line.strip() == "/quit":
+            return
+        try:
+            chat.handle(line)
+        except UserError as error:  # a slip while talking does not end the talk
+            console.print(f"[red]{error}[/]")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,115 @@
+"""Methods side by side on the same held-out windows of one responder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from train.base_model import load_base
+from train.config import TrainConfig
+from train.data.layout import MQDialog
+from train.evaluate import HeldOut, querier_similarity
+from train.finetune import DTYPES, cached_states, encode_windows
+from train.trained import Trained, first_trained_layer, load_trained, untrained
+
+METHODS = ("zero_shot", "ft", "qar")
+GENERATED = 40
+MAX_NEW_TOKENS = 32
+SWAPS = 3
+SAMPLES, ASKED_BY = 4, 4
+
+
+class Comparison:
+    """Scores of methods whose runs share everything but the method.
+
+    Args:
+        config: what the runs share.
+        data: the responder's dialogues.
+        run_of: the configuration of a trained method's run.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: MQDialog, run_of: Callable[[str], TrainConfig], seed: int = 0
+    ) -> None:
+        self.config, self.data, self.run_of, self.seed = config, data, run_of, seed
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The held-out windows, with the states below the trained layers."""
+        model, tokenizer = load_base(self.config.model, DTYPES[self.config.dtype])
+        windows = encode_windows(self.data, tokenizer, self.config, "dev")
+        first = first_trained_layer(self.config, model.config.num_hidden_layers)
+        states = cached_states(model, windows, first, Path(self.config.output_dir)) if first else None
+        return HeldOut(self.data.dev, windows, tokenizer, states, first)
+
+    def load(self, method: str) -> Trained:
+        """The model of a method."""
+        if method == "zero_shot":
+            return untrained(self.config, self.data.responder, tuple(self.data.queriers))
+        return load_trained(Path(self.run_of(method).output_dir) / "trained")
+
+    def evaluate(self, method: str) -> dict[str, Any]:
+        """Records of every held-out window; for QAR also under swapped ids, expert similarity, samples."""
+        model, held_out = self.load(method).model, self.held_out
+        generated = held_out.sample(GENERATED, self.seed)
+        result = {"records": self._records(model, held_out.querier_ids, generated)}
+        if method == "qar":
+            result["swapped"] = self._swapped(model, generated)
+            names = self.data.queriers
+            result["similarity"] = {"names": names, "matrix": querier_similarity(model, held_out)}
+            result["samples"] = self.samples(model, generated[:: max(1, len(generated) // SAMPLES)])
+        return result
+
+    def replies(self, model: Any) -> tuple[list[str], list[int]]:
+        """A reply to every held-out window, and who asked."""
+        indices = range(len(self.held_out.windows))
+        asked_by = self.held_out.querier_ids
+        return self.held_out.generate(model, indices, asked_by, MAX_NEW_TOKENS), asked_by
+
+    def _records(self, model: Any, asked_by: Sequence[int], generated: Sequence[int]) -> list[dict[str, Any]]:
+        scores = self.held_out.nll(model, asked_by)
+        return self._with_replies(model, scores, asked_by, generated)
+
+    def _with_replies(
+        self, model: Any, scores: list[tuple[float, int]], asked_by: Sequence[int], generated: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        chosen = [asked_by[index] for index in generated]
+        replies = self.held_out.generate(model, generated, chosen, MAX_NEW_TOKENS)
+        return self.held_out.records(scores, dict(zip(generated, replies, strict=True)))
+
+    def _swapped(self, model: Any, generated: Sequence[int]) -> list[dict[str, Any]]:
+        """The same prompts asked by others: NLL averaged over several draws, replies under the first."""
+        queriers = len(self.data.queriers)
+        draws = [self.held_out.swapped_ids(queriers, self.seed + draw) for draw in range(SWAPS)]
+        scored = [self.held_out.nll(model, ids) for ids in draws]
+        mean = [(sum(nll for nll, _ in window) / SWAPS, window[0][1]) for window in zip(*scored, strict=True)]
+        return self._with_replies(model, mean, draws[0], generated)
+
+    def samples(self, model: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """A few of these windows' queries, each answered to several queriers in one mixed batch."""
+        frequent = [name for name, _ in Counter(e.querier for e in self.data.train).most_common(ASKED_BY)]
+        chosen = indices[:SAMPLES]
+        askers = [self._askers(self.held_out.examples[index].querier, frequent) for index in chosen]
+        flat = [(index, name) for index, names in zip(chosen, askers, strict=True) for name in names]
+        ids = [self.data.queriers.index(name) for _, name in flat]
+        replies = iter(self.held_out.generate(model, [index for index, _ in flat], ids, MAX_NEW_TOKENS))
+        samples = []
+        for index, names in zip(chosen, askers, strict=True):
+            example = self.held_out.examples[index]
+            samples.append(
+                {
+                    "history": [{"from": turn.speaker, "value": turn.text} for turn in example.turns[:-2]],
+                    "query": example.query,
+                    "reference": example.reply,
+                    "asked_by": example.querier,
+                    "answers": {name: next(replies) for name in names},
+                }
+            )
+        return samples
+
+    @staticmethod
+    def _askers(true: str, frequent: Sequence[str]) -> list[str]:
+        return [true, *(name for name in frequent if name != true)][:ASKED_BY]

@@ -1,0 +1,169 @@
+"""Settings of one training run: a YAML file, and ``key=value`` overrides on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from train.data.encode import Style
+from train.errors import UserError
+from train.files import read_text
+
+Method = Literal["qar", "ft"]
+ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The defaults are the demo's scale; ``configs/`` holds others.
+
+    Attributes:
+        data: folder of one responder in the MQDialog layout.
+        output_dir: where checkpoints and the trained parts go.
+        model: ``smollm2-135m-instruct`` (shipped by a Python package), or any path or hub name of a
+            Llama, Qwen2 or Qwen3.
+        method: ``qar``, or ``ft`` for LoRA without experts under the same budget.
+        tower, experts, expert_rank, unknown_querier: see :class:`qar_models.QARConfig`.
+        contrastive_weight: λ; 0 leaves the contrastive loss out.
+        memory_size, projection_dim: of the contrastive loss.
+        lora_rank, lora_alpha, lora_dropout, lora_targets: LoRA on the base model.
+        trainable_layers: train the last n layers only (None: all). The layers below are frozen, so their
+            activations are computed once and reused in every epoch.
+        expert_learning_rate, expert_weight_decay: for the experts and the contrastive heads.
+        warmup_ratio: share of all steps.
+        max_tokens: longest window; older turns are dropped to fit.
+        names_in_prompt: whether the querier's name is part of the prompt.
+        style: how turns become text, see :mod:`train.data.encode`.
+        dtype: ``float32``, ``bfloat16`` or ``float16``: the base weights', and of mixed precision.
+        deepspeed: path of a DeepSpeed configuration, or None.
+        save_steps: steps between checkpoints; the two newest are kept.
+        report_to: logging integrations of transformers (``tensorboard``, ``wandb``), or ``none``.
+    """
+
+    data: str
+    output_dir: str
+    model: str = "smollm2-135m-instruct"
+    method: Method = "qar"
+    tower: Literal["residual", "replace"] = "residual"
+    experts: Literal["per_querier", "shared", "shared+per_querier"] = "shared+per_querier"
+    expert_rank: int = 16
+    unknown_querier: Literal["none", "error", "mean", "shared"] | None = None
+    contrastive_weight: float = 0.0
+    memory_size: int = 512
+    projection_dim: int = 512
+    lora_rank: int = 16
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    lora_targets: tuple[str, ...] = ATTENTION_AND_MLP
+    trainable_layers: int | None = None
+    learning_rate: float = 5e-4
+    expert_learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    expert_weight_decay: float = 0.0
+    adam_beta2: float = 0.95
+    warmup_ratio: float = 0.05
+    epochs: float = 2.0
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    max_tokens: int = 592
+    names_in_prompt: bool = True
+    style: Style = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    deepspeed: str | None = None
+    save_steps: int = 50
+    report_to: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("expert_rank", "lora_rank", "batch_size", "gradient_accumulation", "save_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("learning_rate", "expert_learning_rate", "epochs", "lora_alpha"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        if self.trainable_layers is not None and self.trainable_layers < 1:
+            raise UserError(
+                f"trainable_layers: got {self.trainable_layers}, expected at least 1, or null for all"
+            )
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file of :class:`TrainConfig` keys; ``overrides`` are ``key=value`` with YAML values.
+
+    Raises:
+        UserError: naming the file and the key that is unknown, missing or of the wrong type.
+    """
+    try:
+        values = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: got {type(values).__name__}, expected a mapping of keys to values")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"override '{override}': expected key=value")
+        values[key] = yaml.safe_load(value)
+    return config_from(values, str(path))
+
+
+def config_from(values: dict[str, Any], origin: str) -> TrainConfig:
+    """Check the keys and types of ``values``; ``origin`` is named in errors."""
+    hints = get_type_hints(TrainConfig)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise UserError(f"{origin}: unknown key '{key}'{hint}")
+    for field in dataclasses.fields(TrainConfig):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise UserError(f"{origin}: key '{field.name}' is missing")
+    checked = {key: _convert(value, hints[key], f"{origin}: key '{key}'") for key, value in values.items()}
+    return TrainConfig(**checked)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as the annotated type: exact, except int -> float, list -> tuple and '1e-4' -> float."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{where}: got {value!r}, expected one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise UserError(f"{where}: got {value!r}, expected a list of names")
+        return tuple(value)
+    options = get_args(hint) or (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in (option for option in options if option is not type(None)):
+        if get_origin(option) is Literal:
+            return _convert(value, option, where)
+        if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            return _number(value, where)
+        if type(value) is option:
+            return value
+    expected = " or ".join("null" if option is type(None) else option.__name__ for option in options)
+    raise UserError(f"{where}: got {value!r}, expected {expected}")
+
+
+def _number(value: float | str, where: str) -> float:
+    """YAML reads ``1e-4`` (without a dot) as text."""
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{where}: got {value!r}, expected a number") from None

@@ -1,0 +1,169 @@
+"""Write and read a folder in the MQDialog layout (see ``layout``).
+
+The reader is strict: every error names file, record and key.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.data.layout import FIRST_PAIR_ID, PAIR_IDS, SPLITS, Example, MQDialog, short_name
+from train.data.transcript import Turn
+from train.errors import UserError
+from train.files import read_text, write_atomic
+
+RECORD_KEYS = {"id": (str, int), "conversations": list, "target_role": str, "input_role": str}
+ID_KEYS = ("role_pair_id", "cluster_id")
+
+
+def write_mqdialog(data: MQDialog, folder: Path, show: str) -> None:
+    """Write ``data`` into the empty ``folder`` (``files.build_directory`` makes it all or nothing)."""
+    shorts = [short_name(name) for name in data.queriers]
+    for index, short in enumerate(shorts):
+        if short in shorts[:index] or not short:
+            raise UserError(f"querier '{data.queriers[index]}' has no file name of their own: '{short}'")
+    ids = {name: FIRST_PAIR_ID + index for index, name in enumerate(data.queriers)}
+    write_atomic(folder / PAIR_IDS, _dump({data.responder: ids}))
+    target = short_name(data.responder)
+    for split, examples in zip(SPLITS, (data.train, data.dev), strict=True):
+        for querier_id, short in enumerate(shorts):
+            records = [_record(example) for example in examples if example.querier_id == querier_id]
+            name = f"{show}_diags_{target}_{short}_{target}_response_L512_{split}.json"
+            write_atomic(folder / f"{target}_{short}" / name, _dump(records))
+
+
+def _record(example: Example) -> dict:
+    return {
+        "id": example.id,
+        "conversations": [{"from": turn.speaker, "value": turn.text} for turn in example.turns],
+        "target_role": example.responder,
+        "target_role_short": short_name(example.responder),
+        "input_role": example.querier,
+        "input_role_short": short_name(example.querier),
+        "role_pair_id": FIRST_PAIR_ID + example.querier_id,
+        "cluster_id": example.cluster_id,
+    }
+
+
+def _dump(value: dict | Sequence) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def load_mqdialog(folder: Path) -> MQDialog:
+    """The data of one responder; querier ids are 0..Q-1 in the order of ``role_pair_id``.
+
+    Raises ``UserError``: no such folder (lists what is there), damaged JSON (file, line), a missing or wrong
+    key (file, index, key), a pair id unknown to ``role_pair_id.json``, two responders, an empty split.
+    """
+    folder = Path(folder)
+    if not (folder / PAIR_IDS).is_file():
+        raise UserError(f"{folder}: no MQDialog data of a responder ({PAIR_IDS}); {_what_is_there(folder)}")
+    known_ids = _pair_ids(folder / PAIR_IDS)
+    records = {split: [_check(*found) for found in _records(folder, split)] for split in SPLITS}
+    responders = {record["target_role"] for found in records.values() for record in found}
+    if len(responders) > 1:
+        raise UserError(
+            f"{folder}: records of several responders ({', '.join(sorted(responders))}), expected one"
+        )
+    names = _names_by_id(folder, records, known_ids)
+    examples = {
+        split: [_example(record, list(names)) for record in found] for split, found in records.items()
+    }
+    clusters = 1 + max(example.cluster_id for found in examples.values() for example in found)
+    return MQDialog(responders.pop(), list(names.values()), clusters, examples["train"], examples["dev"])
+
+
+def _what_is_there(folder: Path) -> str:
+    parent = folder if folder.is_dir() else folder.parent
+    if not parent.is_dir():
+        return f"{parent} does not exist either"
+    found = sorted(path.parent.parent for path in parent.glob(f"*/{PAIR_IDS}"))
+    found = found or sorted(path for path in parent.iterdir() if path.is_dir())
+    return f"{parent} holds: {', '.join(path.name for path in found) or 'no folders'}"
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
+
+
+def _pair_ids(path: Path) -> set[int]:
+    """The ids in ``{responder: {name: id}}`` (the reference), ``{name: id}`` or ``{id: name}``."""
+    mapping = _load_json(path)
+    if isinstance(mapping, dict) and len(mapping) == 1 and isinstance(next(iter(mapping.values())), dict):
+        mapping = next(iter(mapping.values()))
+    if not isinstance(mapping, dict) or not mapping:
+        raise UserError(f"{path}: expected an object that maps queriers to ids")
+    try:
+        return {int(value) if _is_id(value) else int(key) for key, value in mapping.items()}
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: expected an object that maps queriers to whole-number ids") from None
+
+
+def _is_id(value: object) -> bool:
+    if isinstance(value, str):
+        return value.isdecimal()
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _records(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
+    """(where, record) of every record of ``split``, files in the order of their names."""
+    count = 0
+    for path in sorted(folder.glob(f"*/*_response_L512_{split}.json")):
+        records = _load_json(path)
+        if not isinstance(records, list):
+            raise UserError(f"{path}: expected a list of records")
+        for index, record in enumerate(records):
+            count += 1
+            yield f"{path}: record {index}", record
+    if not count:
+        raise UserError(f"{folder}: the {split} split is empty (*/*_response_L512_{split}.json)")
+
+
+def _check(where: str, record: Any) -> dict:
+    """``record`` with stripped turns, if it has every key, each of the right type."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object")
+    for key, kind in RECORD_KEYS.items():
+        if not isinstance(record.get(key), kind):
+            raise UserError(f"{where}: key '{key}' is missing or of a wrong type")
+    for key in ID_KEYS:
+        if not _is_id(record.get(key)):
+            raise UserError(f"{where}: key '{key}' is missing or not a whole number of at least 0")
+    turns = record["conversations"]
+    for index, turn in enumerate(turns):
+        for key in ("from", "value"):
+            if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
+                raise UserError(f"{where}: key '{key}' of turn {index} is missing or not a string")
+    if len(turns) < 2 or turns[-1]["from"] != record["target_role"]:
+        raise UserError(
+            f"{where}: 'conversations' must end with a query and a reply of {record['target_role']}"
+        )
+    return record | {"where": where}
+
+
+def _names_by_id(folder: Path, records: dict[str, list[dict]], known_ids: set[int]) -> dict[int, str]:
+    """Querier names by ``role_pair_id``, ascending; only queriers with a record count."""
+    names: dict[int, str] = {}
+    for record in (record for found in records.values() for record in found):
+        pair_id, name = int(record["role_pair_id"]), record["input_role"]
+        if pair_id not in known_ids:
+            raise UserError(f"{record['where']}: role_pair_id {pair_id} is not in {folder / PAIR_IDS}")
+        known = names.setdefault(pair_id, name)
+        if known != name:
+            raise UserError(f"{record['where']}: role_pair_id {pair_id} belongs to '{known}', not '{name}'")
+    return dict(sorted(names.items()))
+
+
+def _example(record: dict, pair_ids: list[int]) -> Example:
+    return Example(
+        id=str(record["id"]),
+        turns=tuple(Turn(turn["from"], turn["value"].strip()) for turn in record["conversations"]),
+        responder=record["target_role"],
+        querier=record["input_role"],
+        querier_id=pair_ids.index(int(record["role_pair_id"])),
+        cluster_id=int(record["cluster_id"]),
+    )

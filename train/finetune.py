@@ -1,0 +1,151 @@
+"""Fine-tune on one responder's dialogues.
+
+python -m train.finetune --config train/configs/demo.yaml [key=value ...] [--resume]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from train.base_model import load_base
+from train.batches import Collator, Windows
+from train.cli import run
+from train.config import TrainConfig, load_config
+from train.data.encode import Encoded, encode_all
+from train.data.layout import MQDialog
+from train.data.mqdialog import load_mqdialog
+from train.errors import UserError
+from train.files import write_atomic
+from train.layers import lower_states, upper_part
+from train.trained import TRAINED, build, first_trained_layer, save_trained
+from train.trainer import LossProgress, QARTrainer, StopOnInterrupt, last_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOG = "log.json"
+logger = logging.getLogger(__name__)
+
+
+def finetune(config: TrainConfig, resume: bool = False) -> Path:
+    """Train, and return the folder with the trained parts (``<output_dir>/trained``).
+
+    A finished run with the same configuration is returned as it is.
+
+    Raises:
+        UserError: what is wrong with the data, the model or the configuration, before any training.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint written that ``resume`` continues.
+    """
+    output = Path(config.output_dir)
+    folder = output / "trained"
+    if _is_finished(folder, config):
+        logger.info("%s is there already", folder)
+        return folder
+    data = load_mqdialog(Path(config.data))
+    checkpoint = last_checkpoint(output)
+    if checkpoint is not None and not resume:
+        raise UserError(
+            f"{output}: holds {checkpoint.name}; --resume continues it, another output_dir starts anew"
+        )
+    transformers.set_seed(config.seed)
+    model, tokenizer = load_base(config.model, DTYPES[config.dtype])
+    windows = encode_windows(data, tokenizer, config, "train")
+    if not windows:
+        raise UserError(f"{config.data}: no training window fits into max_tokens={config.max_tokens}")
+    first = first_trained_layer(config, model.config.num_hidden_layers)
+    states = cached_states(model, windows, first, output) if first else None
+    peft = build(model, config, tuple(data.queriers), data.num_clusters)
+    trained = upper_part(model, first) if first else model
+    trainer = _trainer(trained, tokenizer, Windows(windows, states), config)
+    stop = StopOnInterrupt()
+    trainer.add_callback(stop)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.interrupted:
+        raise KeyboardInterrupt
+    write_atomic(output / LOG, json.dumps(trainer.state.log_history, indent=1))
+    save_trained(peft, config, data.responder, folder)
+    return folder
+
+
+def encode_windows(
+    data: MQDialog, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, split: str
+) -> list[Encoded]:
+    """The windows of one split (``train`` or ``dev``), as the configuration writes them."""
+    return encode_all(
+        getattr(data, split),
+        tokenizer,
+        max_tokens=config.max_tokens,
+        names_in_prompt=config.names_in_prompt,
+        style=config.style,
+    )
+
+
+def cached_states(
+    model: PreTrainedModel, windows: list[Encoded], num_layers: int, output: Path
+) -> list[torch.Tensor]:
+    """States below the trained layers; runs side by side under one parent folder share them."""
+    return lower_states(model, windows, num_layers, output.parent / "states")
+
+
+def _is_finished(folder: Path, config: TrainConfig) -> bool:
+    path = folder / TRAINED
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["config"] == json.loads(
+        json.dumps(config.to_dict())
+    )
+
+
+def _trainer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Windows, config: TrainConfig
+) -> QARTrainer:
+    arguments = TrainingArguments(
+        output_dir=config.output_dir,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_ratio,
+        logging_steps=1,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        bf16=config.dtype == "bfloat16",
+        fp16=config.dtype == "float16",
+        deepspeed=config.deepspeed,
+        report_to=config.report_to,
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=False,
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer = QARTrainer(
+        model, arguments, data_collator=Collator(tokenizer.pad_token_id), train_dataset=windows, config=config
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(LossProgress)
+    return trainer
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file of train/configs")
+    parser.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the file")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    finetune(load_config(arguments.config, arguments.overrides), arguments.resume)
+
+
+if __name__ == "__main__":
+    run(main)

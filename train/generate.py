@@ -1,0 +1,126 @@
+"""Answer queriers, many of them in one batch.
+
+python -m train.generate --model runs/demo/qar/trained --query "Where hast thou been?" [--as NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from train.cli import run
+from train.data.encode import encode_prompt
+from train.data.transcript import Turn
+from train.errors import UserError
+from train.trained import Trained, load_trained
+
+
+@torch.inference_mode()
+def generate_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    querier_ids: Sequence[int],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    batch_size: int = 16,
+) -> list[str]:
+    """Greedy replies, one per prompt and querier; prompts of similar length share a left-padded batch."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    replies: dict[int, str] = {}
+    for start in tqdm(range(0, len(order), batch_size), desc="generating", unit="batch", leave=False):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer.pad(
+            {"input_ids": [list(prompts[index]) for index in chosen]},
+            padding_side="left",
+            return_tensors="pt",
+        )
+        ids = torch.tensor([querier_ids[index] for index in chosen])
+        out = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            querier_ids=ids,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(stop_tokens),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        replies |= dict(zip(chosen, (text.strip() for text in texts), strict=True))
+    return [replies[index] for index in range(len(prompts))]
+
+
+def answer(
+    trained: Trained, history: Sequence[Turn], queriers: Sequence[str], max_new_tokens: int = 48
+) -> dict[str, str]:
+    """The same query, the last turn of ``history``, asked by each of ``queriers`` in one batch.
+
+    ``history`` is rewritten as spoken by each querier in turn, so that nothing but who asks differs.
+    """
+    ids = [querier_id(trained.queriers, name) for name in queriers]
+    prompts = [prompt_as(trained, history, name) for name in queriers]
+    replies = generate_replies(
+        trained.model, trained.tokenizer, prompts, ids, max_new_tokens, end_marks(trained.tokenizer)
+    )
+    return dict(zip(queriers, replies, strict=True))
+
+
+def prompt_as(trained: Trained, history: Sequence[Turn], querier: str) -> list[int]:
+    """The prompt for ``history`` as if ``querier`` had spoken all of it that is not the responder's."""
+    config = trained.config
+    return encode_prompt(
+        [turn if turn.speaker == trained.responder else Turn(querier, turn.text) for turn in history],
+        trained.tokenizer,
+        responder=trained.responder,
+        max_tokens=config.max_tokens,
+        names_in_prompt=config.names_in_prompt,
+        style=config.style,
+    )
+
+
+def querier_id(queriers: Sequence[str], name: str) -> int:
+    """The id of a name; one that is unknown is a ``UserError`` with the closest that are."""
+    if name in queriers:
+        return list(queriers).index(name)
+    close = difflib.get_close_matches(name, queriers, n=1) or list(queriers)[:5]
+    raise UserError(f"querier '{name}' is unknown; did you mean {' or '.join(close)}?")
+
+
+def end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a turn: the tokenizer's end of sequence, and the marks of chat formats it knows."""
+    vocabulary = tokenizer.get_vocab()
+    marks = [vocabulary[mark] for mark in ("<|im_end|>", "<|eot_id|>") if mark in vocabulary]
+    return sorted({tokenizer.eos_token_id, *marks})
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a folder that train.finetune wrote")
+    parser.add_argument("--query", required=True, help="what is asked")
+    parser.add_argument(
+        "--as", dest="queriers", nargs="+", metavar="NAME", help="who asks (default: everybody)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    trained = load_trained(arguments.model)
+    queriers = arguments.queriers or list(trained.queriers)
+    replies = answer(trained, [Turn(queriers[0], arguments.query)], queriers, arguments.max_new_tokens)
+    table = Table("asked by", f"{trained.responder} answers", show_lines=True)
+    for name, reply in replies.items():
+        table.add_row(name, reply)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,121 @@
+"""A decoder cut in two, so that frozen lower layers run once per window instead of once per step.
+
+Both parts share the modules of the whole: what is trained in the upper part is trained in the model.
+B windows, S tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from train.data.encode import Encoded
+
+
+def upper_part(model: PreTrainedModel, first_layer: int) -> PreTrainedModel:
+    """The model from ``first_layer`` up; feed it hidden states as ``inputs_embeds``."""
+    part = _shallow(model)
+    part.config = _config_of_layers(model.config, first_layer, model.config.num_hidden_layers)
+    part.model = _decoder_part(model.model, part.config, first_layer, model.config.num_hidden_layers)
+    if getattr(model, "qar", None) is not None:
+        first_expert = max(0, model.qar.first_expert_layer - first_layer)
+        part.qar = part.model.qar = dataclasses.replace(model.qar, first_expert_layer=first_expert)
+        part.config.qar = part.qar.to_dict()
+    return part
+
+
+def lower_states(
+    model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int, cache: Path, batch_size: int = 8
+) -> list[Tensor]:
+    """Hidden states ``(S, H)`` of every window after the first ``num_layers`` layers of a plain model.
+
+    They are kept in ``cache``, under a name that the model and the windows decide.
+    """
+    path = cache / f"{_fingerprint(model, windows, num_layers)}.safetensors"
+    states = _read(path, len(windows))
+    if states is None:
+        states = _run_lower(model, windows, num_layers, batch_size)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({str(index): state for index, state in enumerate(states)}, partial)
+        partial.replace(path)
+    return states
+
+
+@torch.no_grad()
+def _run_lower(
+    model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int, batch_size: int
+) -> list[Tensor]:
+    config = _config_of_layers(model.config, 0, num_layers)
+    decoder = _decoder_part(model.model, config, 0, num_layers).eval()
+    decoder.norm = nn.Identity()
+    order = sorted(range(len(windows)), key=lambda index: len(windows[index].input_ids))
+    states: dict[int, Tensor] = {}
+    progress = tqdm(total=len(windows), desc="frozen layers", unit="window")
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [torch.tensor(windows[index].input_ids) for index in chosen]
+        ids = pad_sequence(rows, batch_first=True).to(model.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
+        out = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        for index, row, state in zip(chosen, rows, out, strict=True):
+            states[index] = state[: len(row)].clone()
+        progress.update(len(chosen))
+    progress.close()
+    return [states[index] for index in range(len(windows))]
+
+
+def _read(path: Path, count: int) -> list[Tensor] | None:
+    """The cached states, or None where there are none or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return [stored.get_tensor(str(index)) for index in range(count)]
+    except SafetensorError:
+        return None
+
+
+def _fingerprint(model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int) -> str:
+    digest = hashlib.sha256(f"{model.config.name_or_path} {num_layers} {model.dtype}".encode())
+    # one norm weight per layer tells models of one name apart without reading all weights
+    for layer in model.model.layers[:num_layers]:
+        digest.update(layer.input_layernorm.weight.detach().float().cpu().numpy().tobytes())
+    for window in windows:
+        digest.update(str(window.input_ids).encode())
+    return digest.hexdigest()[:16]
+
+
+def _decoder_part(
+    decoder: PreTrainedModel, config: PreTrainedConfig, start: int, stop: int
+) -> PreTrainedModel:
+    part = _shallow(decoder)
+    part.config = config
+    part.layers = nn.ModuleList(decoder.layers[start:stop])
+    return part
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A module of its own whose children are the original's."""
+    duplicate = copy.copy(module)
+    duplicate._modules = dict(module._modules)
+    return duplicate
+
+
+def _config_of_layers(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedConfig:
+    part = copy.deepcopy(config)
+    part.num_hidden_layers = stop - start
+    if getattr(config, "layer_types", None):
+        part.layer_types = config.layer_types[start:stop]
+    return part

@@ -1,0 +1,197 @@
+"""Scores of held-out replies: ROUGE, token-weighted NLL, and what one method gains over another.
+
+Every interval is a 95 % bootstrap interval over whole dialogues (`train/bootstrap.py`).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, TypedDict
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+
+from train.bootstrap import SAMPLES, bootstrap_ci, listed, nll_summary, paired_bootstrap, paired_nll
+from train.errors import UserError
+
+__all__ = [
+    "ROUGE_KEYS",
+    "Record",
+    "bootstrap_ci",
+    "compare",
+    "nll_summary",
+    "paired_bootstrap",
+    "paired_nll",
+    "rouge",
+    "summarise",
+    "swap_summary",
+]
+
+ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
+
+
+class Record(TypedDict):
+    """One held-out example: NLL in nats, summed over the reply; ROUGE None where no reply was generated."""
+
+    id: str
+    dialogue: str
+    querier: str
+    nll_sum: float
+    tokens: int
+    rouge1: float | None
+    rouge2: float | None
+    rougeL: float | None
+    empty: bool
+
+
+class _SplitTokenizer(Tokenizer):
+    """Tokens are the pieces of `split` that are not white space; punctuation counts."""
+
+    def __init__(self, split: Callable[[str], Sequence[str]]) -> None:
+        self._split = split
+
+    def tokenize(self, text: str) -> list[str]:
+        return [piece for piece in self._split(text) if not piece.isspace()]
+
+
+def _jieba_split() -> Callable[[str], list[str]]:
+    import jieba  # loads a dictionary: only where words are asked for
+
+    jieba.setLogLevel(logging.WARNING)
+    return jieba.lcut
+
+
+@lru_cache
+def _scorer(language: str) -> RougeScorer:
+    if language == "en":
+        return RougeScorer(ROUGE_KEYS, use_stemmer=True)
+    if language == "zh-char":
+        return RougeScorer(ROUGE_KEYS, tokenizer=_SplitTokenizer(list))
+    if language == "zh-word":
+        return RougeScorer(ROUGE_KEYS, tokenizer=_SplitTokenizer(_jieba_split()))
+    raise UserError(f"language: expected 'en', 'zh-char' or 'zh-word', got {language!r}")
+
+
+def rouge(prediction: str, reference: str, language: str = "en") -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures in [0, 1] of one reply.
+
+    `language` is "en" (stemmed words), "zh-char" (characters, as in the paper) or "zh-word" (jieba words).
+    An empty prediction scores 0. Raises UserError for another language.
+    """
+    scores = _scorer(language).score(reference, prediction)
+    return {key: float(scores[key].fmeasure) for key in ROUGE_KEYS}
+
+
+def _column(records: Sequence[Record], key: str) -> list[Any]:
+    return [record[key] for record in records]
+
+
+def _scored(records: Sequence[Record], key: str) -> list[Record]:
+    return [record for record in records if record.get(key) is not None]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _rouge_means(records: Sequence[Record]) -> dict[str, float | None]:
+    return {key: _mean([record.get(key) for record in records]) for key in ROUGE_KEYS}
+
+
+def _rouge_intervals(records: Sequence[Record], samples: int, seed: int) -> dict[str, list[float] | None]:
+    intervals = {}
+    for key in ROUGE_KEYS:
+        scored = _scored(records, key)
+        values, dialogues = _column(scored, key), _column(scored, "dialogue")
+        intervals[key] = listed(bootstrap_ci(values, dialogues, samples, seed))
+    return intervals
+
+
+def _token_nll(records: Sequence[Record]) -> float:
+    return float(sum(_column(records, "nll_sum")) / sum(_column(records, "tokens")))
+
+
+def _querier_scores(records: Sequence[Record], name: str) -> dict[str, Any]:
+    own = [record for record in records if record["querier"] == name]
+    counts = {"examples": len(own), "tokens": sum(_column(own, "tokens"))}
+    return {"nll": _token_nll(own), **_rouge_means(own), **counts}
+
+
+def summarise(records: Sequence[Record], samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
+    """Scores of one method: overall, as the mean over queriers ("macro"), per querier, with intervals.
+
+    ROUGE is the mean over the `generated` examples, empty replies included (they score 0), and None where
+    there are none. Raises ValueError without records or where an example has no scored token.
+    """
+    if not records:
+        raise ValueError("records: expected at least one held-out example, got none")
+    columns = [_column(records, key) for key in ("nll_sum", "tokens", "dialogue")]
+    overall = nll_summary(*columns, samples=samples, seed=seed)
+    queriers = dict.fromkeys(_column(records, "querier"))
+    per_querier = {name: _querier_scores(records, name) for name in queriers}
+    return {
+        "nll": overall["nll"],
+        "perplexity": overall["perplexity"],
+        **_rouge_means(records),
+        "macro": {
+            key: _mean([scores[key] for scores in per_querier.values()]) for key in ("nll", *ROUGE_KEYS)
+        },
+        "ci95": {"nll": overall["ci95"], **_rouge_intervals(records, samples, seed)},
+        "per_querier": per_querier,
+        "empty": sum(bool(record.get("empty")) for record in records),
+        "examples": len(records),
+        "generated": len(_scored(records, "rougeL")),
+    }
+
+
+def _matched(a: Sequence[Record], b: Sequence[Record]) -> list[tuple[Record, Record]]:
+    others = {record["id"]: record for record in b}
+    ids = set(_column(a, "id"))
+    if not len(a) == len(b) == len(ids) == len(others) or ids != set(others):
+        raise ValueError("the two methods were not evaluated on the same examples, each once")
+    pairs = [(record, others[record["id"]]) for record in a]
+    if any(first["tokens"] != second["tokens"] for first, second in pairs):
+        raise ValueError("the two methods did not score the same tokens")
+    return pairs
+
+
+def compare(
+    a: Sequence[Record], b: Sequence[Record], samples: int = SAMPLES, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Paired differences `a - b` of two methods on the same examples, matched by id.
+
+    Returns {"nll": {"diff", "ci95"}, "rouge1": ..., ...}; a ROUGE that no example has in both is left out.
+    Raises ValueError where the two do not hold the same examples or did not score the same tokens.
+    """
+    pairs = _matched(a, b)
+    first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    sums, tokens = [_column(side, "nll_sum") for side in (first, second)], _column(first, "tokens")
+    result = {"nll": paired_nll(*sums, tokens, _column(first, "dialogue"), samples, seed)}
+    for key in ROUGE_KEYS:
+        scored = [(x, y) for x, y in pairs if x.get(key) is not None and y.get(key) is not None]
+        if scored:
+            values = ([x[key] for x, _ in scored], [y[key] for _, y in scored])
+            result[key] = paired_bootstrap(*values, [x["dialogue"] for x, _ in scored], samples, seed)
+    return result
+
+
+def swap_summary(
+    true: Sequence[Record], swapped: Sequence[Record], samples: int = SAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """What asking as another querier changes: {"nll_true", "nll_swapped", "nll_diff", "nll_ci95", ...}.
+
+    The same four come for "rougeL_", over the examples generated both ways (None where there are none).
+    A difference is swapped - true, so useful experts show nll_diff > 0 and rougeL_diff < 0.
+    """
+    differences = compare(swapped, true, samples, seed)
+    both = set(_column(_scored(true, "rougeL"), "id")) & set(_column(_scored(swapped, "rougeL"), "id"))
+    result = {}
+    for side, records in (("true", true), ("swapped", swapped)):
+        result[f"nll_{side}"] = _token_nll(records)
+        result[f"rougeL_{side}"] = _mean([record["rougeL"] for record in records if record["id"] in both])
+    for key in ("nll", "rougeL"):
+        difference = differences.get(key, {"diff": None, "ci95": None})
+        result |= {f"{key}_diff": difference["diff"], f"{key}_ci95": difference["ci95"]}
+    return result

@@ -1,0 +1,211 @@
+"""Chart primitives: matplotlib figures as inline SVG, without pyplot's global state.
+
+Text and axes are drawn in one ink that becomes `currentColor`, so a page's theme colours them.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure
+
+PALETTE = {"zero_shot": "#8e979f", "ft": "#4f7a9e", "qar": "#e2570b"}
+OTHER_METHOD = "#2f9486"
+_INK = "#7b7b7b"
+_WIDTH = 4.6  # inches: the text stays readable when a phone shrinks the figure to its width
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: the browser has the glyphs for Chinese names
+    "svg.hashsalt": "qar",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+Interval = Sequence[float | None] | None
+
+
+def colour(method: str) -> str:
+    """The method's colour, the same in every figure."""
+    return PALETTE.get(method, OTHER_METHOD)
+
+
+@contextmanager
+def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # The browser draws the glyphs that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        axes = figure.subplots()
+        axes.locator_params(axis="x", nbins=6)
+        yield figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata=_METADATA)
+    text = buffer.getvalue()
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # ids would repeat across figures
+    return text.replace(_INK, "currentColor").replace("<svg", '<svg role="img"', 1)
+
+
+def _error(values: Sequence[float], cis: Sequence[Interval]) -> np.ndarray:
+    """(2, N) distances below and above the value; NaN where there is no interval."""
+    ends = [ci if ci and None not in ci else (np.nan, np.nan) for ci in cis]
+    return np.abs(np.asarray(ends, dtype=float).T - np.asarray(values, dtype=float))
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def interval_dots(
+    names: Sequence[str], values: Sequence[float], cis: Sequence[Interval], colours: Sequence[str], axis: str
+) -> str:
+    """One dot with its error bar for each row; the axis need not start at zero."""
+    with _canvas(0.75 + 0.36 * len(names)) as (figure, axes):
+        errors = _error(values, cis)
+        for row, value in enumerate(values):
+            axes.errorbar(
+                value,
+                row,
+                xerr=errors[:, row : row + 1],
+                fmt="o",
+                color=colours[row],
+                markersize=7,
+                capsize=4,
+                elinewidth=2,
+            )
+            axes.annotate(
+                f"{value:.3f}", (value, row), (0, 7), textcoords="offset points", ha="center", fontsize=8.5
+            )
+        _name_rows(axes, names)
+        axes.margins(x=0.15)
+        axes.set_xlabel(axis)
+        axes.grid(axis="x", color=_INK, alpha=0.2, linewidth=0.6)
+        return _svg(figure)
+
+
+def grouped_bars(
+    names: Sequence[str],
+    series: Mapping[str, tuple[Sequence[float | None], str]],
+    axis: str,
+    line: tuple[float, str] | None = None,
+    digits: int = 2,
+) -> str:
+    """Horizontal bars, one for each (row, series) that has a value; `line` is a labelled dashed mark.
+
+    `series` maps a label to (values, colour). Bars start at zero, so their lengths compare honestly.
+    """
+    thickness = 0.8 / len(series)
+    with _canvas(0.9 + len(names) * max(0.34, 0.2 * len(series))) as (figure, axes):
+        for position, (name, (values, fill)) in enumerate(series.items()):
+            rows = np.arange(len(names)) - 0.4 + thickness * (position + 0.5)
+            lengths = np.array([np.nan if value is None else value for value in values], dtype=float)
+            bars = axes.barh(rows, lengths, 0.9 * thickness, color=fill, label=name)
+            axes.bar_label(
+                bars,
+                [f"{value:.{digits}f}" if np.isfinite(value) else "" for value in lengths],
+                padding=3,
+                fontsize=8,
+            )
+        _name_rows(axes, names)
+        axes.margins(x=0.12)
+        axes.set_xlabel(axis)
+        if line:
+            axes.axvline(line[0], color=_INK, linestyle="--", linewidth=1.2, label=line[1])
+        if len(series) > 1 or line:
+            figure.legend(loc="outside upper left", ncols=4, fontsize=9)
+        return _svg(figure)
+
+
+def difference_bars(names: Sequence[str], values: Sequence[float], better: str, worse: str, axis: str) -> str:
+    """Horizontal bars around zero; negative ones take the colour `better`."""
+    with _canvas(0.75 + 0.4 * len(names)) as (figure, axes):
+        bars = axes.barh(
+            range(len(names)), values, 0.6, color=[better if value < 0 else worse for value in values]
+        )
+        axes.bar_label(
+            bars, [f"{value:+.3f}".replace("-", "\N{MINUS SIGN}") for value in values], padding=3, fontsize=8
+        )
+        axes.axvline(0, color=_INK, linewidth=0.8)
+        _name_rows(axes, names)
+        axes.spines.left.set_visible(False)
+        axes.margins(x=0.25)
+        axes.set_xlabel(axis)
+        return _svg(figure)
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], str]], x_axis: str, y_axis: str
+) -> str:
+    """A faint line of the raw points under their running mean, for each label: (x, y, colour)."""
+    with _canvas(3.0) as (figure, axes):
+        for name, (x, y, stroke) in series.items():
+            width = max(1, len(y) // 25)
+            smooth = np.convolve(y, np.full(width, 1 / width), mode="valid")
+            axes.plot(x, y, color=stroke, alpha=0.3 if width > 1 else 0, linewidth=0.8)
+            axes.plot(x[width - 1 :], smooth, color=stroke, linewidth=2, label=name)
+        axes.set_xlabel(x_axis)
+        axes.set_ylabel(y_axis)
+        axes.grid(color=_INK, alpha=0.2, linewidth=0.6)
+        axes.legend(loc="upper right")
+        return _svg(figure)
+
+
+def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float]], axis: str) -> str:
+    """Square matrix by name on both axes; the diagonal is left out of the colour scale and blank."""
+    values = np.array(matrix, dtype=float)
+    if values.shape != (len(names), len(names)):
+        raise ValueError(f"matrix: expected {len(names)} rows and columns, got shape {values.shape}")
+    np.fill_diagonal(values, np.nan)
+    limit = np.abs(np.nan_to_num(values)).max() or 1.0
+    with _canvas(0.8 * _WIDTH) as (figure, axes):
+        mesh = axes.pcolormesh(values, cmap=_diverging(), vmin=-limit, vmax=limit)
+        ticks, size = np.arange(len(names)) + 0.5, min(9.5, 150 / max(len(names), 1))
+        axes.set_xticks(ticks, names, rotation=90 if len(names) > 4 else 0, fontsize=size)
+        axes.set_yticks(ticks, names, fontsize=size)
+        axes.tick_params(length=0)
+        axes.invert_yaxis()
+        axes.set_aspect("equal")
+        axes.spines[:].set_visible(False)
+        if len(names) <= 10:
+            _write_cells(axes, values)
+        figure.colorbar(mesh, ax=axes, shrink=0.7, label=axis).outline.set_visible(False)
+        return _svg(figure)
+
+
+def _write_cells(axes: Axes, values: np.ndarray) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            text = f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
+
+
+def _diverging() -> Any:
+    """FT's blue for negative, QAR's orange for positive; zero is transparent, so it suits both themes.
+
+    41 levels: above 50, matplotlib would draw the colour bar as an embedded bitmap.
+    """
+    cold, warm = to_rgba(PALETTE["ft"], 0.85), to_rgba(PALETTE["qar"], 0.85)
+    stops = [cold, (*cold[:3], 0.0), (*warm[:3], 0.0), warm]
+    return LinearSegmentedColormap.from_list("cosine", list(zip((0, 0.5, 0.5, 1), stops, strict=True)), N=41)

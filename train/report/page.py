@@ -1,0 +1,55 @@
+"""The page as a whole: one HTML text that needs nothing from outside itself."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.report import sections
+from train.report.markup import text
+from train.report.wording import findings, headline
+
+_STYLE = Path(__file__).with_name("style.css")
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><p class="eyebrow">{title}</p><h1>{headline}</h1><ul class="findings">{findings}</ul></header>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def render(
+    report: Mapping[str, Any],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    similarity: Mapping[str, Any] | None,
+    samples: Sequence[Mapping[str, Any]],
+) -> str:
+    """The report as HTML; a part that is missing or empty leaves its section out."""
+    methods = report["methods"]
+    body = [
+        sections.methods(methods),
+        sections.answers(samples),
+        sections.per_querier(methods),
+        sections.querier_swap(report.get("querier_swap")),
+        sections.planted(report.get("planted")),
+        sections.expert_similarity(similarity),
+        sections.training_curves(curves),
+        sections.settings(report),
+    ]
+    return _PAGE.format(
+        title="Querier-aware responder: comparison report",
+        style=_STYLE.read_text(encoding="utf-8"),
+        headline=text(headline(report)),
+        findings="".join(f"<li>{text(line)}</li>" for line in findings(report)),
+        body="\n".join(filter(None, body)),
+    )

@@ -1,0 +1,185 @@
+"""Sections of the report, each from its part of the data; a part that is missing gives an empty string."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from train.report import charts
+from train.report.markup import answer_cards, facts, figure, figures, score, section, table, text
+from train.report.wording import difference, label, number
+
+Part = Mapping[str, Any]
+_FADED = f"{charts.colour('qar')}80"  # half transparent: QAR asked as another querier
+
+
+def methods(scores: Mapping[str, Part]) -> str:
+    """All methods with their scores and 95 % intervals, as a table and as dots with error bars."""
+    header = ["Method", "NLL", "Perplexity", "ROUGE-1", "ROUGE-2", "ROUGE-L", "Empty", "Examples"]
+    rows = [(name, _method_row(name, found)) for name, found in scores.items()]
+    dots = [
+        _method_dots(scores, "nll", "NLL per token (lower is better)"),
+        _method_dots(scores, "rougeL", "ROUGE-L (higher is better)"),
+    ]
+    note = "Held-out replies. Brackets: 95 % bootstrap interval over dialogues. NLL in nats per token."
+    return section("Methods", table(header, rows), figures(dots), note=note)
+
+
+def _method_row(name: str, scores: Part) -> list[str]:
+    ci = scores.get("ci95") or {}
+    rouge = [score(scores.get(key), ci.get(key)) for key in ("rouge1", "rouge2", "rougeL")]
+    counts = [text(scores.get(key, "–")) for key in ("empty", "examples")]
+    return [
+        text(label(name)),
+        score(scores.get("nll"), ci.get("nll")),
+        number(scores.get("perplexity"), 2),
+        *rouge,
+        *counts,
+    ]
+
+
+def _method_dots(methods: Mapping[str, Part], key: str, caption: str) -> str:
+    known = {name: scores for name, scores in methods.items() if _finite(scores.get(key))}
+    if not known:
+        return ""
+    values = [scores[key] for scores in known.values()]
+    cis = [(scores.get("ci95") or {}).get(key) for scores in known.values()]
+    colours = [charts.colour(name) for name in known]
+    return figure(caption, charts.interval_dots([label(name) for name in known], values, cis, colours, ""))
+
+
+def training_curves(curves: Mapping[str, Sequence[Part]]) -> str:
+    """Training loss against step; the language-model part (`lm_loss`) where a method logs it apart."""
+    series = {}
+    for method, rows in curves.items():
+        points = [(row["step"], row.get("lm_loss", row.get("loss"))) for row in rows]
+        points = [(step, loss) for step, loss in points if _finite(loss)]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            series[label(method)] = (steps, losses, charts.colour(method))
+    if not series:
+        return ""
+    note = (
+        "Language-model loss on the training dialogues: a faint line of logged values under its running mean."
+    )
+    chart = figure("Loss against step", charts.lines(series, "step", "loss"))
+    return section("Training", figures([chart]), note=note, half=True)
+
+
+def per_querier(methods: Mapping[str, Part]) -> str:
+    """FT against QAR for every querier: ROUGE-L bars, the change in NLL and the numbers."""
+    sides = {name: (methods.get(name) or {}).get("per_querier") or {} for name in ("ft", "qar")}
+    names = [
+        name for name in sides["ft"] if all(_finite(side.get(name, {}).get("nll")) for side in sides.values())
+    ]
+    if not names:
+        return ""
+    gains = {name: sides["qar"][name]["nll"] - sides["ft"][name]["nll"] for name in names}
+    names.sort(key=gains.__getitem__)
+    parts = [_nll_changes(names, gains), _rouge_bars(names, sides)]
+    numbers = _querier_table(names, sides)
+    return section(
+        "By querier", figures(part for part in parts if part), numbers, note="Largest gain in NLL first."
+    )
+
+
+def _nll_changes(names: Sequence[str], gains: Mapping[str, float]) -> str:
+    colours = charts.colour("qar"), charts.colour("ft")
+    chart = charts.difference_bars(
+        names, [gains[name] for name in names], *colours, "below zero: QAR is better"
+    )
+    return figure("Change in NLL, QAR − FT", chart)
+
+
+def _rouge_bars(names: Sequence[str], sides: Mapping[str, Part]) -> str:
+    series = {
+        label(side): ([found[name].get("rougeL") for name in names], charts.colour(side))
+        for side, found in sides.items()
+    }
+    if all(value is None for values, _ in series.values() for value in values):
+        return ""
+    return figure("ROUGE-L", charts.grouped_bars(names, series, "", digits=3))
+
+
+def _querier_table(names: Sequence[str], sides: Mapping[str, Part]) -> str:
+    header = ["Querier", "Examples", "NLL, FT", "NLL, QAR", "ROUGE-L, FT", "ROUGE-L, QAR"]
+    rows = []
+    for name in names:
+        cells = [number(sides[side][name].get(key)) for key in ("nll", "rougeL") for side in ("ft", "qar")]
+        rows.append(("", [text(name), text(sides["qar"][name].get("examples", "–")), *cells]))
+    return f"<details><summary>The numbers</summary>{table(header, rows)}</details>"
+
+
+def querier_swap(swap: Part | None) -> str:
+    """QAR asked as the true querier and as another one."""
+    if not swap:
+        return ""
+    parts = []
+    for key, title in (("nll", "NLL per token"), ("rougeL", "ROUGE-L")):
+        pair = [swap.get(f"{key}_{side}") for side in ("true", "swapped")]
+        if all(map(_finite, pair)):
+            gap = difference(swap.get(f"{key}_diff"), swap.get(f"{key}_ci95"))
+            caption = f"{title}: swapped − true = {gap}"
+            series = {"": (pair, [charts.colour("qar"), _FADED])}
+            parts.append(
+                figure(caption, charts.grouped_bars(["True querier", "Swapped"], series, "", digits=3))
+            )
+    note = "Held-out questions under another querier's name: a model that uses who asks gets worse."
+    return section("Querier swap", figures(parts), note=note) if parts else ""
+
+
+def planted(test: Part | None) -> str:
+    """Accuracy where a dependence on who asks was planted in the data, with the chance line."""
+    if not test:
+        return ""
+    people = test.get("per_querier") or {}
+    series = {
+        label(side): (
+            [test.get(f"{side}_accuracy"), *(_accuracy(person, side) for person in people.values())],
+            charts.colour(side),
+        )
+        for side in ("ft", "qar")
+    }
+    chance = (test["chance"], "chance") if _finite(test.get("chance")) else None
+    chart = charts.grouped_bars(["All", *people], series, "accuracy", chance)
+    note = "A dependence on who asks was planted in the data; accuracy on held-out questions."
+    return section(
+        "Planted test", figures([figure("Accuracy, overall and by querier", chart)]), note=note, half=True
+    )
+
+
+def _accuracy(person: float | Part, side: str) -> float | None:
+    """A querier's entry is {"ft", "qar"}, or QAR's accuracy alone."""
+    if isinstance(person, Mapping):
+        return person.get(side)
+    return person if side == "qar" else None
+
+
+def expert_similarity(similarity: Part | None) -> str:
+    """Heat map of {"names": [...], "matrix": [[...]]}: cosine between the queriers' expert weights."""
+    if not similarity or len(similarity["names"]) < 2:
+        return ""
+    chart = charts.heat_map(similarity["names"], similarity["matrix"], "cosine")
+    note = "Experts of queriers who are answered alike point the same way. The diagonal is 1 and left blank."
+    return section(
+        "Querier similarity", figures([figure("Cosine of expert weights", chart)]), note=note, half=True
+    )
+
+
+def answers(samples: Sequence[Part]) -> str:
+    """The same question answered to each querier, side by side."""
+    if not samples:
+        return ""
+    note = "The same model and the same words; only the querier changes."
+    return section("One question, several queriers", *map(answer_cards, samples), note=note)
+
+
+def settings(report: Part) -> str:
+    """What was trained on what, and how long each stage took."""
+    shown = {name: report[name] for name in ("dataset", "model") if report.get(name)}
+    if report.get("seconds"):
+        shown["seconds"] = {stage: number(value, 0) for stage, value in report["seconds"].items()}
+    return section("Run", facts(shown), half=True) if shown else ""
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,168 @@
+"""The trained parts of a model: adapter, experts, and how to put them on the base model again.
+
+A folder holds ``adapter_*`` (PEFT), ``experts.safetensors`` and ``trained.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qar_models import QARConfig, apply_qar
+from train.base_model import load_base
+from train.config import TrainConfig, config_from
+from train.errors import UserError
+from train.files import build_directory, read_text
+
+TRAINED, EXPERTS = "trained.json", "experts.safetensors"
+EXPERT_NAMES = (".experts.", "norm_specific.", "contrast.")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model ready to answer, and what it was trained with."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig
+    responder: str
+    queriers: tuple[str, ...]
+
+
+def is_querier_part(name: str) -> bool:
+    """Whether a parameter or buffer belongs to the querier-specific tower (and not to base or LoRA)."""
+    return any(part in f".{name}" for part in EXPERT_NAMES)
+
+
+def build(
+    model: PreTrainedModel, config: TrainConfig, queriers: tuple[str, ...], num_clusters: int
+) -> PeftModel:
+    """Experts and LoRA on a plain model, in place; only they are trainable.
+
+    ``ft`` gets the same model without any layer of experts, so that both methods run the same code.
+
+    Raises:
+        UserError: if the LoRA targets match nothing or ``trainable_layers`` does not fit.
+    """
+    layers = model.config.num_hidden_layers
+    first = first_trained_layer(config, layers)
+    apply_qar(model, _qar_config(config, queriers, num_clusters, first if config.method == "qar" else layers))
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets),
+        layers_to_transform=list(range(first, layers)),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        peft = get_peft_model(model, lora)
+    except ValueError as error:
+        targets = ", ".join(config.lora_targets)
+        raise UserError(f"lora_targets: none of '{targets}' is in the model ({str(error)[:120]})") from error
+    for name, parameter in model.named_parameters():
+        if is_querier_part(name):
+            parameter.requires_grad_(True)
+    return peft
+
+
+def untrained(config: TrainConfig, responder: str, queriers: tuple[str, ...]) -> Trained:
+    """The base model as it is, under the interface of the trained ones (zero-shot)."""
+    model, tokenizer = load_base(config.model)
+    layers = model.config.num_hidden_layers
+    apply_qar(model, _qar_config(config.replace(method="ft"), queriers, 0, layers))
+    return Trained(model.eval(), tokenizer, config, responder, queriers)
+
+
+def first_trained_layer(config: TrainConfig, num_layers: int) -> int:
+    """The lowest layer that is trained."""
+    trained = num_layers if config.trainable_layers is None else config.trainable_layers
+    if trained > num_layers:
+        raise UserError(f"trainable_layers: got {trained}, but the model has {num_layers} layers")
+    return num_layers - trained
+
+
+def _qar_config(
+    config: TrainConfig, queriers: tuple[str, ...], num_clusters: int, first_expert_layer: int
+) -> QARConfig:
+    aware = config.method == "qar"
+    return QARConfig(
+        num_queriers=len(queriers),
+        querier_names=queriers,
+        expert_rank=config.expert_rank,
+        tower=config.tower if aware else "residual",
+        experts=config.experts if aware else "shared",
+        unknown_querier=config.unknown_querier if aware else None,
+        first_expert_layer=first_expert_layer,
+        num_clusters=num_clusters if aware and config.contrastive_weight else 0,
+        contrastive_weight=config.contrastive_weight,
+        memory_size=config.memory_size,
+        projection_dim=config.projection_dim,
+    )
+
+
+def save_trained(peft: PeftModel, config: TrainConfig, responder: str, folder: Path) -> None:
+    """Write the trained parts, whole or not at all."""
+    model = peft.get_base_model()
+    with build_directory(folder) as building:
+        # the embeddings are not trained; asking would look the base model up again
+        peft.save_pretrained(building, save_embedding_layers=False)
+        (building / "README.md").unlink(missing_ok=True)
+        save_file(_expert_state(model), building / EXPERTS)
+        about = {"config": config.to_dict(), "responder": responder, "qar": model.qar.to_dict()}
+        (building / TRAINED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def load_trained(folder: Path) -> Trained:
+    """The base model with the trained parts of ``folder`` on it, for answering.
+
+    Raises:
+        UserError: if the folder or a file of it is missing or damaged.
+    """
+    about = _read_about(folder)
+    config = config_from(about["config"], str(folder / TRAINED))
+    qar = QARConfig.from_dict(about["qar"])
+    model, tokenizer = load_base(config.model)
+    apply_qar(model, qar)
+    _load_experts(model, folder / EXPERTS)
+    try:
+        peft = PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from error
+    merged = peft.merge_and_unload().eval()
+    return Trained(merged, tokenizer, config, about["responder"], qar.querier_names or ())
+
+
+def _read_about(folder: Path) -> dict:
+    if not (folder / TRAINED).is_file():
+        raise UserError(f"{folder}: no trained model there ({TRAINED} is missing)")
+    try:
+        return json.loads(read_text(folder / TRAINED))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / TRAINED}:{error.lineno}: damaged JSON ({error.msg})") from error
+
+
+def _expert_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    state = model.state_dict()
+    return {name: tensor.contiguous() for name, tensor in state.items() if is_querier_part(name)}
+
+
+def _load_experts(model: PreTrainedModel, path: Path) -> None:
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    expected = _expert_state(model)
+    if set(stored) != set(expected):
+        raise UserError(f"{path}: holds other experts than {TRAINED} describes")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(stored[name])
