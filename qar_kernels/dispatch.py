@@ -6,11 +6,11 @@ T rows, Q segments. What was measured decides; where nothing was measured, a rul
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 import torch
+
+from qar_kernels.dispatch_table import MEASUREMENTS
 
 PATHS = ("fused", "grouped")
 OVERRIDE = "QAR_KERNELS_PATH"
@@ -19,9 +19,6 @@ OVERRIDE = "QAR_KERNELS_PATH"
 # +0.45 % at R 64, I 14336. Beyond 16 per tile (+7 %) the grouped path does less work.
 _MAX_SEGMENTS_PER_TILE = 16
 _ROW_TILE = 128
-# Cells {"device", "H", "I", "T", "Q", "fused_over_grouped"}: a ratio of times, under 1 the fused path wins.
-# Read at import: torch.compile cannot trace the reading of a file.
-MEASUREMENTS: list[dict] = json.loads(Path(__file__).with_name("dispatch.json").read_text())
 
 
 def choose_path(device: torch.device, hidden: int, intermediate: int, rows: int, segments: int) -> str:

@@ -28,7 +28,8 @@ from qar_kernels import roofline
 from qar_kernels.segments import Segments
 from qar_kernels.triton import launch
 from qar_kernels.triton.configs import CONFIGS
-from qar_kernels.triton.launch import Call, Hidden, Recorded, Weights
+from qar_kernels.triton.launch import Call, Hidden, Weights
+from qar_kernels.triton.runner import Recorded, recording
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
 # Largest shared memory of one block: CUDA C++ Programming Guide, "Compute Capabilities".
@@ -86,7 +87,7 @@ def launches(config: str, hidden: int, inter: int, rank: int, tower: str) -> lis
     expert = Weights(empty(experts, rank, hidden), empty(experts, rank, hidden), empty(experts, hidden, rank))
     call = Call(tower, base, expert, segments.perm, plan, 1.0, blocks)
     x = empty(rows, hidden)
-    with launch.recording() as recorded:
+    with recording() as recorded:
         saved, saved_expert = launch.gate_up(call, x, x, save=True)
         launch.down(call, saved.h, saved_expert.h, x, None)
         grads = launch.d_hidden(call, x, x, Hidden(*saved), Hidden(*saved_expert), keep_h=False)

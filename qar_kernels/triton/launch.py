@@ -7,8 +7,6 @@ E experts. Towers: ``"fused"`` base plus experts on the same rows, ``"dual"`` on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,9 +16,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qar_kernels.tile_plan import TilePlan
-from qar_kernels.triton import kernels_backward as bwd
-from qar_kernels.triton import kernels_forward as fwd
 from qar_kernels.triton.configs import Gemm, LaunchConfig
+from qar_kernels.triton.kernels_d_hidden import d_hidden_kernel
+from qar_kernels.triton.kernels_d_x import d_x_kernel
+from qar_kernels.triton.kernels_down import down_kernel, reduce_kernel
+from qar_kernels.triton.kernels_gate_up import gate_up_kernel
+from qar_kernels.triton.kernels_weight_grad import expert_weight_grad_kernel
+from qar_kernels.triton.runner import run_kernel
 
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
@@ -29,7 +31,7 @@ _REDUCE_COLUMNS = 1024
 
 
 # Whether the kernels were decorated under TRITON_INTERPRET=1.
-INTERPRETED = not isinstance(fwd.gate_up_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(gate_up_kernel, triton.JITFunction)
 
 
 class Weights(NamedTuple):
@@ -92,8 +94,8 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
     expert = _new_hidden(x_expert, x_expert.shape[0], call.rank, save)
     block_m = call.config.block_rows
     tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, x.shape[0], call.intermediate, gemm)
-    _launch(
-        fwd.gate_up_kernel, _grid(x, tiles),
+    run_kernel(
+        gate_up_kernel, _grid(x, tiles),
         _operand(x, tma, block_m, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_n, gemm.block_k),
         _operand(call.base.up, tma, gemm.block_n, gemm.block_k),
@@ -116,8 +118,8 @@ def down(
     splits = _splits(call, like, _base_tiles(call, rows, hidden, gemm))
     slots = splits + fused if splits > 1 else 1
     parts = like.new_empty(slots, rows, hidden, dtype=torch.float32) if slots > 1 else y
-    _launch(
-        fwd.down_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm) * slots),
+    run_kernel(
+        down_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm) * slots),
         _operand(h, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_n, gemm.block_k),
         parts, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
@@ -126,8 +128,8 @@ def down(
         ADD=base_y is not None, TMA=tma,
     )  # fmt: skip
     if slots > 1:
-        _launch(
-            fwd.reduce_kernel, (rows, triton.cdiv(hidden, _REDUCE_COLUMNS)), parts, y, call.perm, rows,
+        run_kernel(
+            reduce_kernel, (rows, triton.cdiv(hidden, _REDUCE_COLUMNS)), parts, y, call.perm, rows,
             H=hidden, SLOTS=slots, BLOCK_N=_REDUCE_COLUMNS, SORTED=fused, num_warps=4, num_stages=1,
         )  # fmt: skip
     return y, expert_y
@@ -143,8 +145,8 @@ def d_hidden(
     d_base = Hidden(d_a, torch.empty_like(d_a), d_y.new_empty(rows if keep_h else 0, call.intermediate))
     d_expert = _new_hidden(d_y_expert, d_y_expert.shape[0], call.rank, save=True)
     tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, rows, call.intermediate, gemm)
-    _launch(
-        bwd.d_hidden_kernel, _grid(d_y, tiles),
+    run_kernel(
+        d_hidden_kernel, _grid(d_y, tiles),
         _operand(d_y, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_k, gemm.block_n),
         base.a, base.u, *d_base,
@@ -162,8 +164,8 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
     rows, expert_rows = d_base.a.shape[0], call.perm.shape[0]
     d_x = like.new_empty(rows, hidden)
     d_x_expert = like.new_empty(0 if call.tower == "fused" else expert_rows, hidden)
-    _launch(
-        bwd.d_x_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm)),
+    run_kernel(
+        d_x_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm)),
         _operand(d_base.a, tma, call.config.block_rows, gemm.block_k),
         _operand(d_base.u, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_k, gemm.block_n),
@@ -180,8 +182,8 @@ def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) ->
     gemm, hidden = call.config.weight_grad, x.shape[1]
     grads = Weights(*(torch.zeros_like(weight) for weight in call.experts))
     tiles = 2 * (call.plan.experts.shape[0] - 1) * triton.cdiv(hidden, gemm.block_n)
-    _launch(
-        bwd.expert_weight_grad_kernel, _grid(x, tiles),
+    run_kernel(
+        expert_weight_grad_kernel, _grid(x, tiles),
         x, d_y, *d_expert, *grads, call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count,
         H=hidden, RANK=call.rank, RANK_PAD=_rank_pad(call.rank),
         BLOCK_N=gemm.block_n, BLOCK_K=gemm.block_k, PRECISION=_precision(x),
@@ -275,33 +277,3 @@ def _use_tma(call: Call, *operands: Tensor) -> bool:
 
 def _operand(matrix: Tensor, tma: bool, block_rows: int, block_cols: int) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [block_rows, block_cols]) if tma else matrix
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A launch that was asked for: the kernel, its positional arguments and its keyword arguments."""
-
-    kernel: object
-    args: tuple
-    meta: dict
-
-
-_recorded: list[Recorded] | None = None
-
-
-@contextmanager
-def recording() -> Iterator[list[Recorded]]:
-    """Collect launches instead of running them: what is compiled ahead of time is what would run."""
-    global _recorded
-    _recorded = []
-    try:
-        yield _recorded
-    finally:
-        _recorded = None
-
-
-def _launch(kernel: object, grid: tuple[int], *args: object, **meta: object) -> None:
-    if _recorded is not None:
-        _recorded.append(Recorded(kernel, args, meta))
-    else:
-        kernel[grid](*args, **meta)
