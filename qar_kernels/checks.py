@@ -21,6 +21,12 @@ def check_base(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
     _check_like(x, "x", gate=gate, up=up, down=down)
 
 
+def check_base_y(x: Tensor, base_y: Tensor) -> None:
+    """Raise unless ``base_y`` has the shape, dtype and device of ``x``."""
+    _check_shape("base_y", base_y, tuple(x.shape))
+    _check_like(x, "x", base_y=base_y)
+
+
 def check_experts(
     x: Tensor, name: str, expert_gate: Tensor, expert_up: Tensor, expert_down: Tensor, segments: Segments
 ) -> None:

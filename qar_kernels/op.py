@@ -5,15 +5,17 @@ T rows (all leading dimensions flattened), H hidden, I intermediate, R expert ra
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from qar_kernels import reference, torch_backend
-from qar_kernels.checks import check_base, check_experts
+from qar_kernels import dispatch, reference, torch_backend
+from qar_kernels.checks import check_base, check_base_y, check_experts
 from qar_kernels.segments import Segments
 
+_HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
@@ -28,6 +30,7 @@ def fused_mlp(
     seg: Segments,
     expert_scale: float = 1.0,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> Tensor:
     """``base(x) + expert_scale * expert_q(x)``, differentiable in ``x`` and all six weights.
 
@@ -37,7 +40,9 @@ def fused_mlp(
         expert_gate, expert_up, expert_down: ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)``.
         seg: the expert of each of the T rows.
         expert_scale: weight of the experts' output.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. ``"auto"`` is ``"triton"`` on
+            CUDA where Triton is installed, else ``"torch"``.
+        recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass ("triton" only).
 
     Returns:
         A tensor like ``x``.
@@ -50,8 +55,12 @@ def fused_mlp(
     )
     check_base(x, gate, up, down)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
-    impl = _backend(backend)
     rows = x.reshape(-1, x.shape[-1])
+    name = _resolve(backend, rows)
+    if name == "triton":
+        base_weights, experts = (gate, up, down), (expert_gate, expert_up, expert_down)
+        return _triton_fused(rows, base_weights, experts, seg, expert_scale, recompute).reshape(x.shape)
+    impl = _module(name)
     base = impl.swiglu_mlp(rows, gate, up, down)
     expert = impl.expert_mlp(rows, expert_gate, expert_up, expert_down, seg)
     return torch.add(base, expert, alpha=expert_scale).reshape(x.shape)
@@ -68,6 +77,7 @@ def dual_mlp(
     expert_down: Tensor,
     seg: Segments,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The two towers of a layer: ``base(x_general)`` and ``expert_q(x_specific)`` (paper, section 3).
 
@@ -83,11 +93,19 @@ def dual_mlp(
     )
     check_base(x_general, gate, up, down)
     check_experts(x_specific, "x_specific", expert_gate, expert_up, expert_down, seg)
-    impl = _backend(backend)
-    general = impl.swiglu_mlp(x_general.reshape(-1, x_general.shape[-1]), gate, up, down)
-    specific = impl.expert_mlp(
-        x_specific.reshape(-1, x_specific.shape[-1]), expert_gate, expert_up, expert_down, seg
-    )
+    rows = x_general.reshape(-1, x_general.shape[-1])
+    specific_rows = x_specific.reshape(-1, x_specific.shape[-1])
+    name = _resolve(backend, rows, specific_rows)
+    if name == "triton":
+        from qar_kernels.triton import backend as triton_backend
+
+        general, specific = triton_backend.dual_mlp(
+            rows, specific_rows, (gate, up, down), (expert_gate, expert_up, expert_down), seg, recompute
+        )
+        return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
+    impl = _module(name)
+    general = impl.swiglu_mlp(rows, gate, up, down)
+    specific = impl.expert_mlp(specific_rows, expert_gate, expert_up, expert_down, seg)
     return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
 
 
@@ -98,26 +116,80 @@ def expert_mlp(
     expert_down: Tensor,
     seg: Segments,
     backend: str = "auto",
+    expert_scale: float = 1.0,
+    base_y: Tensor | None = None,
 ) -> Tensor:
-    """``expert_q(x)`` alone, for callers whose base MLP runs elsewhere (adapters, quantised weights)."""
+    """``base_y + expert_scale * expert_q(x)``, for callers whose base MLP runs elsewhere.
+
+    That is where the base has adapters (LoRA with dropout, DoRA) or quantised weights: its own modules
+    compute ``base_y`` (like ``x``), and "triton" adds the experts while it writes them. Without
+    ``base_y``, rows without an expert (-1) give zeros. Differentiable in all tensors.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
     x, expert_gate, expert_up, expert_down = _autocast(x, expert_gate, expert_up, expert_down)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
     rows = x.reshape(-1, x.shape[-1])
-    return _backend(backend).expert_mlp(rows, expert_gate, expert_up, expert_down, seg).reshape(x.shape)
-
-
-def _backend(name: str) -> ModuleType:
-    if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    if base_y is not None:
+        (base_y,) = _autocast(base_y)
+        check_base_y(x, base_y)
+        base_y = base_y.reshape(rows.shape)
+    name = _resolve(backend, rows)
     if name == "triton":
-        raise ValueError("backend: got 'triton', not in this version; expected 'torch' or 'auto'")
-    return reference if name == "reference" else torch_backend
+        from qar_kernels.triton import backend as triton_backend
+
+        experts = (expert_gate, expert_up, expert_down)
+        return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y).reshape(x.shape)
+    y = _module(name).expert_mlp(rows, expert_gate, expert_up, expert_down, seg)
+    y = y * expert_scale if base_y is None else torch.add(base_y, y, alpha=expert_scale)
+    return y.reshape(x.shape)
+
+
+def _triton_fused(
+    rows: Tensor,
+    base: tuple[Tensor, Tensor, Tensor],
+    experts: tuple[Tensor, Tensor, Tensor],
+    seg: Segments,
+    expert_scale: float,
+    recompute: bool,
+) -> Tensor:
+    from qar_kernels.triton import backend as triton_backend
+
+    intermediate, hidden = base[0].shape
+    segments = min(seg.experts.shape[0], experts[0].shape[0])
+    if dispatch.choose_path(rows.device, hidden, intermediate, rows.shape[0], segments) == "fused":
+        return triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute)
+    base_y = torch_backend.swiglu_mlp(rows, *base)
+    return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y)
+
+
+def _resolve(backend: str, *rows: Tensor) -> str:
+    """The backend that runs: no kernel is launched for an empty batch."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        _check_triton()
+    elif backend == "auto":
+        backend = "triton" if rows[0].device.type == "cuda" and _HAS_TRITON else "torch"
+    if backend == "triton" and any(r.shape[0] == 0 for r in rows):
+        return "torch"
+    return backend
+
+
+def _check_triton() -> None:
+    if not _HAS_TRITON:
+        raise ValueError("backend: got 'triton', but Triton is not installed; expected 'auto' or 'torch'")
+
+
+def _module(backend: str) -> ModuleType:
+    return reference if backend == "reference" else torch_backend
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to the autocast dtype where autocast is on, as ``F.linear`` would do."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)

@@ -8,10 +8,12 @@ same code runs eagerly, under ``torch.compile`` and inside a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from qar_kernels.tile_plan import TilePlan, build_tile_plan
 
 _LAST = torch.iinfo(torch.int64).max
 IdsLike = Tensor | Sequence[int]
@@ -35,6 +37,7 @@ class Segments:
     offsets: Tensor
     experts: Tensor
     max_id: int | None = None
+    _plans: dict[tuple[int, int, bool], TilePlan] = field(default_factory=dict, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -45,6 +48,22 @@ class Segments:
     def device(self) -> torch.device:
         """Device that every tensor lives on."""
         return self.row_expert.device
+
+    def tile_plan(self, block_rows: int, block_expert: int) -> TilePlan:
+        """The tiles of the sorted rows, computed once per pair of block sizes and shared by all layers.
+
+        A plan that was made while a CUDA graph was captured holds nothing until the graph is replayed,
+        so it is never handed to eager calls; under ``torch.compile`` common subexpressions are merged.
+        """
+        if torch.compiler.is_compiling():
+            return build_tile_plan(self.perm, self.offsets, self.experts, block_rows, block_expert)
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        key = (block_rows, block_expert, capturing)
+        if key not in self._plans:
+            self._plans[key] = build_tile_plan(
+                self.perm, self.offsets, self.experts, block_rows, block_expert
+            )
+        return self._plans[key]
 
     @classmethod
     def from_ids(cls, expert_ids: IdsLike) -> Segments:

@@ -1,0 +1,1 @@
+"""Benchmarks: every way is checked against the reference before it is timed."""

@@ -1,0 +1,1 @@
+"""The fused kernels: device code, launch configurations, launches and the registered operators."""

@@ -1,0 +1,84 @@
+"""The ``triton`` backend: plans the tiles, checks what the kernels need, calls the operators.
+
+T rows, S rows that have experts, H hidden, I intermediate, R rank, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from qar_kernels.segments import Segments
+from qar_kernels.tile_plan import TilePlan
+from qar_kernels.triton import launch, ops
+from qar_kernels.triton.configs import CONFIGS, select_config
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PLAN_FIELDS = tuple(field.name for field in fields(TilePlan))
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def fused_mlp(
+    x: Tensor, base: Three, experts: Three, segments: Segments, scale: float, recompute: bool
+) -> Tensor:
+    """``base(x) + scale * expert_q(x)`` in one gate/up and one down launch. ``x`` (T, H) -> (T, H)."""
+    return _run("fused", x, base, None, experts, None, segments, scale, recompute)[0]
+
+
+def dual_mlp(
+    x: Tensor, x_expert: Tensor, base: Three, experts: Three, segments: Segments, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    """``base(x)`` (T, H) and ``expert_q(x_expert)`` (S, H) in the same two launches."""
+    return _run("dual", x, base, x_expert, experts, None, segments, 1.0, recompute)
+
+
+def expert_mlp(
+    x: Tensor, experts: Three, segments: Segments, scale: float = 1.0, base_y: Tensor | None = None
+) -> Tensor:
+    """``scale * expert_q(x)``, added to ``base_y`` (S, H) where given. ``x`` (S, H) -> (S, H)."""
+    return _run("expert", None, (None, None, None), x, experts, base_y, segments, scale, False)[1]
+
+
+def plan_tensors(plan: TilePlan) -> list[Tensor]:
+    """The plan as operators take it: its tensors in the order of its fields."""
+    return [getattr(plan, field) for field in _PLAN_FIELDS]
+
+
+def _run(
+    tower: str,
+    x: Tensor | None,
+    base: tuple[Tensor | None, ...],
+    x_expert: Tensor | None,
+    experts: Three,
+    base_y: Tensor | None,
+    segments: Segments,
+    scale: float,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = x_expert if x is None else x
+    _check_runnable(rows)
+    name = select_config(rows.device, rows.dtype, rows.shape[0])
+    config = CONFIGS[name]
+    plan = segments.tile_plan(config.block_rows, config.block_expert)
+    tensors = [_dense(t) for t in (x, *base, x_expert, *experts, base_y)]
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    outputs = ops.swiglu_experts(
+        tower, *tensors, segments.perm, plan_tensors(plan),
+        float(scale), name, save and not recompute,
+    )  # fmt: skip
+    return outputs[0], outputs[1]
+
+
+def _check_runnable(x: Tensor) -> None:
+    if x.device.type == "cpu" and not launch.INTERPRETED:
+        raise ValueError("backend: got 'triton' with tensors on the CPU, expected 'auto' or 'torch' there")
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"x: got dtype {x.dtype}, expected bfloat16, float16 or float32 with backend 'triton'"
+        )
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

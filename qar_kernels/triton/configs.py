@@ -1,0 +1,133 @@
+"""Launch configurations: block sizes, warps and pipeline stages per architecture and batch size.
+
+T rows, H hidden, I intermediate, R expert rank. None of these was tuned on a card yet: the block sizes
+are those that compile for the architecture without spills and within its shared memory
+(``python -m qar_kernels.inspect``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DECODE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One GEMM kernel: columns per tile, depth per step, warps and pipeline stages."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Everything that a launch needs besides the tensors.
+
+    Attributes:
+        block_rows: dense rows per base tile, in every kernel: one tile plan serves them all.
+        block_expert: rows per tile of a segment.
+        group: row tiles that share a column of weights before the next column is read.
+        gate_up, down, d_hidden, d_x, weight_grad: the five kernels.
+        tma: read dense operands through tensor descriptors.
+        max_splits: parts that the K loop of ``down`` may have where its tiles are too few for the chip.
+    """
+
+    block_rows: int
+    block_expert: int
+    group: int
+    gate_up: Gemm
+    down: Gemm
+    d_hidden: Gemm
+    d_x: Gemm
+    weight_grad: Gemm
+    tma: bool = False
+    max_splits: int = 1
+
+
+CONFIGS = {
+    "sm90_large": LaunchConfig(
+        block_rows=128,
+        block_expert=64,
+        group=8,
+        gate_up=Gemm(128, 64, warps=8, stages=3),
+        down=Gemm(256, 64, warps=8, stages=3),
+        d_hidden=Gemm(128, 64, warps=8, stages=4),
+        d_x=Gemm(256, 64, warps=8, stages=3),
+        weight_grad=Gemm(64, 64, warps=4, stages=3),
+        tma=True,
+    ),
+    "sm90_decode": LaunchConfig(
+        block_rows=64,
+        block_expert=16,
+        group=4,
+        gate_up=Gemm(64, 128, warps=4, stages=3),
+        down=Gemm(64, 128, warps=4, stages=4),
+        d_hidden=Gemm(64, 128, warps=4, stages=4),
+        d_x=Gemm(32, 128, warps=4, stages=3),
+        weight_grad=Gemm(64, 32, warps=4, stages=3),
+        tma=True,
+        max_splits=8,
+    ),
+    "sm80_large": LaunchConfig(
+        block_rows=128,
+        block_expert=64,
+        group=8,
+        gate_up=Gemm(64, 64, warps=8, stages=3),
+        down=Gemm(128, 64, warps=8, stages=3),
+        d_hidden=Gemm(128, 64, warps=8, stages=3),
+        d_x=Gemm(128, 64, warps=8, stages=3),
+        weight_grad=Gemm(64, 64, warps=8, stages=3),
+    ),
+    "sm80_decode": LaunchConfig(
+        block_rows=64,
+        block_expert=16,
+        group=4,
+        gate_up=Gemm(64, 64, warps=4, stages=4),
+        down=Gemm(64, 64, warps=4, stages=4),
+        d_hidden=Gemm(64, 64, warps=4, stages=4),
+        d_x=Gemm(64, 64, warps=8, stages=3),
+        weight_grad=Gemm(64, 32, warps=4, stages=3),
+        max_splits=8,
+    ),
+    "fp32": LaunchConfig(
+        block_rows=64,
+        block_expert=32,
+        group=8,
+        gate_up=Gemm(64, 32, warps=8, stages=2),
+        down=Gemm(64, 32, warps=8, stages=2),
+        d_hidden=Gemm(64, 32, warps=8, stages=2),
+        d_x=Gemm(64, 32, warps=8, stages=2),
+        weight_grad=Gemm(64, 32, warps=4, stages=2),
+    ),
+    # Several tiles even for tiny shapes: what the interpreter's tests run. Descriptors work there too.
+    "tiny": LaunchConfig(
+        block_rows=16,
+        block_expert=16,
+        group=2,
+        gate_up=Gemm(32, 32, warps=4, stages=1),
+        down=Gemm(32, 32, warps=4, stages=1),
+        d_hidden=Gemm(32, 32, warps=4, stages=1),
+        d_x=Gemm(32, 32, warps=4, stages=1),
+        weight_grad=Gemm(32, 16, warps=4, stages=1),
+    ),
+}
+
+
+def select_config(device: torch.device, dtype: torch.dtype, rows: int) -> str:
+    """Name of the configuration for a device, dtype and number of rows; "tiny" on a CPU (interpreter)."""
+    if device.type != "cuda":
+        return "tiny"
+    if dtype == torch.float32:
+        return "fp32"
+    arch = "sm90" if _is_hopper(device) else "sm80"
+    return f"{arch}_{'decode' if rows <= DECODE_ROWS else 'large'}"
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)

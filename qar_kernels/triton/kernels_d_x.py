@@ -1,0 +1,158 @@
+# ruff: noqa: ANN001, ANN201, ANN202
+"""Backward, second part: the input gradient.
+
+T rows, S rows that have experts (the same T rows in the fused tower, other rows in the dual tower),
+H hidden, I intermediate (``INTER``), R expert rank (``RANK``), E experts, C segments. "Sorted" means in
+the order of ``perm``, where every expert's rows are contiguous.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qar_kernels.triton.tiles import grouped_order, load_dense, load_rows, segment_stages, store_rows
+
+
+@triton.jit
+def _segment_d_x(
+    acc, d_a_ptr, d_u_ptr, gate_ptr, up_ptr, offsets_ptr, experts_ptr, segment, rows, col,
+    H: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc + d_a_e · Ag_q + d_u_e · Au_q`` for the rows inside the segment; the others add exact zeros."""
+    inside = (rows >= tl.load(offsets_ptr + segment)) & (rows < tl.load(offsets_ptr + segment + 1))
+    weights = tl.load(experts_ptr + segment) * RANK * H
+    rank = tl.arange(0, RANK_PAD)
+    d_a = load_rows(d_a_ptr, rows, inside, 0, RANK, RANK_PAD)
+    gate = load_rows(gate_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
+    acc = tl.dot(d_a, gate, acc, input_precision=PRECISION)
+    d_u = load_rows(d_u_ptr, rows, inside, 0, RANK, RANK_PAD)
+    up = load_rows(up_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
+    return tl.dot(d_u, up, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _base_d_x(
+    d_a, d_u, gate, up, row, col, T, H: tl.constexpr, INTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``d_a · Wg + d_u · Wu`` in one accumulator: first all of K for the gate, then for the up projection."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, INTER, BLOCK_K):
+        d_a_tile = load_dense(d_a, row, k, T, INTER, BLOCK_M, BLOCK_K, TMA)
+        gate_tile = load_dense(gate, k, col, INTER, H, BLOCK_K, BLOCK_N, TMA)
+        acc = tl.dot(d_a_tile, gate_tile, acc, input_precision=PRECISION)
+    for k in range(0, INTER, BLOCK_K):
+        d_u_tile = load_dense(d_u, row, k, T, INTER, BLOCK_M, BLOCK_K, TMA)
+        up_tile = load_dense(up, k, col, INTER, H, BLOCK_K, BLOCK_N, TMA)
+        acc = tl.dot(d_u_tile, up_tile, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _grouped_d_x_tile(
+    d_a_ptr, d_u_ptr, gate_ptr, up_ptr, d_x_ptr, perm_ptr, offsets_ptr, experts_ptr, segment, start, col,
+    H: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows of one segment, BLOCK_N columns; rows without an expert get zeros."""
+    rows = start + tl.arange(0, BLOCK)
+    inside = rows < tl.load(offsets_ptr + segment + 1)
+    acc = tl.zeros((BLOCK, BLOCK_N), tl.float32)
+    if tl.load(experts_ptr + segment) >= 0:
+        acc = _segment_d_x(
+            acc, d_a_ptr, d_u_ptr, gate_ptr, up_ptr, offsets_ptr, experts_ptr, segment, rows, col,
+            H, RANK, RANK_PAD, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    store_rows(d_x_ptr, acc, tl.load(perm_ptr + rows, mask=inside, other=0), inside, col, H, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["T"])
+def d_x_kernel(
+    d_a,  # (T, I) sorted in the fused tower: descriptor where TMA, else pointer
+    d_u,  # (T, I)
+    gate,  # (I, H)
+    up,  # (I, H)
+    d_x_ptr,  # (T, H) out, in the batch's order
+    expert_d_a_ptr,  # (S, R) sorted
+    expert_d_u_ptr,  # (S, R) sorted
+    expert_gate_ptr,  # (E, R, H)
+    expert_up_ptr,  # (E, R, H)
+    expert_d_x_ptr,  # (S, H) out in the dual and expert towers
+    perm_ptr,  # (S,)
+    offsets_ptr,  # (C + 2,)
+    experts_ptr,  # (C + 1,)
+    tile_segment_ptr,  # (num expert tiles,)
+    tile_start_ptr,  # (num expert tiles,)
+    tile_count_ptr,  # (2,)
+    first_segment_ptr,  # (num row tiles,)
+    last_segment_ptr,  # (num row tiles,)
+    T,
+    H: tl.constexpr,
+    INTER: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOWER: tl.constexpr,  # "fused", "dual" or "expert"
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Input gradient ``d_a · Wg + d_u · Wu + d_a_e · Ag_q + d_u_e · Au_q``.
+
+    Grid: (any number of programs,). Tiles are owned as in ``down_kernel``.
+    """
+    columns = tl.cdiv(H, BLOCK_N)
+    grouped_tiles = 0
+    if TOWER != "fused":
+        grouped_tiles = tl.load(tile_count_ptr + 1) * columns
+    tiles = grouped_tiles
+    if TOWER != "expert":
+        tiles += tl.cdiv(T, BLOCK_M) * columns
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        if tile < grouped_tiles:
+            if TOWER != "fused":
+                owner = tile // columns
+                _grouped_d_x_tile(
+                    expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr, expert_d_x_ptr,
+                    perm_ptr, offsets_ptr, experts_ptr,
+                    tl.load(tile_segment_ptr + owner), tl.load(tile_start_ptr + owner),
+                    (tile % columns) * BLOCK_N, H, RANK, RANK_PAD, BLOCK_E, BLOCK_N, PRECISION,
+                )  # fmt: skip
+        elif TOWER != "expert":
+            row_tile, col_tile = grouped_order(tile - grouped_tiles, tl.cdiv(T, BLOCK_M), columns, GROUP)
+            rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            col = col_tile * BLOCK_N
+            acc = _base_d_x(
+                d_a,
+                d_u,
+                gate,
+                up,
+                row_tile * BLOCK_M,
+                col,
+                T,
+                H,
+                INTER,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                TMA,
+                PRECISION,
+            )
+            target = rows
+            if TOWER == "fused":
+                first = tl.load(first_segment_ptr + row_tile)
+                last = tl.load(last_segment_ptr + row_tile)
+                for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD)):
+                    acc = _segment_d_x(
+                        acc, expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr,
+                        offsets_ptr, experts_ptr, segment, rows, col,
+                        H, RANK, RANK_PAD, BLOCK_N, PRECISION,
+                    )  # fmt: skip
+                target = tl.load(perm_ptr + rows, mask=rows < T, other=0)
+            store_rows(d_x_ptr, acc, target, rows < T, col, H, BLOCK_N)

@@ -1,0 +1,279 @@
+"""Host side of the kernels: allocate, choose the grid, launch. No value is read back from the device.
+
+T rows, S rows that have experts (the same in the fused tower), H hidden, I intermediate, R rank,
+E experts. Towers: ``"fused"`` base plus experts on the same rows, ``"dual"`` on separate rows,
+``"expert"`` experts alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from qar_kernels.tile_plan import TilePlan
+from qar_kernels.triton.configs import Gemm, LaunchConfig
+from qar_kernels.triton.kernels_d_hidden import d_hidden_kernel
+from qar_kernels.triton.kernels_d_x import d_x_kernel
+from qar_kernels.triton.kernels_down import down_kernel, reduce_kernel
+from qar_kernels.triton.kernels_gate_up import gate_up_kernel
+from qar_kernels.triton.kernels_weight_grad import expert_weight_grad_kernel
+from qar_kernels.triton.runner import run_kernel
+
+# In the interpreter a program is a Python loop: two are enough to see tiles change hands.
+_INTERPRETER_PROGRAMS = 2
+_RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded instead of run
+_REDUCE_COLUMNS = 1024
+
+
+# Whether the kernels were decorated under TRITON_INTERPRET=1.
+INTERPRETED = not isinstance(gate_up_kernel, triton.JITFunction)
+
+
+class Weights(NamedTuple):
+    """SwiGLU weights, of the base ``(I, H), (I, H), (H, I)`` or of the experts, stacked in front."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class Hidden(NamedTuple):
+    """Per-row intermediate results: gate and up (pre-activations or their gradients) and hidden units."""
+
+    a: Tensor
+    u: Tensor
+    h: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every launch of one operation shares.
+
+    Attributes:
+        tower: "fused", "dual" or "expert".
+        base: base weights; in the expert tower unused (the experts' stand in, so that pointers exist).
+        experts: expert weights.
+        perm: ``(S,)`` rows sorted by expert.
+        plan: tiles over the sorted rows.
+        scale: expert_scale.
+        config: block sizes.
+    """
+
+    tower: str
+    base: Weights
+    experts: Weights
+    perm: Tensor
+    plan: TilePlan
+    scale: float
+    config: LaunchConfig
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.experts.gate.shape[1]
+
+    @property
+    def intermediate(self) -> int:
+        """I; 16 where there is no base."""
+        return 16 if self.tower == "expert" else self.base.gate.shape[0]
+
+    def only_experts(self) -> Call:
+        """The same call without its base tiles."""
+        return Call("expert", self.experts, self.experts, self.perm, self.plan, self.scale, self.config)
+
+
+def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden, Hidden]:
+    """Pre-activations (empty unless ``save``) and hidden units of the base and of the experts."""
+    gemm, tma = call.config.gate_up, _use_tma(call, x, *call.base)
+    base = _new_hidden(x, 0 if call.tower == "expert" else x.shape[0], call.intermediate, save)
+    expert = _new_hidden(x_expert, x_expert.shape[0], call.rank, save)
+    block_m = call.config.block_rows
+    tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, x.shape[0], call.intermediate, gemm)
+    run_kernel(
+        gate_up_kernel, _grid(x, tiles),
+        _operand(x, tma, block_m, gemm.block_k),
+        _operand(call.base.gate, tma, gemm.block_n, gemm.block_k),
+        _operand(call.base.up, tma, gemm.block_n, gemm.block_k),
+        base.h, base.a, base.u,
+        x_expert, call.experts.gate, call.experts.up, expert.h, expert.a, expert.u,
+        call.perm, call.plan.rank, *_expert_tiles(call.plan), call.scale, x.shape[0],
+        **_shape(call, x), **_blocks(call, gemm), TOWER=call.tower, SAVE=save, TMA=tma,
+    )  # fmt: skip
+    return base, expert
+
+
+def down(
+    call: Call, h: Tensor, expert_h: Tensor, like: Tensor, base_y: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs of the base rows and of the expert rows (in the fused tower all is in the first)."""
+    gemm, tma = call.config.down, _use_tma(call, h, call.base.down)
+    rows, hidden, fused = h.shape[0], like.shape[1], call.tower == "fused"
+    y = like.new_empty(rows, hidden)
+    expert_y = like.new_empty(0 if fused else call.perm.shape[0], hidden)
+    splits = _splits(call, like, _base_tiles(call, rows, hidden, gemm))
+    slots = splits + fused if splits > 1 else 1
+    parts = like.new_empty(slots, rows, hidden, dtype=torch.float32) if slots > 1 else y
+    run_kernel(
+        down_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm) * slots),
+        _operand(h, tma, call.config.block_rows, gemm.block_k),
+        _operand(call.base.down, tma, gemm.block_n, gemm.block_k),
+        parts, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
+        call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment, rows,
+        **_shape(call, like), **_blocks(call, gemm), SPLITS=splits, TOWER=call.tower,
+        ADD=base_y is not None, TMA=tma,
+    )  # fmt: skip
+    if slots > 1:
+        run_kernel(
+            reduce_kernel, (rows, triton.cdiv(hidden, _REDUCE_COLUMNS)), parts, y, call.perm, rows,
+            H=hidden, SLOTS=slots, BLOCK_N=_REDUCE_COLUMNS, SORTED=fused, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return y, expert_y
+
+
+def d_hidden(
+    call: Call, d_y: Tensor, d_y_expert: Tensor, base: Hidden, expert: Hidden, keep_h: bool
+) -> tuple[Hidden, Hidden]:
+    """Gradients of the pre-activations, and recomputed hidden units (the base's only if ``keep_h``)."""
+    gemm, tma = call.config.d_hidden, _use_tma(call, d_y, call.base.down)
+    rows = 0 if call.tower == "expert" else d_y.shape[0]
+    d_a = d_y.new_empty(rows, call.intermediate)
+    d_base = Hidden(d_a, torch.empty_like(d_a), d_y.new_empty(rows if keep_h else 0, call.intermediate))
+    d_expert = _new_hidden(d_y_expert, d_y_expert.shape[0], call.rank, save=True)
+    tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, rows, call.intermediate, gemm)
+    run_kernel(
+        d_hidden_kernel, _grid(d_y, tiles),
+        _operand(d_y, tma, call.config.block_rows, gemm.block_k),
+        _operand(call.base.down, tma, gemm.block_k, gemm.block_n),
+        base.a, base.u, *d_base,
+        d_y_expert, call.experts.down, expert.a, expert.u, *d_expert,
+        call.perm, call.plan.rank, *_expert_tiles(call.plan), call.scale, rows,
+        **_shape(call, d_y), **_blocks(call, gemm), TOWER=call.tower, KEEP_H=keep_h, TMA=tma,
+    )  # fmt: skip
+    return d_base, d_expert
+
+
+def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the base rows and of the expert rows (in the fused tower all is in the first)."""
+    gemm, tma = call.config.d_x, _use_tma(call, d_base.a, d_base.u, call.base.gate, call.base.up)
+    hidden = like.shape[1]
+    rows, expert_rows = d_base.a.shape[0], call.perm.shape[0]
+    d_x = like.new_empty(rows, hidden)
+    d_x_expert = like.new_empty(0 if call.tower == "fused" else expert_rows, hidden)
+    run_kernel(
+        d_x_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm)),
+        _operand(d_base.a, tma, call.config.block_rows, gemm.block_k),
+        _operand(d_base.u, tma, call.config.block_rows, gemm.block_k),
+        _operand(call.base.gate, tma, gemm.block_k, gemm.block_n),
+        _operand(call.base.up, tma, gemm.block_k, gemm.block_n),
+        d_x, d_expert.a, d_expert.u, call.experts.gate, call.experts.up, d_x_expert,
+        call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment, rows,
+        **_shape(call, like), **_blocks(call, gemm), TOWER=call.tower, TMA=tma,
+    )  # fmt: skip
+    return d_x, d_x_expert
+
+
+def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) -> Weights:
+    """Gradients of the expert weights, zeros for experts that are absent."""
+    gemm, hidden = call.config.weight_grad, x.shape[1]
+    grads = Weights(*(torch.zeros_like(weight) for weight in call.experts))
+    tiles = 2 * (call.plan.experts.shape[0] - 1) * triton.cdiv(hidden, gemm.block_n)
+    run_kernel(
+        expert_weight_grad_kernel, _grid(x, tiles),
+        x, d_y, *d_expert, *grads, call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count,
+        H=hidden, RANK=call.rank, RANK_PAD=_rank_pad(call.rank),
+        BLOCK_N=gemm.block_n, BLOCK_K=gemm.block_k, PRECISION=_precision(x),
+        num_warps=gemm.warps, num_stages=gemm.stages,
+    )  # fmt: skip
+    return grads
+
+
+def _expert_tiles(plan: TilePlan) -> tuple[Tensor, ...]:
+    return plan.offsets, plan.experts, plan.tile_segment, plan.tile_start, plan.tile_count
+
+
+def _shape(call: Call, x: Tensor) -> dict[str, int | str]:
+    return {
+        "H": x.shape[1],
+        "INTER": call.intermediate,
+        "RANK": call.rank,
+        "RANK_PAD": _rank_pad(call.rank),
+        "PRECISION": _precision(x),
+    }
+
+
+def _blocks(call: Call, gemm: Gemm) -> dict[str, int]:
+    return {
+        "BLOCK_M": call.config.block_rows,
+        "BLOCK_N": gemm.block_n,
+        "BLOCK_K": gemm.block_k,
+        "BLOCK_E": call.config.block_expert,
+        "GROUP": call.config.group,
+        "num_warps": gemm.warps,
+        "num_stages": gemm.stages,
+    }
+
+
+def _rank_pad(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _precision(x: Tensor) -> str:
+    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tf32 else "ieee"
+
+
+def _new_hidden(like: Tensor, rows: int, width: int, save: bool) -> Hidden:
+    saved = rows if save else 0
+    return Hidden(like.new_empty(saved, width), like.new_empty(saved, width), like.new_empty(rows, width))
+
+
+def _base_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
+    return triton.cdiv(rows, call.config.block_rows) * triton.cdiv(columns, gemm.block_n)
+
+
+def _row_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
+    grouped = 0 if call.tower == "fused" else call.plan.tile_segment.shape[0]
+    return grouped * triton.cdiv(columns, gemm.block_n) + _base_tiles(call, rows, columns, gemm)
+
+
+def _grid(x: Tensor, tiles: int) -> tuple[int]:
+    return (min(tiles, _programs(x)),)
+
+
+def _programs(x: Tensor) -> int:
+    """Programs of a persistent kernel: one per multiprocessor."""
+    if x.device.type == "cuda":
+        return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return _INTERPRETER_PROGRAMS if x.device.type == "cpu" else _RECORDED_PROGRAMS
+
+
+def _splits(call: Call, x: Tensor, tiles: int) -> int:
+    """Parts of the down K loop: a power of two that gives each program up to two tiles.
+
+    Depends on T, H and the device only, never on the ids: a row's sum has one order in all company.
+    """
+    splits = 1
+    while call.tower != "expert" and 2 * splits <= call.config.max_splits and splits * tiles < _programs(x):
+        splits *= 2
+    return splits
+
+
+def _use_tma(call: Call, *operands: Tensor) -> bool:
+    """Descriptors need 16-byte aligned rows and at least one row."""
+    return (
+        call.config.tma
+        and call.tower != "expert"
+        and all(
+            t.numel() > 0 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+            for t in operands
+        )
+    )
+
+
+def _operand(matrix: Tensor, tma: bool, block_rows: int, block_cols: int) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, [block_rows, block_cols]) if tma else matrix

@@ -1,0 +1,98 @@
+# ruff: noqa: ANN001, ANN201
+"""Device functions that every kernel shares: tile loads, tile order, segment lookups, the SwiGLU.
+
+T rows, H hidden, I intermediate, R expert rank (``RANK``; ``RANK_PAD`` is R raised to at least 16, the
+smallest side of a matrix instruction).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def in_columns(row_mask, col, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Mask of a tile's elements; where BLOCK_COLS divides COLS a column needs no comparison.
+
+    The tile must start inside the matrix.
+    """
+    if COLS % BLOCK_COLS == 0:
+        return row_mask[:, None]
+    else:
+        return row_mask[:, None] & (col + tl.arange(0, BLOCK_COLS) < COLS)[None, :]
+
+
+@triton.jit
+def load_rows(ptr, row_index, row_mask, col, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Gathered rows of a row-major matrix with COLS columns: (len(row_index), BLOCK_COLS)."""
+    c = col + tl.arange(0, BLOCK_COLS)
+    inside = in_columns(row_mask, col, COLS, BLOCK_COLS)
+    return tl.load(ptr + row_index.to(tl.int64)[:, None] * COLS + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, value, row_index, row_mask, col, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Scatter a (len(row_index), BLOCK_COLS) tile to rows of a matrix with COLS columns."""
+    c = col + tl.arange(0, BLOCK_COLS)
+    inside = in_columns(row_mask, col, COLS, BLOCK_COLS)
+    offsets = row_index.to(tl.int64)[:, None] * COLS + c[None, :]
+    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_dense(
+    src,
+    row,
+    col,
+    rows,
+    COLS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """A (BLOCK_ROWS, BLOCK_COLS) tile of a row-major (rows, COLS) matrix, zeros outside it.
+
+    ``src`` is a tensor descriptor where TMA, else a pointer.
+    """
+    if TMA:
+        return src.load([row, col])
+    else:
+        r = row + tl.arange(0, BLOCK_ROWS)
+        return load_rows(src, r, r < rows, col, COLS, BLOCK_COLS)
+
+
+@triton.jit
+def grouped_order(tile, num_rows, num_cols, GROUP: tl.constexpr):
+    """Row and column of a tile, walking GROUP row tiles per column so that weights stay in L2."""
+    per_group = GROUP * num_cols
+    first = (tile // per_group) * GROUP
+    size = tl.minimum(num_rows - first, GROUP)
+    inner = tile % per_group
+    return first + inner % size, inner // size
+
+
+@triton.jit
+def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a (ROWS, COLUMNS) tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.constexpr_function
+def segment_stages(rank_pad):
+    """Pipeline stages of the loop over segments: at R 128 two would need 393 KB of shared memory."""
+    return 1 if rank_pad > 64 else 2
+
+
+@triton.jit
+def swiglu(a, u):
+    """``silu(a) * u`` in fp32."""
+    return a * tl.sigmoid(a) * u
+
+
+@triton.jit
+def swiglu_backward(d_h, a, u):
+    """``(d_a, d_u, h)`` of ``h = silu(a) * u``, all fp32."""
+    s = tl.sigmoid(a)
+    silu = a * s
+    return d_h * u * s * (1.0 + a - silu), d_h * silu, silu * u

@@ -1,0 +1,94 @@
+"""Every bad argument is named, with what came and what was expected, before anything runs."""
+
+import pytest
+import torch
+from helpers import Case
+
+from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
+
+NAMES = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
+BASE = NAMES[1:4]
+
+
+def arguments(**changed):
+    case = Case([0, 1, 2, -1, 3, 3])
+    leaves = {name: case.tensors[name].float() for name in NAMES}
+    leaves["seg"] = Segments.from_ids(case.ids)
+    return leaves | changed
+
+
+@pytest.mark.parametrize("op", [fused_mlp, dual_mlp, expert_mlp])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fault", ["shape", "dtype", "device", "dimensions"])
+def test_bad_tensors(op, name, fault):
+    if op is expert_mlp and name in BASE:
+        pytest.skip("no base in this operation")
+    change = {
+        "shape": lambda t: t[..., :-1],
+        "dtype": lambda t: t.int() if name == "x" else t.double(),
+        "device": lambda t: t.to("meta"),
+        "dimensions": lambda t: t.reshape(-1)[: t.shape[-1] - 1],
+    }[fault]
+    given = arguments()
+    given[name] = change(given[name])
+    with pytest.raises((ValueError, TypeError), match=r"\w+: got .*, expected") as raised:
+        call(op, given)
+    if name != "x":
+        assert str(raised.value).split(":")[0] in (name, *NAMES)
+
+
+def call(op, given, **options):
+    values = [given[name] for name in NAMES]
+    if op is expert_mlp:
+        return op(values[0], *values[4:], given["seg"], **options)
+    if op is dual_mlp:
+        return op(values[0], values[0], *values[1:], given["seg"], **options)
+    return op(*values, given["seg"], **options)
+
+
+@pytest.mark.parametrize("op", [fused_mlp, dual_mlp, expert_mlp])
+@pytest.mark.parametrize(
+    ("seg", "error", "message"),
+    [
+        ([0] * 6, TypeError, "seg: got list"),
+        (Segments.from_ids([0]), ValueError, "seg: got 1 rows, expected 6"),
+        (Segments.from_ids([0, 1, 2, 3, 4, 9]), ValueError, "seg: got expert id 9, expected ids below 4"),
+    ],
+)
+def test_bad_segments(op, seg, error, message):
+    with pytest.raises(error, match=message):
+        call(op, arguments(seg=seg))
+
+
+@pytest.mark.parametrize("op", [fused_mlp, dual_mlp, expert_mlp])
+def test_bad_backend(op):
+    with pytest.raises(ValueError, match="backend: got 'cuda', expected one of auto, triton"):
+        call(op, arguments(), backend="cuda")
+
+
+def test_bad_path(monkeypatch):
+    monkeypatch.setenv("QAR_KERNELS_PATH", "fastest")
+    with pytest.raises(ValueError, match="QAR_KERNELS_PATH: got 'fastest'"):
+        call(fused_mlp, arguments(), backend="triton")
+
+
+def test_float64_is_not_for_triton():
+    given = {name: t.double() if isinstance(t, torch.Tensor) else t for name, t in arguments().items()}
+    with pytest.raises(TypeError, match=r"x: got dtype torch\.float64, expected bfloat16"):
+        call(fused_mlp, given, backend="triton")
+
+
+def test_cpu_tensors_outside_the_interpreter(monkeypatch):
+    from qar_kernels.triton import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="backend: got 'triton' with tensors on the CPU"):
+        call(fused_mlp, arguments(), backend="triton")
+
+
+def test_triton_missing(monkeypatch):
+    from qar_kernels import op
+
+    monkeypatch.setattr(op, "_HAS_TRITON", False)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        call(fused_mlp, arguments(), backend="triton")

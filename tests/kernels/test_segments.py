@@ -1,0 +1,94 @@
+"""Segments and the tile plan: every row exactly once, whatever the ids."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qar_kernels import Segments
+
+IDS = st.lists(st.integers(-1, 6), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(IDS)
+def test_rows_are_grouped_stably(ids):
+    seg = Segments.from_ids(ids)
+    expected = sorted(range(len(ids)), key=lambda row: (ids[row] < 0, ids[row]))
+    assert seg.perm.tolist() == expected
+    bounds = seg.offsets.tolist()
+    for expert, start, end in zip(seg.experts.tolist(), bounds, bounds[1:], strict=False):
+        assert {ids[row] for row in expected[start:end]} == ({expert} if expert >= 0 else set())
+    assert bounds[-1] == sum(i >= 0 for i in ids)
+
+
+@settings(deadline=None)
+@given(IDS, st.sampled_from([1, 4, 16]), st.sampled_from([4, 16]))
+def test_tiles_cover_every_row_once(ids, block_expert, block_rows):
+    seg = Segments.from_ids(ids)
+    plan = seg.tile_plan(block_rows, block_expert)
+    assert plan.rank[seg.perm].tolist() == list(range(len(ids)))
+    with_experts, everything = plan.tile_count.tolist()
+    owned = []
+    for tile in range(everything):
+        segment = int(plan.tile_segment[tile])
+        start = int(plan.tile_start[tile])
+        rows = range(start, min(start + block_expert, int(plan.offsets[segment + 1])))
+        assert len(rows) > 0
+        assert (int(plan.experts[segment]) >= 0) == (tile < with_experts)
+        assert {ids[row] for row in seg.perm[list(rows)].tolist()} == {int(plan.experts[segment])}
+        owned += rows
+    assert sorted(owned) == list(range(len(ids)))
+    assert int(plan.segment_count) == len(set(ids) - {-1})
+
+
+@settings(deadline=None)
+@given(IDS, st.sampled_from([1, 4, 16]))
+def test_row_tiles_meet_exactly_their_segments(ids, block_rows):
+    seg = Segments.from_ids(ids)
+    plan = seg.tile_plan(block_rows, 16)
+    sorted_ids = [ids[row] for row in seg.perm.tolist()]
+    for tile, (first, last) in enumerate(zip(plan.first_segment, plan.last_segment, strict=True)):
+        met = set(sorted_ids[tile * block_rows : (tile + 1) * block_rows]) - {-1}
+        assert plan.experts[int(first) : int(last)].tolist() == sorted(met)
+
+
+def test_the_plan_is_made_once():
+    seg = Segments.from_ids([0, 1, 1, -1])
+    assert seg.tile_plan(16, 16) is seg.tile_plan(16, 16)
+    assert seg.tile_plan(16, 16) is not seg.tile_plan(32, 16)
+
+
+def test_constructors_agree():
+    by_row = Segments.from_ids([2, 2, 2, -1, -1, -1, 0, 0, 0])
+    by_sequence = Segments.from_sequences([2, -1, 0], seq_len=3)
+    packed = Segments.from_cu_seqlens([2, -1, 0], [0, 3, 6, 9])
+    for seg in (by_sequence, packed):
+        assert seg.row_expert.tolist() == by_row.row_expert.tolist()
+        assert seg.perm.tolist() == by_row.perm.tolist()
+        assert seg.experts[seg.experts >= 0].tolist() == by_row.experts[by_row.experts >= 0].tolist()
+
+
+def test_empty_sequences_and_batches():
+    assert Segments.from_cu_seqlens([1, 0, 2], [0, 0, 2, 5]).row_expert.tolist() == [0, 0, 2, 2, 2]
+    assert Segments.from_ids([]).num_rows == 0
+    assert Segments.from_sequences([1, 2], seq_len=0).num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Segments.from_ids([0.5]), TypeError, "expert_ids: got dtype"),
+        (lambda: Segments.from_ids([[0]]), ValueError, "expert_ids: got shape"),
+        (lambda: Segments.from_ids([-2]), ValueError, "expert_ids: got -2"),
+        (lambda: Segments.from_ids(torch.tensor([True])), TypeError, "expert_ids: got dtype"),
+        (lambda: Segments.from_sequences([0], seq_len=-1), ValueError, "seq_len: got -1"),
+        (lambda: Segments.from_cu_seqlens([0], [0, 1, 2]), ValueError, "cu_seqlens: got 3 values"),
+        (lambda: Segments.from_cu_seqlens([0, 1], [0, 3, 2]), ValueError, "non-decreasing"),
+        (lambda: Segments.from_cu_seqlens([0], [1, 2]), ValueError, "non-decreasing values from 0"),
+        (lambda: Segments.from_cu_seqlens([0], [0, 2], num_rows=3), ValueError, "num_rows: got 3"),
+    ],
+)
+def test_bad_ids(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,189 @@
+"""The Triton kernels in the interpreter against float64: outputs and every gradient by name."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import TOWERS, Case, check, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qar_kernels import Segments, fused_mlp
+from qar_kernels.triton import backend as triton_backend
+from qar_kernels.triton.configs import CONFIGS, Gemm
+
+
+def ids(rows, experts, seed=0, none=True):
+    draw = random.Random(seed)
+    return [draw.randrange(-1 if none else 0, experts) for _ in range(rows)]
+
+
+CASES = {
+    "ragged, unsorted, some without": Case(ids(37, 4)),
+    "one querier owns everything": Case([2] * 37),
+    "every row its own querier": Case(list(reversed(range(21))), E=21),
+    "empty segments": Case([0, 5, 5, 0, 9] * 4, E=12),
+    "no row has an expert": Case([-1] * 19),
+    "one expert": Case([0] * 18, E=1),
+    "one row": Case([3]),
+    "a thousand experts": Case(ids(23, 1000), E=1000, R=8),
+    "rank 8": Case(ids(33, 3), E=3, R=8),
+    "rank 24": Case(ids(33, 3), E=3, R=24),
+    "rank 64": Case(ids(33, 3), E=3, R=64),
+    "rank 128": Case(ids(20, 3), E=3, R=128),
+    "odd multiples of 16": Case(ids(35, 4), H=112, I=144),
+    "one tile's width": Case(ids(16, 4), H=32, I=32),
+}
+
+
+@pytest.fixture
+def use_config(monkeypatch):
+    def use(config):
+        monkeypatch.setitem(CONFIGS, "test", config)
+        monkeypatch.setattr(triton_backend, "select_config", lambda *_: "test")
+
+    return use
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused(name):
+    check(CASES[name], "fused", "triton", torch.float32)
+
+
+@pytest.mark.parametrize("tower", ["dual", "expert"])
+@pytest.mark.parametrize(
+    "name", ["ragged, unsorted, some without", "no row has an expert", "one row", "rank 8"]
+)
+def test_other_towers(name, tower):
+    check(CASES[name], tower, "triton", torch.float32)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_fp16(tower):
+    check(Case(ids(37, 4), R=8), tower, "triton", torch.float16)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_descriptors(use_config, tower):
+    use_config(replace(CONFIGS["tiny"], tma=True))
+    check(Case(ids(37, 4)), tower, "triton", torch.float16)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "tiny"])
+def test_shipped_configurations(use_config, name):
+    use_config(CONFIGS[name])
+    check(Case(ids(150, 5), H=144, I=272, R=64, E=5), "fused", "triton", torch.float16)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_split_k(use_config, tower):
+    use_config(replace(CONFIGS["tiny"], block_rows=64, down=Gemm(64, 16, warps=4, stages=1), max_splits=4))
+    check(Case(ids(37, 4)), tower, "triton", torch.float32)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_drawn_shapes(data):
+    experts = data.draw(st.integers(1, 8), "E")
+    case = Case(
+        data.draw(st.lists(st.integers(-1, experts - 1), min_size=1, max_size=40), "ids"),
+        H=16 * data.draw(st.integers(1, 4), "H/16"),
+        I=16 * data.draw(st.integers(1, 4), "I/16"),
+        R=data.draw(st.sampled_from([8, 16, 32, 64]), "R"),
+        E=experts,
+        seed=data.draw(st.integers(0, 9), "seed"),
+    )
+    check(case, data.draw(st.sampled_from(TOWERS), "tower"), "triton", torch.float32)
+
+
+@pytest.mark.parametrize("tower", ["fused", "dual"])
+def test_recompute_is_bitwise_equal_in_fp32(tower):
+    case = Case(ids(37, 4))
+    saved = run(case, tower, "triton", torch.float32)
+    recomputed = run(case, tower, "triton", torch.float32, recompute=True)
+    assert all(torch.equal(saved[name], recomputed[name]) for name in saved)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_two_runs_are_bitwise_equal(tower):
+    case = Case(ids(37, 4))
+    first, second = (run(case, tower, "triton", torch.float16) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_isolation(tower, dtype):
+    """Expert 1's rows and gradients do not change with the company it keeps."""
+    mine = [row % 3 == 1 for row in range(40)]
+    results = []
+    for company in (0, 2, 3, 7):
+        others = ids(40, company, seed=company) if company else [-1] * 40
+        others = [other + 2 if other >= 0 else -1 for other in others]
+        case = Case([1 if own else other for own, other in zip(mine, others, strict=True)], E=9)
+        results.append(run(case, tower, "triton", dtype))
+    own = torch.tensor(mine)
+    for other in results[1:]:
+        for name in ("y", "d_x", "y_specific", "d_x_specific"):
+            if name in other:
+                assert torch.equal(other[name][own], results[0][name][own]), name
+        for name in ("d_expert_gate", "d_expert_up", "d_expert_down"):
+            assert torch.equal(other[name][1], results[0][name][1]), name
+
+
+def test_second_backward_over_a_retained_graph():
+    case = Case(ids(37, 4))
+    leaves = case.leaves(torch.float32)
+    names = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
+    y = fused_mlp(*(leaves[n] for n in names), Segments.from_ids(case.ids), backend="triton")
+    first = torch.autograd.grad(y.sum(), leaves["x"], retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y.sum(), leaves["x"])[0])
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("gate",), ("expert_up",), ("x", "expert_down")])
+def test_only_what_needs_a_gradient_is_computed(wanted, monkeypatch):
+    case = Case(ids(20, 4))
+    leaves = case.leaves(torch.float32, requires_grad=False)
+    for name in wanted:
+        leaves[name].requires_grad_()
+    launched = []
+    launch = triton_backend.launch
+    for step in ("d_input", "expert_weight_grads"):
+        real = getattr(launch, step)
+        monkeypatch.setattr(launch, step, lambda *a, step=step, real=real: launched.append(step) or real(*a))
+    names = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
+    y = fused_mlp(*(leaves[n] for n in names), Segments.from_ids(case.ids), backend="triton")
+    y.sum().backward()
+    assert {n for n in names if leaves[n].grad is not None} == set(wanted)
+    expert = any(name.startswith("expert") for name in wanted)
+    assert launched == ["d_input"] * ("x" in wanted) + ["expert_weight_grads"] * expert
+
+
+def test_nothing_is_saved_without_grad():
+    case = Case(ids(20, 4))
+    leaves = case.leaves(torch.float32, requires_grad=False)
+    names = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
+    y = fused_mlp(*(leaves[n] for n in names), Segments.from_ids(case.ids), backend="triton")
+    assert y.grad_fn is None
+    trained = case.leaves(torch.float32)
+    y = fused_mlp(*(trained[n] for n in names), Segments.from_ids(case.ids), backend="triton", recompute=True)
+    saved = [t for t in y.grad_fn.next_functions[0][0].saved_tensors if t is not None]
+    assert sum(t.numel() for t in saved if t.is_floating_point()) == sum(trained[n].numel() for n in names)
+
+
+@pytest.mark.parametrize("path", ["fused", "grouped"])
+def test_paths_agree_with_the_reference(monkeypatch, path):
+    monkeypatch.setenv("QAR_KERNELS_PATH", path)
+    check(Case(ids(37, 4)), "fused", "triton", torch.float32)
+
+
+def test_non_contiguous_rows():
+    case = Case(ids(30, 4))
+    leaves = case.leaves(torch.float32, requires_grad=False)
+    names = ("gate", "up", "down", "expert_gate", "expert_up", "expert_down")
+    weights = [leaves[n] for n in names]
+    x = leaves["x"].t().contiguous().t()
+    seg = Segments.from_ids(case.ids)
+    y = fused_mlp(x, *weights, seg, backend="triton")
+    assert torch.equal(y, fused_mlp(leaves["x"], *weights, seg, backend="triton"))
