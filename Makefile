@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-gpu bench bench-gpu lint format clean
 
 help:
 	@echo "make demo    prepare data, fine-tune, evaluate, generate, report (runs/demo/report.html)"
 	@echo "make test    lint and tests"
+	@echo "make bench   the torch backend against naive PyTorch, on this CPU"
+	@echo "make test-gpu, make bench-gpu   the kernels on a CUDA card"
 	@echo "make setup   only the virtual environment"
 	@echo "make clean   remove runs, data and caches (the virtual environment stays)"
 
@@ -28,6 +30,15 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu -rs
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.cpu_experts
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.bench_gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .
