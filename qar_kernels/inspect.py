@@ -34,8 +34,8 @@ from qar_kernels.triton.runner import Recorded, recording
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
 # Largest shared memory of one block: CUDA C++ Programming Guide, "Compute Capabilities".
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-# The compiler trades a few loop-invariant registers for occupancy in the exact fp32 d_x (80 registers);
-# that loop is bound by fp32 arithmetic. Everywhere else: none.
+# In exact fp32 the compiler trades a few loop-invariant registers for occupancy (at 80 registers, far from
+# the limit); those loops are bound by fp32 arithmetic. Everywhere else: none.
 ALLOWED_SPILLS = {"fp32": 8}
 SHAPES = {"Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
 _TYPES = {
