@@ -31,14 +31,18 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest
 
+HAS_CARD := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+
 test-gpu: $(READY)
-	$(BIN)/python -m pytest tests/gpu -rs
+	@if $(HAS_CARD); then $(BIN)/python -m pytest tests/gpu -rs; \
+	else echo "no CUDA device on this machine: nothing was tested"; fi
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.cpu_experts
 
 bench-gpu: $(READY)
-	$(BIN)/python -m benchmarks.bench_gpu
+	@if $(HAS_CARD); then $(BIN)/python -m benchmarks.bench_gpu; \
+	else echo "no CUDA device on this machine: nothing was measured"; fi
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ def upper_part(model: PreTrainedModel, first_layer: int) -> PreTrainedModel:
     """The model from ``first_layer`` up; feed it hidden states as ``inputs_embeds``."""
     part = _shallow(model)
     part.config = _config_of_layers(model.config, first_layer, model.config.num_hidden_layers)
+    part.config.use_cache = False  # its layers carry the whole model's indices, which no cache of it fits
     part.model = _decoder_part(model.model, part.config, first_layer, model.config.num_hidden_layers)
     if getattr(model, "qar", None) is not None:
         first_expert = max(0, model.qar.first_expert_layer - first_layer)
