@@ -16,7 +16,7 @@ from train.finetune import DTYPES, cached_states, encode_windows
 from train.trained import Trained, first_trained_layer, load_trained, untrained
 
 METHODS = ("zero_shot", "ft", "qar")
-GENERATED = 40
+GENERATED = 32
 MAX_NEW_TOKENS = 32
 SWAPS = 3
 SAMPLES, ASKED_BY = 4, 4

@@ -43,6 +43,9 @@ def test_demo_reports_and_reuses(configs, tmp_path, monkeypatch):
     monkeypatch.setattr(module.Comparison, "replies", computed)
     monkeypatch.setattr("train.finetune.QARTrainer.train", computed)
     assert module.demo(*configs, "Falstaff") == page
+    again = json.loads((tmp_path / "runs" / "report.json").read_text())
+    assert again["seconds"]["evaluate qar"] >= report["seconds"]["evaluate qar"]  # of when it ran
+    assert {**again, "seconds": None} == {**report, "seconds": None}
 
 
 def test_unknown_responder_is_refused_before_any_work(configs, tmp_path):
