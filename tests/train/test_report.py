@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import fake_run
 import pytest
 
+from train import cli
 from train.metrics import summarise
 from train.report import render, write_report
 from train.report.__main__ import main
@@ -232,13 +233,16 @@ def test_command_line_needs_report_json_only(run, tmp_path):
         ("similarity.json", '{"names": ["a", "b"], "matrix": [[1]]}', "lacks what the report needs"),
     ],
 )
-def test_command_line_names_what_is_damaged_in_one_line(run, tmp_path, name, content, expected):
+def test_command_line_names_what_is_damaged_in_one_line(run, tmp_path, capsys, name, content, expected):
     save_run(tmp_path, run)
     if content is None:
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as error:
-        main([str(tmp_path)])
-    assert expected in str(error.value) and "\n" not in str(error.value)
+        cli.run(lambda: main([str(tmp_path)]))
+    assert error.value.code == cli.USER_ERROR_EXIT
+    shown = capsys.readouterr().err
+    assert expected in shown
+    assert shown.count("\n") == 1
     assert not (tmp_path / "report.html").exists()

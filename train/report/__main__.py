@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from train.cli import run
 from train.errors import UserError
 from train.report import render, write_html
 
@@ -42,15 +43,12 @@ def rerender(run_dir: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line entry: the page's path on success, one line of error otherwise."""
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m train.report", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder with report.json")
-    try:
-        path = rerender(parser.parse_args(arguments).run_dir)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    path = rerender(parser.parse_args(arguments).run_dir)
     sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
