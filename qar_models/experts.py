@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from qar_kernels import dual_mlp, expert_mlp, fused_mlp
+from qar_kernels.torch_backend import swiglu_mlp
 from qar_models.config import QARConfig
 from qar_models.towers import TowerBatch
 
@@ -95,9 +95,9 @@ class Experts(nn.Module):
             yield expert_mlp(x, *self.trained.bank, towers.trained, self.qar.backend)
             known = known | (towers.trained.row_expert >= 0)
         if self.qar.experts == "shared+per_querier":
-            yield _swiglu(x, self.shared_gate, self.shared_up, self.shared_down)
+            yield swiglu_mlp(x, self.shared_gate, self.shared_up, self.shared_down)
         if self.qar.unknown_querier == "mean":
-            mean = _swiglu(x, *(weight.mean(0) for weight in self.bank))
+            mean = swiglu_mlp(x, *(weight.mean(0) for weight in self.bank))
             yield mean * ~known.view(*x.shape[:-1], 1)
 
     def train_only(self, rows: list[int]) -> None:
@@ -154,10 +154,6 @@ class TrainedExperts(nn.Module):
 
     def _load_from_state_dict(self, *_: Any) -> None:
         """Nothing: the bank's own tensors hold it all, and :class:`Experts` hands it on."""
-
-
-def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def _plain_weights(mlp: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
