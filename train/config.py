@@ -16,6 +16,7 @@ from train.errors import UserError
 from train.files import read_text
 
 Method = Literal["qar", "ft"]
+Batching = Literal["packed", "grouped", "padded"]
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -37,6 +38,8 @@ class TrainConfig:
             activations are computed once and reused in every epoch.
         expert_learning_rate, expert_weight_decay: for the experts and the contrastive heads.
         warmup_ratio: share of all steps.
+        batching: ``packed`` puts a batch's windows one behind the other (no padding, the same loss);
+            ``padded`` pads them to the longest; ``grouped`` draws windows of like length, and pads them.
         max_tokens: longest window; older turns are dropped to fit.
         names_in_prompt: whether the querier's name is part of the prompt.
         style: how turns become text, see :mod:`train.data.encode`.
@@ -71,6 +74,7 @@ class TrainConfig:
     epochs: float = 2.0
     batch_size: int = 8
     gradient_accumulation: int = 1
+    batching: Batching = "packed"
     gradient_checkpointing: bool = False
     max_tokens: int = 592
     names_in_prompt: bool = True

@@ -13,10 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from train.batches import Windows
 from train.config import TrainConfig
+from train.packing import LengthGroupedSampler
 from train.trained import is_querier_part
 
 WEIGHTS = "trained_parts.safetensors"
@@ -52,6 +55,11 @@ class QARTrainer(Trainer):
             },
         ]
         return [group for group in groups if group["params"]]
+
+    def _get_train_sampler(self, train_dataset: Windows | None = None) -> Sampler | None:
+        if self.config.batching != "grouped":
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(self.train_dataset.lengths, self.args.train_batch_size, self.args.seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
