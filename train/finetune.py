@@ -118,6 +118,7 @@ def make_trainer(
         logging_steps=1,
         save_steps=config.save_steps,
         save_total_limit=2,
+        use_cpu=not torch.cuda.is_available() and config.deepspeed is None,
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
         deepspeed=config.deepspeed,

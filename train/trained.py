@@ -72,6 +72,8 @@ def build(
     for name, parameter in model.named_parameters():
         if is_querier_part(name):
             parameter.requires_grad_(True)
+            # as PEFT does for LoRA: bf16 would round most of AdamW's steps away, fp16 cannot be unscaled
+            parameter.data = parameter.data.float()
     return peft
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from benchmarks import finetune_speed
@@ -16,7 +17,7 @@ from train.errors import UserError
 from train.finetune import finetune, make_trainer
 from train.layers import lower_states
 from train.packing import LengthGroupedSampler, PackingCollator
-from train.trained import build
+from train.trained import EXPERTS, build
 
 
 @pytest.fixture
@@ -122,6 +123,18 @@ def test_grouped_run_repeats(config):
     again = config.replace(output_dir=config.output_dir + "_again")
     two = json.loads((finetune(again).parent / "log.json").read_text())
     assert [row.get("loss") for row in one] == [row.get("loss") for row in two]
+
+
+@pytest.mark.parametrize("tower", ["residual", "replace"])
+def test_half_precision_trains_parts_kept_in_full(config, tower):
+    settings = {"contrastive_weight": 0.5, "memory_size": 4, "projection_dim": 8, "experts": "per_querier"}
+    folder = finetune(config.replace(dtype="bfloat16", tower=tower, **settings))
+    assert {tensor.dtype for name, tensor in load_file(folder / EXPERTS).items() if ".experts." in name} == {
+        torch.float32
+    }
+    log = json.loads((folder.parent / "log.json").read_text())
+    losses = [row["lm_loss"] for row in log if "lm_loss" in row]
+    assert sum(losses[-2:]) < sum(losses[:2])
 
 
 def speed_config(config):
