@@ -24,7 +24,8 @@ class TrainConfig:
     """One run. The defaults are the demo's scale; ``configs/`` holds others.
 
     Attributes:
-        data: folder of one responder in the MQDialog layout.
+        data: folder of one responder in the MQDialog layout, or of several responders' folders: then every
+            (querier, responder) pair has an expert.
         output_dir: where checkpoints and the trained parts go.
         model: ``smollm2-135m-instruct`` (shipped by a Python package), or any path or hub name of a
             Llama, Qwen2 or Qwen3.
@@ -37,6 +38,8 @@ class TrainConfig:
             activations are computed once and reused in every epoch.
         expert_learning_rate, expert_weight_decay: for the experts and the contrastive heads.
         warmup_ratio: share of all steps.
+        windows: ``every_reply``, the paper's: one window per reply, which repeats most of a dialogue; or
+            ``covering``: as few of them as hold every reply.
         max_tokens: longest window; older turns are dropped to fit.
         names_in_prompt: whether the querier's name is part of the prompt.
         style: how turns become text, see :mod:`train.data.encode`.
@@ -72,6 +75,7 @@ class TrainConfig:
     batch_size: int = 8
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    windows: Literal["every_reply", "covering"] = "every_reply"
     max_tokens: int = 592
     names_in_prompt: bool = True
     style: Style = "auto"

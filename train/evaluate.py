@@ -109,7 +109,7 @@ def _record(example: Example, nll: float, tokens: int, reply: str | None) -> Rec
     scores = rouge(reply, reference) if reply is not None else dict.fromkeys(("rouge1", "rouge2", "rougeL"))
     return {
         "id": example.id,
-        "dialogue": dialogue_of(example),
+        "dialogue": example.dialogue,
         "querier": example.querier,
         "nll_sum": nll,
         "tokens": tokens,
@@ -117,11 +117,6 @@ def _record(example: Example, nll: float, tokens: int, reply: str | None) -> Rec
         "reply": reply,
         **scores,
     }
-
-
-def dialogue_of(example: Example) -> str:
-    """The dialogue that a window was cut from: what is resampled as a whole."""
-    return example.id.rsplit("_part", 1)[0]
 
 
 def _end_mark(window: Encoded) -> int:

@@ -21,7 +21,7 @@ from train.cli import run
 from train.config import TrainConfig, load_config
 from train.data.encode import Encoded, encode_all
 from train.data.layout import MQDialog
-from train.data.mqdialog import load_mqdialog
+from train.dataset import load_data
 from train.errors import UserError
 from train.files import write_atomic
 from train.layers import lower_states, upper_part
@@ -47,7 +47,7 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     if _is_finished(folder, config):
         logger.info("%s is there already", folder)
         return folder
-    data = load_mqdialog(Path(config.data))
+    data = load_data(config)
     checkpoint = last_checkpoint(output)
     if checkpoint is not None and not resume:
         raise UserError(
@@ -124,6 +124,7 @@ def make_trainer(
         seed=config.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # or bfloat16 is refused there
         disable_tqdm=False,
     )
     if config.gradient_checkpointing:

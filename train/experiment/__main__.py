@@ -1,0 +1,52 @@
+"""Compare methods under one budget.
+
+    python -m train.experiment --config train/configs/experiments/plays.yaml [key=value ...]
+
+Every cell (method and seed) leaves its result; a second start goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+
+from train.cli import run
+from train.experiment.cell import result_of, run_cell
+from train.experiment.plan import Experiment, load_experiment
+from train.experiment.table import write_results
+
+console = Console()
+
+
+def run_experiment(experiment: Experiment, results: Path) -> None:
+    """Run the cells that have no result yet; the table is written anew after each."""
+    cells = experiment.cells()
+    for index, cell in enumerate(cells):
+        console.rule(f"[bold]{cell.name} ({index + 1} of {len(cells)})", align="left")
+        if result_of(experiment, cell) is not None:
+            console.print("finished before")
+            continue
+        run_cell(experiment, cell)
+        console.print(write_results(experiment, results))
+    console.print(write_results(experiment, results))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file of train/configs/experiments")
+    parser.add_argument("--results", type=Path, help="folder of the table (default: the output_dir)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the file")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers.logging.disable_progress_bar()
+    experiment = load_experiment(arguments.config, arguments.overrides)
+    run_experiment(experiment, arguments.results or Path(experiment.output_dir))
+
+
+if __name__ == "__main__":
+    run(main)
