@@ -1,8 +1,8 @@
 """Fewer windows that teach the same replies.
 
 One window per reply, as the paper cuts them, repeats most of a dialogue in every window that goes back over
-it. Where every reply of a window is learnt, a cover is enough: windows, from the last one backwards, such that
-each reply is in one of them.
+it. Where every reply of a window is learnt, a cover is enough: windows, from the last one backwards, such
+that each reply is in one of them.
 """
 
 from collections import defaultdict

@@ -82,7 +82,7 @@ class Experiment:
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment's YAML file; ``overrides`` are ``key=value``, or ``train.key=value`` for shared keys.
+    """Read an experiment's YAML file; ``overrides`` are ``key=value``, or ``train.key=value`` (shared keys).
 
     Raises:
         UserError: naming the file and the key that is unknown, missing or wrong, for every method.
