@@ -8,31 +8,47 @@ Every cell (method and seed) leaves its result; a second start goes on where the
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from pathlib import Path
 
 import transformers
 from rich.console import Console
+from rich.markdown import Markdown
 
 from train.cli import run
+from train.data.prepare import PLAYS, PrepareConfig, prepare
 from train.experiment.cell import result_of, run_cell
+from train.experiment.figure import figure
 from train.experiment.plan import Experiment, load_experiment
-from train.experiment.table import write_results
+from train.experiment.results import collect
+from train.experiment.table import markdown
+from train.files import write_atomic
 
 console = Console()
 
 
-def run_experiment(experiment: Experiment, results: Path) -> None:
-    """Run the cells that have no result yet; the table is written anew after each."""
+def run_experiment(experiment: Experiment, folder: Path, name: str) -> None:
+    """Run the cells that have no result yet; table and figure are written anew after each."""
+    for responder in experiment.responders:
+        prepare(PrepareConfig(PLAYS, responder, experiment.prepared))
     cells = experiment.cells()
     for index, cell in enumerate(cells):
         console.rule(f"[bold]{cell.name} ({index + 1} of {len(cells)})", align="left")
-        if result_of(experiment, cell) is not None:
-            console.print("finished before")
-            continue
-        run_cell(experiment, cell)
-        console.print(write_results(experiment, results))
-    console.print(write_results(experiment, results))
+        if result_of(experiment, cell) is None:
+            run_cell(experiment, cell)
+            write_results(experiment, folder, name)
+    console.print(Markdown(write_results(experiment, folder, name)))
+
+
+def write_results(experiment: Experiment, folder: Path, name: str) -> str:
+    """``name``.json, .md and .svg in ``folder``; returns the Markdown."""
+    results = collect(experiment)
+    text = markdown(results)
+    write_atomic(folder / f"{name}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(folder / f"{name}.md", text)
+    write_atomic(folder / f"{name}.svg", figure(results))
+    return text
 
 
 def main() -> None:
@@ -45,7 +61,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.logging.disable_progress_bar()
     experiment = load_experiment(arguments.config, arguments.overrides)
-    run_experiment(experiment, arguments.results or Path(experiment.output_dir))
+    run_experiment(experiment, arguments.results or Path(experiment.output_dir), arguments.config.stem)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from train.config import TrainConfig, config_from
+from train.data.prepare import PLAYS
 from train.errors import UserError
 from train.files import read_text
 
@@ -55,6 +56,8 @@ class Experiment:
         generated: held-out windows that are answered for ROUGE and BLEU (all are scored for NLL).
         max_new_tokens: of a generated reply.
         pairs: (method, compared with) of the paired differences.
+        responders: of Shakespeare's plays, whose dialogues are prepared first; without them ``train`` names
+            the ``data``.
     """
 
     output_dir: str
@@ -64,6 +67,12 @@ class Experiment:
     generated: int = 64
     max_new_tokens: int = 32
     pairs: tuple[tuple[str, str], ...] = (("qar", "ft"),)
+    responders: tuple[str, ...] = ()
+
+    @property
+    def prepared(self) -> Path:
+        """Where the data of ``responders`` goes."""
+        return Path(self.output_dir) / "data"
 
     def cells(self) -> list[Cell]:
         """Every cell, seed by seed, so that a stopped experiment holds whole comparisons."""
@@ -77,6 +86,8 @@ class Experiment:
     def config(self, cell: Cell) -> TrainConfig:
         """The training run of a cell."""
         values = {**self.train, **cell.method.changes, "seed": cell.seed}
+        if self.responders:
+            values["data"] = str(self.prepared / PLAYS)
         values["output_dir"] = str(Path(self.output_dir) / "cells" / cell.name)
         return config_from(values, f"method '{cell.method.name}'")
 
@@ -132,8 +143,12 @@ def _checked(values: dict[str, Any], path: Path) -> Experiment:
         if type(values.get(key, 1)) is not int or values.get(key, 1) < 1:
             raise UserError(f"{path}: key '{key}': got {values[key]!r}, expected a whole number above 0")
     methods = tuple(_method(name, changes, path) for name, changes in values["methods"].items())
+    responders = values.get("responders", ())
+    if not isinstance(responders, list | tuple) or not all(isinstance(name, str) for name in responders):
+        raise UserError(f"{path}: key 'responders': got {responders!r}, expected a list of names")
     pairs = tuple(_pair(pair, values["methods"], path) for pair in values.get("pairs", Experiment.pairs))
-    return Experiment(**{**values, "methods": methods, "seeds": tuple(seeds), "pairs": pairs})
+    checked = {"methods": methods, "seeds": tuple(seeds), "pairs": pairs, "responders": tuple(responders)}
+    return Experiment(**{**values, **checked})
 
 
 def _pair(pair: Any, methods: dict[str, Any], path: Path) -> tuple[str, str]:
