@@ -148,7 +148,8 @@ class QARForCausalLMMixin(MembershipMixin):
             logits = self.lm_head(hidden_states[:, kept])
         if labels is not None:
             _check_labels(labels, hidden_states)
-            loss = lm_loss = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)
+            lm_loss = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)
+            loss = lm_loss.clone()  # transformers' Trainer scales the loss in place
         if labels is not None and self.contrast is not None:
             contrastive_loss = self.contrast(outputs.querier_states, response_mask, querier_ids, cluster_ids)
             share = _share_of_step(labels, num_items_in_batch)

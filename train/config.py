@@ -45,7 +45,8 @@ class TrainConfig:
         style: how turns become text, see :mod:`train.data.encode`.
         dtype: ``float32``, ``bfloat16`` or ``float16``: the base weights', and of mixed precision.
         deepspeed: path of a DeepSpeed configuration, or None.
-        save_steps: steps between checkpoints; the two newest are kept.
+        save_steps: steps between checkpoints.
+        save_total_limit: checkpoints that are kept; one more exists while it is being written.
         report_to: logging integrations of transformers (``tensorboard``, ``wandb``), or ``none``.
     """
 
@@ -82,11 +83,13 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     deepspeed: str | None = None
     save_steps: int = 50
-    report_to: str = "none"
+    save_total_limit: int = 2
+    report_to: str = "tensorboard"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("expert_rank", "lora_rank", "batch_size", "gradient_accumulation", "save_steps"):
+        counts = ("expert_rank", "lora_rank", "batch_size", "gradient_accumulation")
+        for name in (*counts, "save_steps", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "expert_learning_rate", "epochs", "lora_alpha"):

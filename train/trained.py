@@ -72,6 +72,8 @@ def build(
     for name, parameter in model.named_parameters():
         if is_querier_part(name):
             parameter.requires_grad_(True)
+            # as PEFT does with LoRA: AdamW in 16 bits would round small updates away
+            parameter.data = parameter.data.float()
     return peft
 
 
