@@ -40,6 +40,8 @@ class TrainConfig:
         warmup_ratio: share of all steps.
         windows: ``every_reply``, the paper's: one window per reply, which repeats most of a dialogue; or
             ``covering``: as few of them as hold every reply.
+        validation: share of the training dialogues that are held back, to keep the state of the epoch that
+            answers them best; 0 trains on all and keeps the last state.
         max_tokens: longest window; older turns are dropped to fit.
         names_in_prompt: whether the querier's name is part of the prompt.
         style: how turns become text, see :mod:`train.data.encode`.
@@ -77,6 +79,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     windows: Literal["every_reply", "covering"] = "every_reply"
+    validation: float = 0.0
     max_tokens: int = 592
     names_in_prompt: bool = True
     style: Style = "auto"

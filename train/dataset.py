@@ -7,15 +7,30 @@ from pathlib import Path
 
 from train.config import TrainConfig
 from train.data.covering import covering
-from train.data.layout import MQDialog
+from train.data.layout import Example, MQDialog
 from train.data.responders import load_dialogues
+from train.data.validation import split_validation
 
 
-def load_data(config: TrainConfig) -> MQDialog:
-    """The run's training and held-out windows.
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run trains on (``data.train``), is chosen by (``valid``) and is scored on (``data.dev``)."""
+
+    data: MQDialog
+    valid: list[Example]
+
+
+def load_data(config: TrainConfig) -> RunData:
+    """The run's windows.
+
+    The validation part depends on the data alone, not on the run's seed: runs of several seeds share it.
 
     Raises:
         UserError: what is wrong with the files, naming file, record and key.
     """
-    data = load_dialogues(Path(config.data))
-    return dataclasses.replace(data, train=covering(data.train)) if config.windows == "covering" else data
+    data, valid = load_dialogues(Path(config.data)), []
+    if config.validation:
+        data, valid = split_validation(data, config.validation)
+    if config.windows == "covering":
+        data = dataclasses.replace(data, train=covering(data.train))
+    return RunData(data, valid)

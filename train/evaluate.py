@@ -26,15 +26,16 @@ from train.metrics import Record, rouge
 @torch.inference_mode()
 def reply_nll(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """NLL in nats summed over each reply, and its number of tokens: ``(B,)``, ``(B,)``."""
-    labels, text = batch["labels"], "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
-    inputs = {key: batch[key] for key in (text, "attention_mask", "querier_ids")}
+    text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
+    batch = {key: batch[key].to(model.device) for key in (text, "attention_mask", "querier_ids", "labels")}
+    labels, inputs = batch["labels"], {key: batch[key] for key in batch if key != "labels"}
     states = model.model(**inputs, use_cache=False).last_hidden_state
     targets = labels[:, 1:]
     kept = targets != IGNORE
     logits = model.lm_head(states[:, :-1][kept]).float()
     losses = F.cross_entropy(logits, targets[kept], reduction="none")
     rows = kept.nonzero()[:, 0]
-    return torch.zeros(len(labels)).index_add_(0, rows, losses), kept.sum(1)
+    return losses.new_zeros(len(labels)).index_add_(0, rows, losses), kept.sum(1)
 
 
 class HeldOut:
@@ -42,23 +43,21 @@ class HeldOut:
 
     Args:
         examples: the windows' text.
-        windows: the same, encoded.
-        states: their states below ``first_layer``, or None to run the whole model.
+        windows: the same, encoded, with their states below ``first_layer``.
     """
 
     def __init__(
         self,
         examples: Sequence[Example],
-        windows: Sequence[Encoded],
+        windows: Windows,
         tokenizer: PreTrainedTokenizerBase,
-        states: Sequence[Tensor] | None = None,
         first_layer: int = 0,
         batch_size: int = 16,
     ) -> None:
-        self.examples, self.windows, self.tokenizer = examples, windows, tokenizer
+        self.examples, self.windows, self.tokenizer = examples, windows.windows, tokenizer
         self.first_layer, self.batch_size = first_layer, batch_size
         collator = Collator(tokenizer.pad_token_id, label_key="reply_labels")
-        self.loader = DataLoader(Windows(windows, states), batch_size=batch_size, collate_fn=collator)
+        self.loader = DataLoader(windows, batch_size=batch_size, collate_fn=collator)
 
     @property
     def querier_ids(self) -> list[int]:

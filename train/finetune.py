@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ if __name__ == "__main__" and __package__ is None:
 import torch
 import transformers
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -30,14 +32,15 @@ from train.batches import Collator, Windows
 from train.callbacks import LossProgress, StopOnInterrupt
 from train.cli import run
 from train.config import TrainConfig, load_config
-from train.data.encode import Encoded, encode_all
-from train.data.layout import MQDialog
-from train.dataset import load_data
+from train.data.encode import encode_all
+from train.data.layout import Example
+from train.dataset import RunData, load_data
 from train.errors import UserError
 from train.files import write_atomic
 from train.layers import lower_states, upper_part
 from train.trained import TRAINED, build, first_trained_layer, save_trained
 from train.trainer import QARTrainer
+from train.validation import KeepBest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOG = "log.json"
@@ -52,6 +55,7 @@ class Prepared:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     windows: Windows
+    valid: Windows
 
 
 def finetune(config: TrainConfig, resume: bool = False) -> Path:
@@ -70,38 +74,71 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
         logger.info("%s is there already", folder)
         return folder
     ranks.start(config.deepspeed)
-    data = load_data(config)
+    found = load_data(config)
     checkpoint = ranks.from_main(_checkpoint_to_resume(output, resume) if ranks.is_main() else None)
-    prepared = prepare(config, data)
+    prepared = prepare(config, found)
     trainer = make_trainer(prepared.model, prepared.tokenizer, prepared.windows, config)
-    stop = StopOnInterrupt()
+    stop, keep = StopOnInterrupt(), KeepBest(trainer, validation_loader(prepared, config))
     trainer.add_callback(stop)
+    if config.validation:
+        trainer.add_callback(keep)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.interrupted:
         raise KeyboardInterrupt
+    if config.validation:
+        keep.load()
     with ranks.gathered(value for value in prepared.model.parameters() if value.requires_grad):
         if ranks.is_main():
             write_atomic(output / LOG, json.dumps(trainer.state.log_history, indent=1))
-            save_trained(prepared.peft, config, data.responder, folder)
+            save_trained(prepared.peft, config, found.data.responder, folder)
     ranks.wait()
     return folder
 
 
-def prepare(config: TrainConfig, data: MQDialog) -> Prepared:
+def prepare(config: TrainConfig, found: RunData) -> Prepared:
     """Model and windows, ready for :func:`make_trainer`."""
+    data = found.data
     transformers.set_seed(config.seed)
     with ranks.main_first():
         model, tokenizer = load_base(config.model, DTYPES[config.dtype])
-    windows = encode_windows(data, tokenizer, config, "train")
-    if not windows:
+    first = first_trained_layer(config, model.config.num_hidden_layers)
+    with ranks.main_first():
+        windows, valid = (
+            window_set(examples, model, tokenizer, config, first) for examples in (data.train, found.valid)
+        )
+    if not len(windows):
         raise UserError(f"{config.data}: no training window fits into max_tokens={config.max_tokens}")
-    first, states = first_trained_layer(config, model.config.num_hidden_layers), None
-    if first:
-        with ranks.main_first():
-            states = cached_states(model, windows, first, Path(config.output_dir))
     peft = build(model, config, tuple(data.queriers), data.num_clusters)
     trained = upper_part(model, first) if first else model
-    return Prepared(peft, trained, tokenizer, Windows(windows, states))
+    return Prepared(peft, trained, tokenizer, windows, valid)
+
+
+def window_set(
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    first_layer: int,
+) -> Windows:
+    """``examples`` as the configuration writes them, with a plain model's states below ``first_layer``.
+
+    Runs side by side under one parent folder share the states.
+    """
+    windows = encode_all(
+        examples,
+        tokenizer,
+        max_tokens=config.max_tokens,
+        names_in_prompt=config.names_in_prompt,
+        style=config.style,
+    )
+    cache = Path(config.output_dir).parent / "states"
+    return Windows(windows, lower_states(model, windows, first_layer, cache) if first_layer else None)
+
+
+def validation_loader(prepared: Prepared, config: TrainConfig) -> DataLoader:
+    """Batches of the validation windows whose labels are their last replies."""
+    collator = Collator(prepared.tokenizer.pad_token_id, label_key="reply_labels")
+    return DataLoader(prepared.valid, batch_size=config.batch_size, collate_fn=collator)
 
 
 def _checkpoint_to_resume(output: Path, resume: bool) -> Path | None:
@@ -113,26 +150,6 @@ def _checkpoint_to_resume(output: Path, resume: bool) -> Path | None:
         )
     checkpoints.remove_newer(output, checkpoint)
     return checkpoint
-
-
-def encode_windows(
-    data: MQDialog, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, split: str
-) -> list[Encoded]:
-    """The windows of one split (``train`` or ``dev``), as the configuration writes them."""
-    return encode_all(
-        getattr(data, split),
-        tokenizer,
-        max_tokens=config.max_tokens,
-        names_in_prompt=config.names_in_prompt,
-        style=config.style,
-    )
-
-
-def cached_states(
-    model: PreTrainedModel, windows: list[Encoded], num_layers: int, output: Path
-) -> list[torch.Tensor]:
-    """States below the trained layers; runs side by side under one parent folder share them."""
-    return lower_states(model, windows, num_layers, output.parent / "states")
 
 
 def _is_finished(folder: Path, config: TrainConfig) -> bool:

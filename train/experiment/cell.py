@@ -15,7 +15,7 @@ from train.dataset import load_data
 from train.evaluate import HeldOut
 from train.experiment.plan import Cell, Experiment
 from train.files import read_text, write_atomic
-from train.finetune import cached_states, encode_windows, finetune
+from train.finetune import finetune, window_set
 from train.metrics import Record
 from train.trained import Trained, first_trained_layer, load_trained, untrained
 
@@ -45,7 +45,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     """
     start = time.perf_counter()
     config = experiment.config(cell)
-    data = load_data(config)
+    data = load_data(config).data
     trained = _model(config, data, cell.method.trained)
     held_out = _held_out(config, data)
     generated = held_out.sample(experiment.generated, SAMPLE_SEED)
@@ -90,10 +90,9 @@ def _model(config: TrainConfig, data: MQDialog, is_trained: bool) -> Trained:
 
 def _held_out(config: TrainConfig, data: MQDialog) -> HeldOut:
     model, tokenizer = load_base(config.model)
-    windows = encode_windows(data, tokenizer, config, "dev")
     first = first_trained_layer(config, model.config.num_hidden_layers)
-    states = cached_states(model, windows, first, Path(config.output_dir)) if first else None
-    return HeldOut(data.dev, windows, tokenizer, states, first)
+    windows = window_set(data.dev, model, tokenizer, config, first)
+    return HeldOut(data.dev, windows, tokenizer, first)
 
 
 def _knows_who_asks(config: TrainConfig, cell: Cell) -> bool:

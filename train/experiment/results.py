@@ -91,7 +91,7 @@ def conditions(experiment: Experiment) -> dict[str, Any]:
     """What a reader needs to run it again."""
     cell = experiment.cells()[0]
     config = experiment.config(cell)
-    data = load_data(config)
+    data = load_data(config).data
     return {
         "responders": data.responder.split(", "),
         "queriers": len(data.queriers),
