@@ -133,11 +133,11 @@ def querier_similarity(model: PreTrainedModel, held_out: HeldOut, count: int = 8
     scored = upper_part(model, held_out.first_layer) if held_out.first_layer else model
     batch = next(iter(held_out.loader))
     text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
-    inputs = {key: batch[key][:count] for key in (text, "attention_mask")}
+    inputs = {key: batch[key][:count].to(model.device) for key in (text, "attention_mask")}
     mask = inputs["attention_mask"].unsqueeze(-1)
     states = []
     for querier_id in range(model.qar.num_queriers):
-        ids = torch.full((len(mask),), querier_id)
+        ids = torch.full((len(mask),), querier_id, device=model.device)
         out = scored.model(**inputs, querier_ids=ids, use_cache=False).last_hidden_state
         states.append((out * mask).flatten())
     stacked = torch.stack(states)
