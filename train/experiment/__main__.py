@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from train.cli import run
-from train.data.prepare import PLAYS, PrepareConfig, prepare
 from train.experiment.cell import result_of, run_cell
 from train.experiment.figure import figure
 from train.experiment.plan import Experiment, load_experiment
@@ -30,8 +29,7 @@ console = Console()
 
 def run_experiment(experiment: Experiment, folder: Path, name: str) -> None:
     """Run the cells that have no result yet; table and figure are written anew after each."""
-    for responder in experiment.responders:
-        prepare(PrepareConfig(PLAYS, responder, experiment.prepared))
+    experiment.prepare()
     cells = experiment.cells()
     for index, cell in enumerate(cells):
         console.rule(f"[bold]{cell.name} ({index + 1} of {len(cells)})", align="left")

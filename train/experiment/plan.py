@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +12,8 @@ from typing import Any
 import yaml
 
 from train.config import TrainConfig, config_from
-from train.data.prepare import PLAYS
+from train.data.dialogue import PLAY_THRESHOLDS
+from train.data.prepare import PLAYS, PrepareConfig, prepare
 from train.errors import UserError
 from train.files import read_text
 
@@ -58,6 +60,7 @@ class Experiment:
         pairs: (method, compared with) of the paired differences.
         responders: of Shakespeare's plays, whose dialogues are prepared first; without them ``train`` names
             the ``data``.
+        min_dialogues: that a querier must have with a responder to be one.
     """
 
     output_dir: str
@@ -68,11 +71,18 @@ class Experiment:
     max_new_tokens: int = 32
     pairs: tuple[tuple[str, str], ...] = (("qar", "ft"),)
     responders: tuple[str, ...] = ()
+    min_dialogues: int = PLAY_THRESHOLDS.min_dialogues
 
     @property
     def prepared(self) -> Path:
         """Where the data of ``responders`` goes."""
         return Path(self.output_dir) / "data"
+
+    def prepare(self) -> None:
+        """Build the data of ``responders``, or find it built."""
+        thresholds = dataclasses.replace(PLAY_THRESHOLDS, min_dialogues=self.min_dialogues)
+        for responder in self.responders:
+            prepare(PrepareConfig(PLAYS, responder, self.prepared, thresholds=thresholds))
 
     def cells(self) -> list[Cell]:
         """Every cell, seed by seed, so that a stopped experiment holds whole comparisons."""
@@ -139,7 +149,7 @@ def _checked(values: dict[str, Any], path: Path) -> Experiment:
     seeds = values.get("seeds", Experiment.seeds)
     if not isinstance(seeds, list | tuple) or not seeds or not all(type(seed) is int for seed in seeds):
         raise UserError(f"{path}: key 'seeds': got {seeds!r}, expected a list of whole numbers")
-    for key in ("generated", "max_new_tokens"):
+    for key in ("generated", "max_new_tokens", "min_dialogues"):
         if type(values.get(key, 1)) is not int or values.get(key, 1) < 1:
             raise UserError(f"{path}: key '{key}': got {values[key]!r}, expected a whole number above 0")
     methods = tuple(_method(name, changes, path) for name, changes in values["methods"].items())
