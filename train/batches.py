@@ -23,6 +23,11 @@ class Windows(Dataset):
     def __len__(self) -> int:
         return len(self.windows)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every window."""
+        return [len(window.labels) for window in self.windows]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         window = self.windows[index]
         item = {

@@ -16,6 +16,7 @@ from train.errors import UserError
 from train.files import read_text
 
 Method = Literal["qar", "ft"]
+Batching = Literal["packed", "grouped", "padded"]
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -42,6 +43,8 @@ class TrainConfig:
             ``covering``: as few of them as hold every reply.
         validation: share of the training dialogues that are held back, to keep the state of the epoch that
             answers them best; 0 trains on all and keeps the last state.
+        batching: ``packed`` puts a batch's windows one behind the other (no padding, the same loss);
+            ``padded`` pads them to the longest; ``grouped`` draws windows of like length, and pads them.
         max_tokens: longest window; older turns are dropped to fit.
         names_in_prompt: whether the querier's name is part of the prompt.
         style: how turns become text, see :mod:`train.data.encode`.
@@ -77,6 +80,7 @@ class TrainConfig:
     epochs: float = 2.0
     batch_size: int = 8
     gradient_accumulation: int = 1
+    batching: Batching = "packed"
     gradient_checkpointing: bool = False
     windows: Literal["every_reply", "covering"] = "every_reply"
     validation: float = 0.0

@@ -38,6 +38,7 @@ from train.dataset import RunData, load_data
 from train.errors import UserError
 from train.files import write_atomic
 from train.layers import lower_states, upper_part
+from train.packing import PackingCollator, use_packed_attention
 from train.trained import TRAINED, build, first_trained_layer, save_trained
 from train.trainer import QARTrainer
 from train.validation import KeepBest
@@ -191,9 +192,12 @@ def make_trainer(
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = QARTrainer(
-        model, arguments, data_collator=Collator(tokenizer.pad_token_id), train_dataset=windows, config=config
-    )
+    if config.batching == "packed":
+        use_packed_attention(model)
+        collator = PackingCollator()
+    else:
+        collator = Collator(tokenizer.pad_token_id)
+    trainer = QARTrainer(model, arguments, data_collator=collator, train_dataset=windows, config=config)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(LossProgress)

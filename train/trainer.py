@@ -13,13 +13,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 
 from train import checkpoints, ranks
+from train.batches import Windows
 from train.config import TrainConfig
 from train.errors import UserError
+from train.packing import LengthGroupedSampler
 from train.trained import is_querier_part
 
 WEIGHTS = "trained_parts.safetensors"
@@ -86,6 +89,11 @@ class QARTrainer(Trainer):
                 "--resume continues from the last one (a lower learning rate, or other data, may help)"
             )
         return loss
+
+    def _get_train_sampler(self, train_dataset: Windows | None = None) -> Sampler | None:
+        if self.config.batching != "grouped":
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(self.train_dataset.lengths, self.args.train_batch_size, self.args.seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
