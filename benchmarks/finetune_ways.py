@@ -22,9 +22,9 @@ from benchmarks.straightforward import IGNORE, Straightforward
 from train.base_model import load_base
 from train.batches import Collator, Windows
 from train.config import TrainConfig
+from train.data.encode import encode_all
 from train.data.mqdialog import load_mqdialog
 from train.errors import UserError
-from train.finetune import encode_windows
 from train.packing import PackingCollator, use_packed_attention
 from train.trained import build
 
@@ -69,7 +69,12 @@ class Job:
         transformers.set_seed(config.seed)
         data = load_mqdialog(Path(config.data))
         model, self.tokenizer = load_base(config.model)
-        encoded = encode_windows(data, self.tokenizer, config, "train")
+        encoded = encode_all(
+            data.train,
+            self.tokenizer,
+            max_tokens=config.max_tokens,
+            names_in_prompt=config.names_in_prompt,
+        )
         self.config, self.windows = config, Windows(encoded)
         needed = steps * config.batch_size
         if len(encoded) < needed:

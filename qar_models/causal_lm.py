@@ -157,7 +157,8 @@ class QARForCausalLMMixin(MembershipMixin):
             _check_labels(labels, hidden_states)
             if cu_seq_lens_q is not None:  # nothing before a window predicts its first token
                 labels = labels.index_fill(1, cu_seq_lens_q[:-1].long(), IGNORE_INDEX)
-            loss = lm_loss = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)
+            lm_loss = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)
+            loss = lm_loss.clone()  # transformers' Trainer scales the loss in place
         if labels is not None and self.contrast is not None:
             contrastive_loss = self.contrast(
                 outputs.querier_states,

@@ -45,6 +45,11 @@ def load_base(
     return model, tokenizer
 
 
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).is_dir() or name.count("/") > 1
 

@@ -36,6 +36,7 @@ class Windows(Dataset):
             "response_mask": window.response_mask,
             "querier_ids": window.querier_id,
             "cluster_ids": window.cluster_id,
+            "window_ids": window.id,
         }
         if self.states is None:
             return item | {"input_ids": window.input_ids}

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qar_models import QARConfig, apply_qar
-from train.base_model import load_base
+from train.base_model import default_device, load_base
 from train.config import TrainConfig, config_from
 from train.errors import UserError
 from train.files import build_directory, read_text
@@ -72,7 +72,7 @@ def build(
     for name, parameter in model.named_parameters():
         if is_querier_part(name):
             parameter.requires_grad_(True)
-            # as PEFT does for LoRA: bf16 would round most of AdamW's steps away, fp16 cannot be unscaled
+            # as PEFT does with LoRA: AdamW in 16 bits would round small updates away
             parameter.data = parameter.data.float()
     return peft
 
@@ -82,7 +82,7 @@ def untrained(config: TrainConfig, responder: str, queriers: tuple[str, ...]) ->
     model, tokenizer = load_base(config.model)
     layers = model.config.num_hidden_layers
     apply_qar(model, _qar_config(config.replace(method="ft"), queriers, 0, layers))
-    return Trained(model.eval(), tokenizer, config, responder, queriers)
+    return Trained(model.to(default_device()).eval(), tokenizer, config, responder, queriers)
 
 
 def first_trained_layer(config: TrainConfig, num_layers: int) -> int:
@@ -151,7 +151,7 @@ def load_trained(folder: Path) -> Trained:
         peft = PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from error
-    merged = peft.merge_and_unload().eval()
+    merged = peft.merge_and_unload().to(default_device()).eval()
     return Trained(merged, tokenizer, config, about["responder"], qar.querier_names or ())
 
 

@@ -44,6 +44,7 @@ class Encoded:
     querier_id: int
     cluster_id: int
     prompt_length: int
+    id: str = ""
 
     @property
     def reply_labels(self) -> list[int]:
@@ -84,6 +85,7 @@ def encode(
         example.querier_id,
         example.cluster_id,
         found.prompt_length,
+        example.id,
     )
 
 
