@@ -34,7 +34,7 @@ class LaunchConfig:
         group: row tiles that share a column of weights before the next column is read.
         gate_up, down, d_hidden, d_x, weight_grad: the five kernels.
         tma: read dense operands through tensor descriptors.
-        max_splits: parts that the K loop of ``down`` may have where its tiles are too few for the chip.
+        max_splits: parts that the K loops of ``down`` and ``d_x`` may have where tiles are too few for the chip.
     """
 
     block_rows: int
