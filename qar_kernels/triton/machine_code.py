@@ -77,7 +77,7 @@ def read(compiled: triton.compiler.CompiledKernel) -> MachineCode:
     return MachineCode(
         registers=int(re.search(r"REG:(\d+)", text).group(1)),
         shared_bytes=compiled.metadata.shared,
-        mma=sorted(set(re.findall(r"\b(?:HG|H|UTCH|UTCHG)MMA\.\w+", text))),
+        mma=sorted(set(re.findall(r"\b(?:HG|H|UTC\w*)MMA(?:\.\d\w*)?", text))),
         tma_loads=len(re.findall(r"\bUTMALDG\b", text)),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", text)),
     )
