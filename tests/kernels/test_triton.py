@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from qar_kernels import Segments, fused_mlp
 from qar_kernels.triton import backend as triton_backend
-from qar_kernels.triton import launch, split_k
+from qar_kernels.triton import launch, ops, split_k
 from qar_kernels.triton.configs import CONFIGS, Gemm
+from qar_kernels.triton.runner import recording
 
 
 def ids(rows, experts, seed=0, none=True):
@@ -217,3 +218,28 @@ def test_non_contiguous_rows():
     seg = Segments.from_ids(case.ids)
     y = fused_mlp(x, *weights, seg, backend="triton")
     assert torch.equal(y, fused_mlp(leaves["x"], *weights, seg, backend="triton"))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_nothing_is_read_back_from_the_device(tower):
+    """On "meta" tensors reading a value or copying it to the host raises: what a CUDA graph needs."""
+    ids = torch.empty(300, dtype=torch.int64, device="meta")
+    leaves = {name: t.to("meta", torch.float16) for name, t in Case([0] * 300, R=64).tensors.items()}
+    segments = Segments.from_ids(ids)
+    plan = triton_backend.plan_tensors(segments.tile_plan(16, 16))
+    base = [leaves[n] for n in ("gate", "up", "down")] if tower != "expert" else [None] * 3
+    x = leaves["x"] if tower != "expert" else None
+    x_expert = leaves["x_specific"] if tower != "fused" else None
+    experts = [leaves[n] for n in ("expert_gate", "expert_up", "expert_down")]
+    tensors = x, *base, x_expert, *experts
+    d_y = leaves["d_y"] if x is not None else None
+    d_y_expert = leaves["d_y_specific"] if x_expert is not None else None
+    with recording() as recorded:
+        outputs = ops.swiglu_experts._init_fn(
+            tower, *tensors, None, segments.perm, plan, 1.0, "sm90_large", True
+        )
+        ops.swiglu_experts_backward._init_fn(
+            tower, d_y, d_y_expert, *tensors, *outputs[2:], segments.perm, plan, 1.0, "sm90_large",
+            x is not None, x is not None, x_expert is not None, True,
+        )  # fmt: skip
+    assert len(recorded) == 5
