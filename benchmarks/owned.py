@@ -1,7 +1,7 @@
 """What a training step costs for experts that are owned but absent from the batch.
 
-``python -m benchmarks.owned [--hidden 512] [--rank 16] [--present 32] [--json]``. One layer: a frozen base
-MLP (I = 4 H) and E owned experts of which a fixed number is present, 32 rows each. A step is zero_grad,
+``python -m benchmarks.owned [--hidden 512] [--rank 16] [--present 32] [--rows-each 32] [--json]``. One layer: a frozen base
+MLP (I = 4 H) and E owned experts of which a fixed number is present. A step is zero_grad,
 forward, backward and the optimizer's step. ``MB written`` counts the bytes that all operators write, whatever
 else the machine does; ``ms`` is the best of the rounds, processor time of one thread.
 """
@@ -28,7 +28,6 @@ from qar_models.experts import Experts
 from qar_models.towers import TowerBatch
 
 OWNED = (32, 100, 1000)
-ROWS_EACH = 32
 OPTIMIZERS = {"dense": torch.optim.AdamW, "sparse": RowSparseAdamW}
 
 
@@ -62,7 +61,9 @@ def _bytes(tensor: Any) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def training_step(owned: int, present: int, hidden: int, rank: int, layout: str) -> Callable[[], None]:
+def training_step(
+    owned: int, present: int, rows_each: int, hidden: int, rank: int, layout: str
+) -> Callable[[], None]:
     """A step of one layer as a function without arguments."""
     torch.manual_seed(0)
     qar = QARConfig(num_queriers=owned, expert_rank=rank, expert_gradients=layout)
@@ -71,7 +72,7 @@ def training_step(owned: int, present: int, hidden: int, rank: int, layout: str)
         torch.nn.init.normal_(parameter, std=0.02)
     mlp = LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=4 * hidden)).requires_grad_(False)
     optimizer = OPTIMIZERS[layout](experts.parameters(), lr=1e-3, weight_decay=0.1)
-    ids = torch.randperm(owned)[:present].repeat_interleave(ROWS_EACH)
+    ids = torch.randperm(owned)[:present].repeat_interleave(rows_each)
     x = torch.randn(len(ids), hidden).requires_grad_()
 
     def step() -> None:
@@ -83,10 +84,10 @@ def training_step(owned: int, present: int, hidden: int, rank: int, layout: str)
     return step
 
 
-def base_step(present: int, hidden: int) -> Callable[[], None]:
+def base_step(rows: int, hidden: int) -> Callable[[], None]:
     """Forward and backward of the frozen base MLP alone, on as many rows."""
     mlp = LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=4 * hidden)).requires_grad_(False)
-    x = torch.randn(present * ROWS_EACH, hidden).requires_grad_()
+    x = torch.randn(rows, hidden).requires_grad_()
     return lambda: mlp(x).square().mean().backward()
 
 
@@ -108,15 +109,18 @@ def best_ms(step: Callable[[], None], rounds: int) -> float:
     return min(times[1:]) * 1e3
 
 
-def cells(hidden: int, rank: int, present: int, rounds: int) -> Iterator[dict[str, Any]]:
+def cells(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One result per layout and number of owned experts, the base MLP first."""
-    base = base_step(present, hidden)
-    yield {"gradients": "base MLP", "owned": 0, "MB": written_bytes(base) / 1e6, "ms": best_ms(base, rounds)}
+    steps = {("base MLP", 0): base_step(args.present * args.rows_each, args.hidden)}
     for layout in OPTIMIZERS:
         for owned in OWNED:
-            step = training_step(owned, min(present, owned), hidden, rank, layout)
-            written = written_bytes(step) / 1e6
-            yield {"gradients": layout, "owned": owned, "MB": written, "ms": best_ms(step, rounds)}
+            present = min(args.present, owned)
+            steps[layout, owned] = training_step(
+                owned, present, args.rows_each, args.hidden, args.rank, layout
+            )
+    for (layout, owned), step in steps.items():
+        written = written_bytes(step) / 1e6
+        yield {"gradients": layout, "owned": owned, "MB": written, "ms": best_ms(step, args.rounds)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,11 +129,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--present", type=int, default=32)
+    parser.add_argument("--rows-each", type=int, default=32, help="rows of every expert present")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = list(cells(args.hidden, args.rank, args.present, args.rounds))
+    results = list(cells(args))
     if args.json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return 0

@@ -5,7 +5,6 @@ E experts, n experts present in the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,60 +20,75 @@ class RowSparseAdamW(torch.optim.AdamW):
     decay and the step count of the bias correction, which every row has of its own. A querier is thus
     trained as by AdamW on the steps in which they occur. Dense gradients are treated as PyTorch does.
 
-    State of such a parameter ``(E, ...)``: ``step`` (E,) float32, ``exp_avg`` and ``exp_avg_sq`` ``(E, ...)``
-    float32, and ``master``, the float32 weights, where the parameter is of 16 bits.
+    State of such a parameter ``(E, ...)``: ``step`` (E,) float32, ``exp_avg`` and ``exp_avg_sq`` ``(E, ...)``, at
+    least float32, and where the parameter is of 16 bits ``master``, its float32 weights.
 
     Args:
         params: parameters or groups, dense ones too.
-        lr, betas, eps, weight_decay: as :class:`torch.optim.AdamW`.
+        options: as :class:`torch.optim.AdamW`, except ``amsgrad``; ``fused`` is on unless given.
     """
 
-    def __init__(
+    def __init__(self, params: Any, **options: Any) -> None:
+        if options.get("amsgrad"):
+            raise ValueError("amsgrad: got True, which row-sparse gradients do not have; expected False")
+        super().__init__(params, **{"fused": not options.get("foreach"), **options})
+        self._watch_steps()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_rounded" not in self.__dict__:  # a copy, which comes without hooks
+            self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        self._rounded: list[tuple[nn.Parameter, Tensor]] = []
+        self.register_step_post_hook(RowSparseAdamW._round_masters)
+
+    # AdamW.step calls this once per group and then updates what it put into the lists. It refuses sparse
+    # gradients; their rows join the lists as views, so that one fused kernel runs for everything.
+    def _init_group(
         self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-    ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        group: dict[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> bool:
+        lists = (params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+        sparse = [p for p in group["params"] if p.grad is not None and p.grad.is_sparse]
+        others = [p for p in group["params"] if p.grad is None or not p.grad.is_sparse]
+        has_complex = super()._init_group({**group, "params": others}, *lists)
+        for parameter in sparse:
+            ids, d_rows = rows_of(parameter.grad)
+            state = self._state_of(parameter, group)
+            weights = state.get("master", parameter)
+            if weights is not parameter:
+                self._rounded.append((parameter, ids))
+            for d_row, row in zip(d_rows.to(weights.dtype), ids.tolist(), strict=True):
+                params_with_grad.append(weights[row])
+                grads.append(d_row)
+                exp_avgs.append(state["exp_avg"][row])
+                exp_avg_sqs.append(state["exp_avg_sq"][row])
+                state_steps.append(state["step"][row])
+        return has_complex
 
-    # AdamW.step calls this once per group, with gradients off, and refuses sparse gradients in it
-    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        dense = []
-        for parameter in group["params"]:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                self._step_rows(parameter, group)
-            else:
-                dense.append(parameter)
-        return super()._init_group({**group, "params": dense}, *lists)
-
-    def _step_rows(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _state_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
-            state.update(_new_state(parameter))
-        ids, gradient = rows_of(parameter.grad)
-        gradient = gradient.to(state["exp_avg"].dtype)
-        weights = state.get("master", parameter)
-        rows, mean, square, step = (
-            tensor[ids] for tensor in (weights, state["exp_avg"], state["exp_avg_sq"], state["step"])
-        )
-        beta1, beta2 = group["betas"]
-        step += 1
-        each_row = (-1, *[1] * (parameter.dim() - 1))
-        step_size = (group["lr"] / (1 - beta1**step)).view(each_row)
-        root_correction = (1 - beta2**step).sqrt().view(each_row)
+            weights = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+            device = parameter.device if group["fused"] or group["capturable"] else "cpu"
+            state["step"] = torch.zeros(len(parameter), device=device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
+            if weights.dtype != parameter.dtype:
+                state["master"] = weights
+        return state
 
-        rows.mul_(1 - group["lr"] * group["weight_decay"])
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = square.sqrt().div_(root_correction).add_(group["eps"])
-        rows.sub_(torch.div(mean, denominator, out=denominator).mul_(step_size))
-
-        state["exp_avg"][ids], state["exp_avg_sq"][ids], state["step"][ids] = mean, square, step
-        weights[ids] = rows
-        if weights is not parameter:
-            parameter[ids] = rows.to(parameter.dtype)
+    @torch.no_grad()
+    def _round_masters(self, *_: Any) -> None:
+        for parameter, ids in self._rounded:
+            parameter[ids] = self.state[parameter]["master"][ids].to(parameter.dtype)
+        self._rounded.clear()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -86,15 +100,3 @@ class RowSparseAdamW(torch.optim.AdamW):
             values = state_dict["state"].get(index, {})
             if "master" in values:
                 self.state[parameter] = {name: value.to(parameter.device) for name, value in values.items()}
-
-
-def _new_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    state = {
-        "step": torch.zeros(parameter.shape[0], device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter, dtype=dtype),
-        "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
-    }
-    if parameter.dtype in (torch.bfloat16, torch.float16):
-        state["master"] = parameter.detach().float()
-    return state

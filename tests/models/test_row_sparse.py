@@ -77,10 +77,11 @@ SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 def test_everybody_present_is_adamw(tower):
     dense, sparse = pair(tower=tower, num_queriers=3)
     asking = [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1)]
-    train(dense, torch.optim.AdamW(dense.parameters(), **SETTINGS), asking)
-    train(sparse, RowSparseAdamW(sparse.parameters(), **SETTINGS), asking)
-    for (name, expected), got in zip(dense.named_parameters(), sparse.parameters(), strict=True):
-        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for options in ({"fused": True}, {"foreach": True}, {"fused": False}):
+        train(dense, torch.optim.AdamW(dense.parameters(), **SETTINGS, **options), asking)
+        train(sparse, RowSparseAdamW(sparse.parameters(), **SETTINGS, **options), asking)
+        for (name, expected), got in zip(dense.named_parameters(), sparse.parameters(), strict=True):
+            assert torch.equal(got, expected), (name, options)
 
 
 def test_the_absent_are_untouched_to_the_bit():
@@ -113,6 +114,8 @@ def test_a_querier_trains_as_by_adamw_on_their_own_steps():
             row.grad = rows[ids == 2][0]
             theirs.step()
     torch.testing.assert_close(bank[2], row)
+    with pytest.raises(ValueError, match="amsgrad: got True"):
+        RowSparseAdamW([bank], amsgrad=True)
 
 
 def test_repeated_rows_are_added():
@@ -156,7 +159,7 @@ def test_optimizer_state_resumes(dtype):
 
 def test_16_bit_weights_learn_in_small_steps():
     bank = torch.nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16))
-    optimizer = RowSparseAdamW([bank], lr=1e-4, weight_decay=0.0)
+    bank, optimizer = copy.deepcopy((bank, RowSparseAdamW([bank], lr=1e-4, weight_decay=0.0)))
     for _ in range(60):
         bank.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 4, dtype=torch.bfloat16), bank.shape)
         optimizer.step()
