@@ -1,4 +1,4 @@
-"""Collectives that the loss and row-sparse gradients need."""
+"""Collectives that the loss needs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,7 @@ def gather_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return tensors
     lengths = _gather_lengths(tensors[-1].shape[0])
-    return tuple(_gather_padded(tensor, lengths, min(tensor.dim() - 1, 1)) for tensor in tensors)
-
-
-def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Concatenate each tensor along dimension 0 over all ranks, in order of rank; ranks may hold unequally many."""
-    lengths = _gather_lengths(tensors[0].shape[0])
-    return tuple(_gather_padded(tensor, lengths, 0) for tensor in tensors)
+    return tuple(_gather_padded(tensor, lengths) for tensor in tensors)
 
 
 def _gather_lengths(length: int) -> list[int]:
@@ -42,7 +36,8 @@ def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
 
 
-def _gather_padded(tensor: Tensor, lengths: list[int], dim: int) -> Tensor:
+def _gather_padded(tensor: Tensor, lengths: list[int]) -> Tensor:
+    dim = 0 if tensor.dim() == 1 else 1
     local = tensor.movedim(dim, 0).contiguous()
     # gloo and NCCL have no boolean all_gather
     local = local.to(torch.uint8) if tensor.dtype == torch.bool else local

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qar_kernels import Segments
-from qar_models.distributed import gather_rows
+from qar_models.distributed import gather_batch
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -80,8 +80,8 @@ def average_row_gradients(parameters: Iterable[nn.Parameter]) -> None:
             ids, rows = parameter.new_empty(0, dtype=torch.int64), parameter.new_empty(0, *parameter.shape[1:])
         else:
             ids, rows = rows_of(parameter.grad)
-        ids, rows = gather_rows(ids, rows / dist.get_world_size())
-        parameter.grad = _row_sparse(ids, rows, parameter.shape).coalesce() if ids.shape[0] else None
+        rows, ids = gather_batch(rows[None] / dist.get_world_size(), ids)
+        parameter.grad = _row_sparse(ids, rows[0], parameter.shape).coalesce() if ids.shape[0] else None
 
 
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
