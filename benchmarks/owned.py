@@ -140,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     sys.stdout.write(f"{'gradients':>10} {'owned':>6} {'MB written':>11} {'ms':>9}\n")
     for cell in results:
-        sys.stdout.write(f"{cell['gradients']:>10} {cell['owned']:>6} {cell['MB']:>11.1f} {cell['ms']:>9.2f}\n")
+        sys.stdout.write(
+            f"{cell['gradients']:>10} {cell['owned']:>6} {cell['MB']:>11.1f} {cell['ms']:>9.2f}\n"
+        )
     return 0
 
 

@@ -77,7 +77,10 @@ def average_row_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     for parameter in parameters:
         if parameter.grad is None:
-            ids, rows = parameter.new_empty(0, dtype=torch.int64), parameter.new_empty(0, *parameter.shape[1:])
+            ids, rows = (
+                parameter.new_empty(0, dtype=torch.int64),
+                parameter.new_empty(0, *parameter.shape[1:]),
+            )
         else:
             ids, rows = rows_of(parameter.grad)
         rows, ids = gather_batch(rows[None] / dist.get_world_size(), ids)

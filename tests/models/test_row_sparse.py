@@ -90,7 +90,10 @@ def test_the_absent_are_untouched_to_the_bit():
     train(model, optimizer, [(0, 1, 3), (3, 3, 1)])
     bank = sparse_parameters(model)
     assert set(bank) == {name for name, _ in model.named_parameters() if name.endswith(BANK)}
-    before = {n: (p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items()}) for n, p in bank.items()}
+    before = {
+        n: (p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items()})
+        for n, p in bank.items()
+    }
     train(model, optimizer, [(1, 4, 4)] * 3)
     for name, (weights, state) in before.items():
         now = {"weights": bank[name], **optimizer.state[bank[name]]}
@@ -175,7 +178,9 @@ def test_checkpoints_are_the_same(tmp_path):
     sparse.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.qar.expert_gradients == "sparse" and sparse_parameters(loaded)
-    as_dense = AutoModelForCausalLM.from_pretrained(tmp_path, qar={**loaded.config.qar, "expert_gradients": "dense"})
+    as_dense = AutoModelForCausalLM.from_pretrained(
+        tmp_path, qar={**loaded.config.qar, "expert_gradients": "dense"}
+    )
     assert not sparse_parameters(as_dense)
     batch = batch_of(4, 0, 3)
     expected = sparse.eval()(**batch).logits
