@@ -1,7 +1,7 @@
 """What the card itself can do: the ceilings that every ratio should be read against.
 
-Copy bandwidth, the vendor library's GEMM rate, and our gate/up kernel on base tiles alone (a bare GEMM with two
-accumulators) against it: below 0.93 the dispatcher should leave large T to the library.
+Copy bandwidth, the vendor library's GEMM rate, and our gate/up kernel on base tiles alone (a bare GEMM with
+two accumulators) against it: below 0.93 the dispatcher should leave large T to the library.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.inputs import Inputs
-from benchmarks.providers import Trial, separate_experts, base_mlp, provider
+from benchmarks.providers import Trial, base_mlp, provider, separate_experts
 from benchmarks.shapes import Cell
 
 _ADAPTERS = 64  # PEFT builds every adapter as modules of its own, and looks each name up for each sequence

@@ -15,9 +15,9 @@ S, L (optional)    context in tokens, decoder layers, of models
 launches (opt.)    kernels launched (card), operators called (CPU)
 =================  ===============================================================================
 
-An optional fourth key ``refused`` lists providers that were wrong or failed, and so were not timed. Where there
-is a card, ``machine["calibration"]`` holds its measured ceilings. ``python -m benchmarks.schema FILE...``
-checks files.
+An optional fourth key ``refused`` lists providers that were wrong or failed, and so were not timed. Where
+there is a card, ``machine["calibration"]`` holds its measured ceilings. ``python -m benchmarks.schema
+FILE...`` checks files.
 """
 
 from __future__ import annotations

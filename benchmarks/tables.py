@@ -6,11 +6,14 @@ Only numbers of result files come out of here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
 
 from benchmarks.providers import WITHOUT_EXPERTS
 from benchmarks.schema import OPS, cell_key
 
+_TIE = 0.05
 OURS = "ours"  # what a user gets; "ours_..." are its forced paths and its other tower
 
 
@@ -58,26 +61,56 @@ def ratio(row: dict | None) -> str:
     return "-" if row is None or row["ratio_to_base"] is None else f"{row['ratio_to_base']:.3g}"
 
 
-def summary(result: dict) -> str:
-    """For every op and pass: cells won, tied and lost against the best other way, and each loss."""
-    lines = []
-    groups: dict[tuple[str, str], list[dict[str, dict]]] = defaultdict(list)
-    for key, providers in by_cell(result["rows"]).items():
-        groups[key[:2]].append(providers)
-    for (op, run), cells in groups.items():
-        found = [(against_best(providers), providers[OURS]) for providers in cells if against_best(providers)]
-        if not found:
+@dataclass(frozen=True)
+class Standing:
+    """How ours stands in the cells of one op and pass.
+
+    Attributes:
+        factors: per cell, the fastest other way's time over ours, and that way's name and our row.
+        over_base: per cell, our time over the base's.
+    """
+
+    op: str
+    run: str
+    factors: list[tuple[float, str, dict]]
+    over_base: list[float]
+
+    def count(self, verdict: str) -> int:
+        """Cells that ours ``"wins"``, ``"ties"`` or ``"loses"``."""
+        return sum(_verdict(factor) == verdict for factor, _, _ in self.factors)
+
+    @property
+    def losses(self) -> list[tuple[float, str, dict]]:
+        """The lost cells, the worst first."""
+        lost = [entry for entry in self.factors if _verdict(entry[0]) == "loses"]
+        return sorted(lost, key=lambda entry: entry[0])
+
+
+def standings(result: dict) -> list[Standing]:
+    """One for every op and pass in which ours met another way."""
+    found: dict[tuple[str, str], Standing] = {}
+    for (op, run, *_), providers in by_cell(result["rows"]).items():
+        best = against_best(providers)
+        if best is None:
             continue
-        verdicts = [_verdict(factor) for (_, factor), _ in found]
-        factors = sorted(factor for (_, factor), _ in found)
+        standing = found.setdefault((op, run), Standing(op, run, [], []))
+        standing.factors.append((best[1], best[0], providers[OURS]))
+        if OPS[op] in WITHOUT_EXPERTS and providers[OURS]["ratio_to_base"]:
+            standing.over_base.append(providers[OURS]["ratio_to_base"])
+    return list(found.values())
+
+
+def summary(result: dict) -> str:
+    """For every op and pass: cells won, tied and lost against the fastest other way, and each loss."""
+    lines = []
+    for standing in standings(result):
         lines.append(
-            f"{op} {run}: ours against the fastest other way: {verdicts.count('wins')} wins, "
-            f"{verdicts.count('ties')} ties (within 5 %), {verdicts.count('loses')} losses; "
-            f"times as fast: {factors[0]:.2f} to {factors[-1]:.2f}"
+            f"{standing.op} {standing.run}: against the fastest other way {standing.count('wins')} wins, "
+            f"{standing.count('ties')} ties (within 5 %), {standing.count('loses')} losses; "
+            f"its time over ours: {spread([factor for factor, _, _ in standing.factors])}"
         )
-        for (best, factor), row in found:
-            if _verdict(factor) == "loses":
-                lines.append(f"  LOSES  {place(row)}: {best} takes {factor:.2f} of our time")
+        for factor, best, row in standing.losses:
+            lines.append(f"  LOSES  {place(row)}: {best} takes {factor:.2f} of our time")
     for refused in result.get("refused", []):
         lines.append(
             f"NOT TIMED  {refused['op']} {refused['provider']} {place(refused)}: {refused['reason']}"
@@ -85,8 +118,35 @@ def summary(result: dict) -> str:
     return "\n".join(lines)
 
 
+def spread(values: Sequence[float]) -> str:
+    """Least, median and most."""
+    if not values:
+        return "-"
+    return f"{min(values):.2f} / {median(values):.2f} / {max(values):.2f}"
+
+
+def standings_table(result: dict) -> str:
+    """The standings as a Markdown table: the README's."""
+    body = [
+        [
+            f"`{s.op}` {s.run}",
+            f"{s.count('wins')} / {s.count('ties')} / {s.count('loses')}",
+            spread([factor for factor, _, _ in s.factors]),
+            spread(s.over_base),
+        ]
+        for s in standings(result)
+    ]
+    head = [
+        "",
+        "cells won / tied / lost",
+        "fastest other way's time / ours: least / median / most",
+        "our time / base alone: least / median / most",
+    ]
+    return markdown(head, body)
+
+
 def _verdict(factor: float) -> str:
-    return "wins" if factor > 1.05 else "loses" if factor < 0.95 else "ties"
+    return "wins" if factor > 1 + _TIE else "loses" if factor < 1 - _TIE else "ties"
 
 
 def operation_table(result: dict, op: str, run: str) -> str:
@@ -116,3 +176,25 @@ def _milliseconds(row: dict | None) -> str:
         return "-"
     ms = row["ms"]
     return f"{ms['p50']:.3g} [{ms['p20']:.3g}, {ms['p80']:.3g}]"
+
+
+def value_table(result: dict, op: str, run: str, value: Callable[[dict], str]) -> str:
+    """One row for each cell, one column for each provider."""
+    cells = [c for key, c in by_cell(result["rows"]).items() if key[:2] == (op, run)]
+    names = list(dict.fromkeys(name for cell in cells for name in cell))
+    body = [
+        [place(next(iter(cell.values()))), *(value(cell[name]) if name in cell else "-" for name in names)]
+        for cell in cells
+    ]
+    return markdown(["cell", *names], body)
+
+
+def tokens_per_second(row: dict) -> str:
+    """Tokens that went through the call, per second."""
+    return f"{row['T'] / row['ms']['p50'] * 1e3:,.0f}"
+
+
+def footprint(row: dict) -> str:
+    """Peak memory in MiB and launches."""
+    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
+    return f"{peak} / {row.get('launches', '-')}"
