@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.models import Subject, model_shape, plain_model, prompts, subject, who_asks
+from benchmarks.models import embedded, model_shape, plain_model, prompts, subject, trained, who_asks
 from benchmarks.runner import Step
 from benchmarks.session import Job, Refuse, attempt
 from benchmarks.shapes import Cell
@@ -51,7 +51,7 @@ def decode(model: PreTrainedModel, batch: Batch, cell: Cell) -> Callable[[], obj
 
 def decoder_layer(model: PreTrainedModel, batch: Batch, cell: Cell) -> Callable[[], object]:
     """One layer and the final norm, forward."""
-    hidden_states, others = _embedded(model, batch)
+    hidden_states, others = embedded(model, batch)
 
     @torch.no_grad()
     def call() -> Tensor:
@@ -62,8 +62,8 @@ def decoder_layer(model: PreTrainedModel, batch: Batch, cell: Cell) -> Callable[
 
 def decoder_layer_backward(model: PreTrainedModel, batch: Batch, cell: Cell) -> Callable[[], object]:
     """The same with gradients of the states and, where there are any, of the experts."""
-    hidden_states, others = _embedded(model, batch)
-    wanted = [hidden_states.requires_grad_(), *_trained(model)]
+    hidden_states, others = embedded(model, batch)
+    wanted = [hidden_states.requires_grad_(), *trained(model)]
     d_y = torch.randn_like(hidden_states)
 
     def call() -> object:
@@ -78,10 +78,10 @@ def train_step(model: PreTrainedModel, batch: Batch, cell: Cell) -> Callable[[],
 
     The learning rate is zero: every step costs the same and sees the same weights.
     """
-    hidden_states, others = _embedded(model, batch)
+    hidden_states, others = embedded(model, batch)
     hidden_states.requires_grad_()
-    trained = _trained(model)
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
+    experts = trained(model)
+    optimizer = torch.optim.AdamW(experts, lr=0.0, weight_decay=0.0) if experts else None
     labels = batch["input_ids"]
 
     def call() -> Tensor:
@@ -96,32 +96,36 @@ def train_step(model: PreTrainedModel, batch: Batch, cell: Cell) -> Callable[[],
     return call
 
 
-def _embedded(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Batch]:
-    others = {name: value for name, value in batch.items() if name != "input_ids"}
-    return model.get_input_embeddings()(batch["input_ids"]).detach(), others
-
-
-def _trained(model: PreTrainedModel) -> list[Tensor]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _build(make: MakeStep, cell: Cell, batch_size: int, device: str, refuse: Refuse) -> dict[str, Step]:
+def _build(
+    make: MakeStep, cell: Cell, batch_size: int, device: str, training: bool, refuse: Refuse
+) -> dict[str, Step]:
     plain = plain_model(model_shape(device)[0], cell, device)
     steps: dict[str, Step] = {}
     for provider in PROVIDERS:
-        steps |= attempt(provider, refuse, partial(_step, provider, make, plain, cell, batch_size, device))
+        build = partial(_step, provider, make, plain, cell, batch_size, device, training)
+        steps |= attempt(provider, refuse, build)
     return steps
 
 
 def _step(
-    provider: str, make: MakeStep, plain: PreTrainedModel, cell: Cell, batch_size: int, device: str
+    provider: str,
+    make: MakeStep,
+    plain: PreTrainedModel,
+    cell: Cell,
+    batch_size: int,
+    device: str,
+    training: bool,
 ) -> Step:
-    chosen: Subject = subject(provider, plain, cell)
+    chosen = subject(provider, plain, cell)
     batch = {"input_ids": prompts(batch_size, cell.S, device)}
     if provider != "base":
         batch["querier_ids"] = who_asks(cell, batch_size, device)
-    chosen.check(**batch)
-    return Step(make(chosen.model, batch, cell))
+    chosen.check(training, **batch)
+    call = make(chosen.model, batch, cell)
+    if make is decode:
+        tokens = batch["input_ids"]
+        chosen.check_next(call(), **batch | {"input_ids": torch.cat([tokens, tokens[:, -1:]], 1)})
+    return Step(call)
 
 
 def model_job(
@@ -133,14 +137,15 @@ def model_job(
     expert_rank, dtype = (64, "bfloat16") if device == "cuda" else (16, "float32")
     tokens = batch_size if op == "decode" else batch_size * context
     cell = Cell(tokens, present, owned, expert_rank, hidden, inter, dtype, S=context, L=layers)
-    return Job(rank, op, training, cell, partial(_build, make, cell, batch_size, device), 0.5)
+    return Job(rank, op, training, cell, partial(_build, make, cell, batch_size, device, training), 0.5)
 
 
 def jobs(device: str, quick: bool) -> Iterator[Job]:
     """The suite of a device."""
-    context, layers, owned = (512, 2, 256) if device == "cuda" else (32, 4, 64)
+    # Decoding behind a short cache: the check runs all of it in float64.
+    cached, context, layers, owned = (128, 512, 2, 256) if device == "cuda" else (32, 32, 4, 64)
     if quick:
-        context, layers, owned = 8, 1, 4
+        cached, context, layers, owned = 8, 8, 1, 4
     sizes = (1, 8, 64, 256) if device == "cuda" else (1, 8, 32)
     for batch_size in sizes[:2] if quick else sizes:
         for present in sorted({1, min(batch_size, owned)}):

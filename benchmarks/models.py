@@ -27,7 +27,7 @@ class Subject:
 
     Attributes:
         model: what is timed.
-        truth: the same weights in float64 through the reference backend; None where that is the plain base.
+        truth: the same weights in float64 through the reference backend.
         eager: the same weights through the reference backend in the model's own dtype.
     """
 
@@ -35,12 +35,47 @@ class Subject:
     truth: PreTrainedModel
     eager: PreTrainedModel
 
-    def check(self, **inputs: Tensor) -> None:
-        """Raise unless the logits are as near to float64 as eager PyTorch's, within a factor of two."""
+    def check(self, training: bool, **batch: Tensor) -> None:
+        """Raise unless logits and, in training, gradients are as near to float64 as eager PyTorch's.
+
+        Raises:
+            WrongResult: naming what is further away than twice eager's error.
+        """
+        truth, eager, got = (_results(m, training, batch) for m in (self.truth, self.eager, self.model))
+        for name, expected in truth.items():
+            check_close(name, got[name], expected, relative_error(eager[name], expected))
+
+    def check_next(self, logits: Tensor, **batch: Tensor) -> None:
+        """Raise unless ``logits`` (B, 1, V) are those of the last token of ``batch``, as in :meth:`check`."""
         with torch.no_grad():
-            truth = self.truth(**inputs).logits
-            eager = relative_error(self.eager(**inputs).logits, truth)
-            check_close("logits", self.model(**inputs).logits, truth, eager)
+            truth, eager = (m(**batch, logits_to_keep=1).logits for m in (self.truth, self.eager))
+        check_close("logits", logits, truth, relative_error(eager, truth))
+
+
+def _results(model: PreTrainedModel, training: bool, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    hidden_states, others = embedded(model, batch)
+    hidden_states.requires_grad_(training)
+    with torch.set_grad_enabled(training):
+        logits = model(inputs_embeds=hidden_states, use_cache=False, **others).logits
+    if not training:
+        return {"logits": logits}
+    leaves = [hidden_states, *trained(model)]
+    d_states, *d_experts = torch.autograd.grad(logits.square().mean(), leaves)
+    found = {"logits": logits.detach(), "d_hidden_states": d_states}
+    if d_experts:
+        found["d_experts"] = torch.cat([d.flatten() for d in d_experts])
+    return found
+
+
+def embedded(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The embeddings ``(B, S, H)`` of ``input_ids``, and the rest of the batch."""
+    others = {name: value for name, value in batch.items() if name != "input_ids"}
+    return model.get_input_embeddings()(batch["input_ids"]).detach(), others
+
+
+def trained(model: PreTrainedModel) -> list[Tensor]:
+    """The parameters that training changes: the experts."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def plain_model(name: str, cell: Cell, device: str) -> PreTrainedModel:

@@ -18,6 +18,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from benchmarks.tables import number
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _STYLE = {
@@ -59,7 +61,7 @@ def _plain(value: float, _: int = 0) -> str:
 def heat_map(rows: Sequence[int], columns: Sequence[int], values: np.ndarray, title: str, unit: str) -> str:
     """T x Q: ``values`` (rows, columns) around 1, NaN where there is no cell; every number is written.
 
-    Blue is below 1 (faster than the baseline), orange above.
+    Purple is below 1 (faster), orange above.
     """
     spread = max(1.5, np.nanmax(np.maximum(values, 1 / values)))
     with _canvas(1.9 + 0.85 * len(columns), 1.3 + 0.5 * len(rows)) as (figure, axes):
@@ -69,7 +71,7 @@ def heat_map(rows: Sequence[int], columns: Sequence[int], values: np.ndarray, ti
             if np.isfinite(value):
                 dark = abs(np.log(value)) > 0.6 * np.log(spread)
                 colour = "white" if dark else "black"
-                axes.text(column + 0.5, row + 0.5, f"{value:.3g}", ha="center", va="center", color=colour)
+                axes.text(column + 0.5, row + 0.5, number(value), ha="center", va="center", color=colour)
         axes.set_xticks(np.arange(len(columns)) + 0.5, [_plain(c) for c in columns])
         axes.set_yticks(np.arange(len(rows)) + 0.5, [_plain(r) for r in rows])
         axes.invert_yaxis()
@@ -108,9 +110,14 @@ def roofline(points: Series, bandwidth: float, rate: float, title: str) -> str:
         x = np.geomspace(min(xs) / 2, max([*xs, rate / bandwidth]) * 2, 100)
         ceiling = np.minimum(x * bandwidth, rate) / 1e12
         axes.plot(x, ceiling, color="#888888", linewidth=2, label="measured ceiling")
+        hollow = {
+            "markerfacecolor": "none",
+            "markersize": 8,
+            "markeredgewidth": 1.6,
+        }  # they lie close together
         for index, (name, pairs) in enumerate(points.items()):
             found = np.array(pairs)
-            axes.plot(found[:, 0], found[:, 1] / 1e12, label=name, linestyle="none", **_look(index))
+            axes.plot(found[:, 0], found[:, 1] / 1e12, label=name, linestyle="none", **_look(index) | hollow)
         axes.set(xscale="log", yscale="log", title=title)
         axes.set(xlabel="operations per byte", ylabel="10^12 operations per second")
         axes.xaxis.set_major_formatter(FuncFormatter(_plain))

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmarks import tables
+from benchmarks.embedding import embed
 from benchmarks.figures import figures
 from benchmarks.schema import OPS, PASSES, load
 from train.cli import run
-from train.errors import UserError
 from train.files import read_text, write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 PAGES = Path("docs/results")
-_BEGIN, _END = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->"
+MARKER = "benchmarks"
 _NONE = "No result file is committed yet. `make bench` writes one, `make bench-gpu` on a CUDA card another.\n"
 _TOKEN_OPS = ("prefill", "decode", "train_step", "generate", "finetune_step")
 _EXPLANATION = """\
@@ -102,28 +102,6 @@ def fragment(results: Mapping[str, dict]) -> str:
     return "\n".join(parts)
 
 
-def embedded(readme: str) -> str:
-    """What stands between the markers.
-
-    Raises:
-        UserError: if the markers are not there.
-    """
-    start, end = _bounds(readme)
-    return readme[start:end]
-
-
-def embed(readme: str, text: str) -> str:
-    """``readme`` with ``text`` between the markers."""
-    start, end = _bounds(readme)
-    return readme[:start] + text + readme[end:]
-
-
-def _bounds(readme: str) -> tuple[int, int]:
-    if _BEGIN not in readme or _END not in readme:
-        raise UserError(f"README: expected the markers {_BEGIN.strip()} and {_END}")
-    return readme.index(_BEGIN) + len(_BEGIN), readme.index(_END)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Write pages, figures and README's part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
@@ -139,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         write_atomic(args.out / f"{name}.md", page(name, result, list(drawn)))
         sys.stdout.write(f"{args.out / name}.md and {len(drawn)} figures\n")
     if args.readme:
-        write_atomic(args.readme, embed(read_text(args.readme), fragment(results)))
+        write_atomic(args.readme, embed(read_text(args.readme), MARKER, fragment(results)))
 
 
 if __name__ == "__main__":

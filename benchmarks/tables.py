@@ -56,9 +56,14 @@ def place(row: dict) -> str:
     return f"T {row['T']}, Q {row['Q']} of {row['E']}, R {row['R']}, H {row['H']}{inter}{context}"
 
 
+def number(ratio: float) -> str:
+    """A ratio with two decimals, large ones with three digits."""
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
 def ratio(row: dict | None) -> str:
-    """A ratio to three significant digits, a dash where there is none."""
-    return "-" if row is None or row["ratio_to_base"] is None else f"{row['ratio_to_base']:.3g}"
+    """The ratio to the baseline, a dash where there is none."""
+    return "-" if row is None or row["ratio_to_base"] is None else number(row["ratio_to_base"])
 
 
 @dataclass(frozen=True)
