@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo    prepare data, fine-tune, evaluate, generate, report (runs/demo/report.html)"
 	@echo "make test    lint and tests"
-	@echo "make bench   the torch backend against naive PyTorch, on this CPU"
-	@echo "make test-gpu, make bench-gpu   the kernels on a CUDA card"
+	@echo "make bench   every way of computing against the others, on this CPU (5 minutes)"
+	@echo "make test-gpu, make bench-gpu   the same and the kernels' tests on a CUDA card"
 	@echo "make setup   only the virtual environment"
 	@echo "make clean   remove runs, data and caches (the virtual environment stays)"
 
@@ -37,11 +37,12 @@ test-gpu: $(READY)
 	@if $(HAS_CARD); then $(BIN)/python -m pytest tests/gpu -rs; \
 	else echo "no CUDA device on this machine: nothing was tested"; fi
 
+# both write benchmarks/results/MACHINE-DATE.json as they go and begin no cell after the minutes given
 bench: $(READY)
-	$(BIN)/python -m benchmarks.cpu_experts
+	$(BIN)/python -m benchmarks all --device cpu --minutes 4
 
 bench-gpu: $(READY)
-	@if $(HAS_CARD); then $(BIN)/python -m benchmarks.bench_gpu; \
+	@if $(HAS_CARD); then $(BIN)/python -m benchmarks all --device cuda --minutes 8; \
 	else echo "no CUDA device on this machine: nothing was measured"; fi
 
 lint: $(READY)

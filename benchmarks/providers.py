@@ -1,131 +1,230 @@
-"""Ways to compute ``base(x) + expert_q(x)``, each a function of the same tensors.
+"""The registry of ways to compute ``base(x) + expert_q(x)``, and this project's and the naive ones.
 
-T rows, H hidden, I intermediate, R expert rank, E experts. ``base`` and ``base_compiled`` leave the
+A provider prepares a :class:`Trial` from the shared tensors, outside the clock. What it may know of a batch
+is what a server knows: the sequences and who asks in each. ``base`` and ``base_compiled`` leave the
 experts out: they are what everything is divided by.
+
+T rows, Q queriers present, H hidden, I intermediate, R expert rank, E experts.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qar_kernels import Segments, fused_mlp, reference, torch_backend
+from benchmarks.inputs import Inputs, base_answer, expert_answer
+from benchmarks.shapes import Cell
+from qar_kernels import expert_mlp, fused_mlp, torch_backend
 from qar_kernels.dispatch import OVERRIDE
 
-from .shapes import Cell
+_GATHER_BYTES = 16 * 2**30  # gathered weights above this do not leave room for their gradients
+Answer = Callable[[Inputs, torch.dtype], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Tensors of a cell: ``x (T, H)``, base weights, expert weights, the ids."""
+class Trial:
+    """A provider at work on given tensors.
 
-    x: Tensor
-    base: list[Tensor]
-    experts: list[Tensor]
-    segments: Segments
+    Attributes:
+        forward: computes y (T, H).
+        experts: for gate, up and down the leaves that get gradients: the stacked tensor, or one leaf for
+            every present expert in order, or none where the provider has no experts.
+        answer: what it must agree with.
+    """
 
-    @classmethod
-    def draw(cls, cell: Cell, device: str, trains_experts: bool) -> Inputs:
-        """Fresh random inputs; the base is frozen, x and (in training) the experts need gradients."""
-        dtype = getattr(torch, cell.dtype)
-
-        def normal(*shape: int, grad: bool = False) -> Tensor:
-            values = torch.randn(shape, device=device, dtype=dtype) / shape[-1] ** 0.5
-            return values.requires_grad_(grad)
-
-        ids = torch.arange(cell.T, device=device) % cell.Q  # every querier has rows, in no order
-        e, r, h, i = cell.E, cell.R, cell.H, cell.I
-        experts = [normal(*shape, grad=trains_experts) for shape in ((e, r, h), (e, r, h), (e, h, r))]
-        x = torch.randn((cell.T, h), device=device, dtype=dtype).requires_grad_(trains_experts)
-        return cls(x, [normal(i, h), normal(i, h), normal(h, i)], experts, Segments.from_ids(ids))
+    forward: Callable[[], Tensor]
+    experts: list[list[Tensor]] = field(default_factory=list)
+    answer: Answer = expert_answer
 
 
-Provider = Callable[[Inputs], Tensor]
-_compiled_base = torch.compile(torch_backend.swiglu_mlp)
+@dataclass(frozen=True)
+class Provider:
+    """A way of computing.
+
+    Attributes:
+        prepare: from tensors to a trial.
+        devices: where it runs.
+        trains: whether it has a backward pass (PEFT's mixed batches have none).
+        graph: whether a CUDA graph of it can be replayed for other ids, which is what a user would do.
+        no_base: whether it can do without a base MLP.
+        fits: whether a cell is within its means.
+    """
+
+    prepare: Callable[[Inputs], Trial]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    trains: bool = True
+    graph: bool = True
+    no_base: bool = False
+    fits: Callable[[Cell], bool] = lambda cell: True
+
+    def applies(self, cell: Cell, device: str, training: bool) -> bool:
+        """Whether the provider takes part in a cell."""
+        return (
+            device in self.devices
+            and (self.trains or not training)
+            and (self.no_base or cell.I > 0)
+            and self.fits(cell)
+        )
 
 
-def base(inputs: Inputs) -> Tensor:
-    """B0: two GEMMs, silu and product, one GEMM."""
-    return torch_backend.swiglu_mlp(inputs.x, *inputs.base)
-
-
-def base_compiled(inputs: Inputs) -> Tensor:
-    """B0 under ``torch.compile``."""
-    return _compiled_base(inputs.x, *inputs.base)
-
-
-def triton_path(inputs: Inputs, path: str) -> Tensor:
-    """This project's kernels on a forced path."""
-    before = os.environ.get(OVERRIDE)
-    os.environ[OVERRIDE] = path
-    try:
-        return fused_mlp(inputs.x, *inputs.base, *inputs.experts, inputs.segments, backend="triton")
-    finally:
-        os.environ.pop(OVERRIDE)
-        if before is not None:
-            os.environ[OVERRIDE] = before
-
-
-def loop(inputs: Inputs) -> Tensor:
-    """Base, then every querier's rows in turn."""
-    return base(inputs) + reference.expert_mlp(inputs.x, *inputs.experts, inputs.segments)
-
-
-def gather(inputs: Inputs) -> Tensor:
-    """Base, then every row's own copy of its expert's weights in batched products."""
-    gate, up, down = (weight[inputs.segments.row_expert] for weight in inputs.experts)
-    x = inputs.x.unsqueeze(2)
-    return base(inputs) + torch.bmm(down, F.silu(torch.bmm(gate, x)) * torch.bmm(up, x)).squeeze(2)
-
-
-def grouped_mm(inputs: Inputs) -> Tensor:
-    """Base, then ``torch._grouped_mm`` over rows sorted by querier (experts 0..Q-1 are present)."""
-    segments = inputs.segments
-    present = int(segments.row_expert.max()) + 1
-    ends = segments.offsets[1 : present + 1].int()
-    rows = inputs.x.index_select(0, segments.perm)
-    gate, up, down = (weight[:present].transpose(1, 2) for weight in inputs.experts)
-    hidden = F.silu(torch._grouped_mm(rows, gate, ends)) * torch._grouped_mm(rows, up, ends)
-    expert = torch.empty_like(rows).index_copy(0, segments.perm, torch._grouped_mm(hidden, down, ends))
-    return base(inputs) + expert
-
-
-PROVIDERS: dict[str, Provider] = {
-    "base": base,
-    "base_compiled": base_compiled,
-    "triton_fused": partial(triton_path, path="fused"),
-    "triton_grouped": partial(triton_path, path="grouped"),
-    "loop": loop,
-    "gather_bmm": gather,
-    "grouped_mm": grouped_mm,
-}
+PROVIDERS: dict[str, Provider] = {}
 WITHOUT_EXPERTS = ("base", "base_compiled")
 
 
-def verify(name: str, inputs: Inputs) -> None:
-    """A wrong way has no speed.
+def provider(**limits: object) -> Callable[[Callable[[Inputs], Trial]], Callable[[Inputs], Trial]]:
+    """Register a function ``Inputs -> Trial`` under its own name."""
 
-    Raises:
-        RuntimeError: if the output is further from float64 than twice eager PyTorch's error.
-    """
-    with torch.no_grad():
-        x, weights = inputs.x.double(), [w.double() for w in inputs.base]
-        expected = reference.swiglu_mlp(x, *weights)
-        eager = reference.swiglu_mlp(inputs.x, *inputs.base)
-        if name not in WITHOUT_EXPERTS:
-            experts = [w.double() for w in inputs.experts]
-            expected = expected + reference.expert_mlp(x, *experts, inputs.segments)
-            eager = eager + reference.expert_mlp(inputs.x, *inputs.experts, inputs.segments)
-        got = PROVIDERS[name](inputs)
+    def register(prepare: Callable[[Inputs], Trial]) -> Callable[[Inputs], Trial]:
+        PROVIDERS[prepare.__name__] = Provider(prepare, **limits)
+        return prepare
 
-        def error(y: Tensor) -> float:
-            return ((y.double() - expected).norm() / expected.norm()).item()
+    return register
 
-        if not error(got) <= 2 * error(eager):
-            raise RuntimeError(f"{name}: relative error {error(got):.1e}, eager PyTorch {error(eager):.1e}")
+
+def base_mlp(inputs: Inputs) -> Tensor:
+    """Two GEMMs, silu and product, one GEMM; zeros where the cell has no base MLP."""
+    if inputs.base is None:
+        return torch.zeros_like(inputs.x)
+    return torch_backend.swiglu_mlp(inputs.x, *inputs.base)
+
+
+@provider()
+def base(inputs: Inputs) -> Trial:
+    """B0, the plain base MLP."""
+    return Trial(lambda: base_mlp(inputs), answer=base_answer)
+
+
+@provider()
+def base_compiled(inputs: Inputs) -> Trial:
+    """B0 under ``torch.compile``."""
+    return Trial(lambda: _compiled(inputs.x, *inputs.base), answer=base_answer)
+
+
+_compiled = torch.compile(torch_backend.swiglu_mlp, dynamic=False, fullgraph=True)
+
+
+def _ours(inputs: Inputs, backend: str) -> Trial:
+    def forward() -> Tensor:
+        if inputs.base is None:
+            return expert_mlp(inputs.x, *inputs.experts, inputs.segments, backend=backend)
+        return fused_mlp(inputs.x, *inputs.base, *inputs.experts, inputs.segments, backend=backend)
+
+    return Trial(forward, [[weight] for weight in inputs.experts])
+
+
+@provider(no_base=True)
+def ours(inputs: Inputs) -> Trial:
+    """What a user gets: ``backend="auto"``."""
+    return _ours(inputs, "auto")
+
+
+@provider(no_base=True, devices=("cuda",), graph=False)
+def ours_torch(inputs: Inputs) -> Trial:
+    """The torch backend on a card; it reads the segment bounds on the host."""
+    return _ours(inputs, "torch")
+
+
+@provider(devices=("cuda",))
+def ours_fused(inputs: Inputs) -> Trial:
+    """Base and experts in the same Triton launches."""
+    return _forced(inputs, "fused")
+
+
+@provider(devices=("cuda",))
+def ours_grouped(inputs: Inputs) -> Trial:
+    """The vendor library's base, then grouped Triton kernels that add the experts."""
+    return _forced(inputs, "grouped")
+
+
+def _forced(inputs: Inputs, path: str) -> Trial:
+    trial = _ours(inputs, "triton")
+
+    def forward() -> Tensor:
+        with _environment(OVERRIDE, path):
+            return trial.forward()
+
+    return Trial(forward, trial.experts)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def separate_experts(inputs: Inputs) -> list[list[Tensor]]:
+    """A module for every querier, as naive code has it: no stacked gradients to fill."""
+    return [
+        [w.detach()[e].clone().requires_grad_(inputs.training) for e in inputs.present]
+        for w in inputs.experts
+    ]
+
+
+@provider(no_base=True, graph=False)
+def loop(inputs: Inputs) -> Trial:
+    """Base, then each present querier's rows picked out, in any order."""
+    experts = separate_experts(inputs)
+
+    def forward() -> Tensor:
+        y, ids = base_mlp(inputs), inputs.segments.row_expert
+        for querier, weights in zip(inputs.present, zip(*experts, strict=True), strict=True):
+            rows = (ids == querier).nonzero().squeeze(1)
+            y = y.index_add(0, rows, torch_backend.swiglu_mlp(inputs.x[rows], *weights))
+        return y
+
+    return Trial(forward, experts)
+
+
+@provider(no_base=True, graph=False)
+def loop_slices(inputs: Inputs) -> Trial:
+    """Base, then sequence after sequence as slices: the bounds are known on the host, nothing is picked."""
+    experts = separate_experts(inputs)
+    length = inputs.cell.T // inputs.cell.Q
+
+    def forward() -> Tensor:
+        parts = [
+            torch_backend.swiglu_mlp(x, *weights)
+            for x, weights in zip(inputs.x.split(length), zip(*experts, strict=True), strict=True)
+        ]
+        return base_mlp(inputs) + torch.cat(parts)
+
+    return Trial(forward, experts)
+
+
+def _gathered_bytes(cell: Cell, copies: int) -> int:
+    return 3 * copies * cell.R * cell.H * getattr(torch, cell.dtype).itemsize
+
+
+@provider(no_base=True, fits=lambda cell: _gathered_bytes(cell, cell.T) <= _GATHER_BYTES)
+def gather_bmm(inputs: Inputs) -> Trial:
+    """Base, then a copy of its expert's weights for every row, in batched products."""
+    return _gather(inputs, inputs.segments.row_expert, rows=1)
+
+
+@provider(no_base=True, fits=lambda cell: _gathered_bytes(cell, cell.Q) <= _GATHER_BYTES)
+def gather_bmm_sequences(inputs: Inputs) -> Trial:
+    """Base, then a copy for every sequence. Only for sequences of equal length, as here."""
+    ids = torch.tensor(inputs.present, device=inputs.x.device)
+    return _gather(inputs, ids, rows=inputs.cell.T // inputs.cell.Q)
+
+
+def _gather(inputs: Inputs, ids: Tensor, rows: int) -> Trial:
+    def forward() -> Tensor:
+        x = inputs.x.view(-1, rows, inputs.cell.H)
+        gate, up, down = (weight[ids].transpose(1, 2) for weight in inputs.experts)
+        hidden = F.silu(torch.bmm(x, gate)) * torch.bmm(x, up)
+        return base_mlp(inputs) + torch.bmm(hidden, down).view_as(inputs.x)
+
+    return Trial(forward, [[weight] for weight in inputs.experts])

@@ -24,6 +24,7 @@ from qar_models.model_card import write_model_card
 from qar_models.modeling import QARModelOutput
 from qar_models.packing import ids_of_windows
 from qar_models.queriers import check_prompt_ids
+from qar_models.row_sparse import sparse_parameters
 
 IGNORE_INDEX = -100
 # what answers depend on; the contrastive loss may start afresh, or be left out to serve a model
@@ -96,6 +97,12 @@ class QARForCausalLMMixin(MembershipMixin):
         batch_size = next((len(prompt) for prompt in prompts if prompt is not None), 1)
         check_prompt_ids(kwargs.get("querier_ids"), self.qar, batch_size)
         return super().generate(inputs, *args, **kwargs)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel, which reduces dense gradients, must leave to average_row_gradients."""
+        names = sparse_parameters(self)
+        return [*names, *(f"base_model.model.{name}" for name in names)]  # the latter inside a PEFT model
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Experts | QuerierContrast):

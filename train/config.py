@@ -32,6 +32,7 @@ class TrainConfig:
             Llama, Qwen2 or Qwen3.
         method: ``qar``, or ``ft`` for LoRA without experts under the same budget.
         tower, experts, expert_rank, unknown_querier: see :class:`qar_models.QARConfig`.
+        expert_gradients: ``sparse`` where hundreds of queriers or more have experts of their own.
         contrastive_weight: λ; 0 leaves the contrastive loss out.
         memory_size, projection_dim: of the contrastive loss.
         lora_rank, lora_alpha, lora_dropout, lora_targets: LoRA on the base model.
@@ -63,6 +64,7 @@ class TrainConfig:
     experts: Literal["per_querier", "shared", "shared+per_querier"] = "shared+per_querier"
     expert_rank: int = 16
     unknown_querier: Literal["none", "error", "mean", "shared"] | None = None
+    expert_gradients: Literal["dense", "sparse"] = "dense"
     contrastive_weight: float = 0.0
     memory_size: int = 512
     projection_dim: int = 512
@@ -102,6 +104,8 @@ class TrainConfig:
         for name in ("learning_rate", "expert_learning_rate", "epochs", "lora_alpha"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        if self.expert_gradients == "sparse" and self.experts == "shared":
+            raise UserError("expert_gradients: got 'sparse' with experts=shared, expected 'dense'")
         if self.trainable_layers is not None and self.trainable_layers < 1:
             raise UserError(
                 f"trainable_layers: got {self.trainable_layers}, expected at least 1, or null for all"

@@ -104,6 +104,7 @@ def _qar_config(
         tower=config.tower if aware else "residual",
         experts=config.experts if aware else "shared",
         unknown_querier=config.unknown_querier if aware else None,
+        expert_gradients=config.expert_gradients if aware else "dense",
         first_expert_layer=first_expert_layer,
         num_clusters=num_clusters if aware and config.contrastive_weight else 0,
         contrastive_weight=config.contrastive_weight,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 
+from qar_models import RowSparseAdamW, average_row_gradients, clip_grad_norm_, sparse_parameters
 from train import checkpoints, ranks
 from train.batches import Windows
 from train.config import TrainConfig
 from train.errors import UserError
+from train.expert_optimizer import ExpertOptimizer
 from train.packing import LengthGroupedSampler
 from train.trained import is_querier_part
 
@@ -54,17 +56,36 @@ class QARTrainer(Trainer):
         self._sums: dict[str, float | Tensor] = defaultdict(float)  # since the last log
         self._clock, self._logged_step = time.perf_counter(), 0
         self._building: str | None = None
+        self._experts_beside: ExpertOptimizer | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with one group for LoRA and one for the querier-specific parts."""
         if self.optimizer is None:
             model = self.model if model is None else model
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = cls(self._parameter_groups(model), **kwargs)
+            sparse = sparse_parameters(model)
+            if sparse and self.is_deepspeed_enabled:
+                self._train_experts_beside(list(sparse.values()), kwargs)
+            elif sparse:
+                cls = RowSparseAdamW
+            without = sparse if self._experts_beside else ()
+            self.optimizer = cls(self._parameter_groups(model, without), **kwargs)
         return self.optimizer
 
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    def _train_experts_beside(self, experts: list[nn.Parameter], options: dict[str, Any]) -> None:
+        lr, decay = self.config.expert_learning_rate, self.config.expert_weight_decay
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage
+        self._experts_beside = ExpertOptimizer(
+            experts, {**options, "lr": lr, "weight_decay": decay}, stage, self.config.dtype
+        )
+        self.add_callback(self._experts_beside)
+
+    def _parameter_groups(self, model: nn.Module, without: Collection[str]) -> list[dict[str, Any]]:
+        named = [
+            (name, value)
+            for name, value in model.named_parameters()
+            if value.requires_grad and name not in without
+        ]
         querier = [value for name, value in named if is_querier_part(name)]
         general = [value for name, value in named if not is_querier_part(name)]
         groups = [
@@ -76,6 +97,15 @@ class QARTrainer(Trainer):
             },
         ]
         return [group for group in groups if group["params"]]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """As the base class, also for row-sparse gradients, which DistributedDataParallel leaves to us."""
+        sparse = sparse_parameters(self.model)
+        if not sparse or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients(self.optimizer)
+        average_row_gradients(sparse.values())
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As the base class; a loss that is not finite ends the run before a checkpoint can hold it."""
@@ -187,6 +217,8 @@ class QARTrainer(Trainer):
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            if self._experts_beside:
+                self._experts_beside.save(Path(output_dir))
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -199,6 +231,8 @@ class QARTrainer(Trainer):
         if resume_from_checkpoint is not None:
             deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            if self._experts_beside:
+                self._experts_beside.load(Path(resume_from_checkpoint))
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -1,0 +1,55 @@
+"""What the card itself can do: the ceilings that every ratio should be read against.
+
+Copy bandwidth, the vendor library's GEMM rate, and our gate/up kernel on base tiles alone (a bare GEMM with
+two accumulators) against it: below 0.93 the dispatcher should leave large T to the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.clocks import CudaClock
+from benchmarks.runner import interleave
+from benchmarks.shapes import MODELS
+from qar_kernels import Segments
+
+_ROWS = 4096
+_COPIED = 2**29  # elements: far beyond any cache
+
+
+def calibrate(model: str = "Llama-3-8B") -> dict[str, float]:
+    """Bytes per second, operations per second, and library time over our time of the gate/up GEMM."""
+    hidden, inter = MODELS[model]
+    source = torch.randn(_COPIED, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    x = torch.randn(_ROWS, hidden, device="cuda", dtype=torch.bfloat16)
+    both = torch.randn(2 * inter, hidden, device="cuda", dtype=torch.bfloat16)
+    calls = {
+        "copy": lambda: target.copy_(source),
+        "gemm": lambda: x @ both.t(),
+        "gate_up": _base_gate_up(x, *both.chunk(2)),
+    }
+    ms = {name: timing.p50 for name, timing in interleave(calls, CudaClock(), budget_s=0.5).items()}
+    return {
+        "copy_bytes_per_s": 2 * source.numel() * source.element_size() / ms["copy"] * 1e3,
+        "gemm_flops_per_s": 4 * _ROWS * hidden * inter / ms["gemm"] * 1e3,
+        "library_gemm_over_gate_up_kernel": ms["gemm"] / ms["gate_up"],
+    }
+
+
+def _base_gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Callable[[], object]:
+    """Our gate/up kernel where no row has an expert."""
+    from qar_kernels.triton import launch
+    from qar_kernels.triton.configs import CONFIGS, select_config
+    from qar_kernels.triton.launch import Call, Weights
+
+    segments = Segments.from_ids(torch.full((x.shape[0],), -1, device=x.device))
+    config = CONFIGS[select_config(x.device, x.dtype, x.shape[0])]
+    plan = segments.tile_plan(config.block_rows, config.block_expert)
+    one = x.new_zeros(1, 16, x.shape[1])
+    experts = Weights(one, one, one.reshape(1, x.shape[1], 16))
+    call = Call("fused", Weights(gate, up, gate), experts, segments.perm, plan, 1.0, config)
+    return lambda: launch.gate_up(call, x, x, save=False)

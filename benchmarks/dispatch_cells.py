@@ -1,0 +1,64 @@
+"""From a card's results to the kernels' dispatch table.
+
+``python -m benchmarks.dispatch_cells FILE... > qar_kernels/dispatch_table.py``. A cell is where both paths
+were timed forward; the ratio is of their medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.schema import load
+from benchmarks.tables import by_cell
+from train.cli import run
+from train.errors import UserError
+
+_FUSED, _GROUPED = "ours_fused", "ours_grouped"
+_HEAD = '''"""What was measured of the two Triton paths. Written by ``benchmarks.dispatch_cells``."""
+
+from __future__ import annotations
+
+# Cells {"device", "H", "I", "T", "Q", "fused_over_grouped"}; the last is a ratio of times, under 1 the
+# fused path wins. The device is torch.cuda.get_device_name's.
+MEASUREMENTS: list[dict] = [
+'''
+_RANK = 64  # the table has no rank; this is the recommended one
+
+
+def dispatch_cells(result: dict) -> list[dict]:
+    """The cells of one result file, in the form of ``qar_kernels.dispatch_table``."""
+    device = result["machine"].get("accelerator")
+    rows = [r for r in result["rows"] if (r["op"], r["pass"], r["R"]) == ("fused_mlp", "fwd", _RANK)]
+    found = []
+    for providers in by_cell(rows).values():
+        if device and {_FUSED, _GROUPED} <= set(providers):
+            fused, grouped = providers[_FUSED], providers[_GROUPED]
+            ratio = round(fused["ms"]["p50"] / grouped["ms"]["p50"], 4)
+            shape = {name: fused[name] for name in ("H", "I", "T", "Q")}
+            found.append({"device": device, **shape, "fused_over_grouped": ratio})
+    return found
+
+
+def source(cells: list[dict]) -> str:
+    """The module's text."""
+    lines = [f"    {cell!r},\n".replace("'", '"') for cell in cells]
+    return _HEAD + "".join(lines) + "]\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the module."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dispatch_cells", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    args = parser.parse_args(argv)
+    cells = [cell for path in args.files for cell in dispatch_cells(load(path))]
+    if not cells:
+        raise UserError(
+            f"{args.files[0]}: no cell where {_FUSED} and {_GROUPED} were both timed at R {_RANK}"
+        )
+    sys.stdout.write(source(cells))
+
+
+if __name__ == "__main__":
+    run(main)

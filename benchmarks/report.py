@@ -1,0 +1,124 @@
+"""Result files as pages and figures: ``python -m benchmarks.report [FILE...] [--readme README.md]``.
+
+For every file ``docs/results/NAME.md`` and its figures; with ``--readme`` also the part of it between the two
+markers. Every number comes from the files given, which are checked first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from benchmarks import tables
+from benchmarks.embedding import embed
+from benchmarks.figures import figures
+from benchmarks.schema import OPS, PASSES, load
+from train.cli import run
+from train.files import read_text, write_atomic
+
+RESULTS = Path(__file__).parent / "results"
+PAGES = Path("docs/results")
+MARKER = "benchmarks"
+_NONE = "No result file is committed yet. `make bench` writes one, `make bench-gpu` on a CUDA card another.\n"
+_TOKEN_OPS = ("prefill", "decode", "train_step", "generate", "finetune_step")
+_EXPLANATION = """\
+Every provider was checked against the float64 reference before it was timed. Rounds in turns, medians
+[20th, 80th percentile]; `ours` is what `backend="auto"` picks, `ours_...` are its forced paths and its
+other tower. The last column is the fastest provider that is not ours and computes experts too: above 1,
+ours is faster.
+`peft_mixed` computes another function with about as many parameters (rank-matched LoRA, inference only).
+"""
+
+
+def page(name: str, result: dict, figure_names: list[str]) -> str:
+    """The Markdown page of one result file."""
+    parts = [f"# {_title(result)}", _conditions(name, result), _EXPLANATION]
+    parts += ["## Where ours stands", tables.standings_table(result), _losses(result)]
+    parts += [f"![{figure}]({name}-{figure}.svg)" for figure in figure_names]
+    for op in OPS:
+        for run_ in PASSES:
+            parts += _operation(result, op, run_)
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _operation(result: dict, op: str, run_: str) -> Iterator[str]:
+    table = tables.operation_table(result, op, run_)
+    if not table:
+        return
+    yield f"## `{op}` {run_}"
+    yield f"Ratios to `{OPS[op]}`."
+    yield table
+    if op in _TOKEN_OPS:
+        yield "Tokens per second:"
+        yield tables.value_table(result, op, run_, tables.tokens_per_second)
+    yield "Peak memory above what was held before, MiB / launches (CPU: operators called):"
+    yield tables.value_table(result, op, run_, tables.footprint)
+
+
+def _title(result: dict) -> str:
+    machine = result["machine"]
+    return f"{machine.get('accelerator', machine['processor'])}, {machine['date']}"
+
+
+def _conditions(name: str, result: dict) -> str:
+    machine = "; ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "calibration")
+    packages = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
+    lines = [f"From `benchmarks/results/{name}.json`.", f"Machine: {machine}.", f"Versions: {packages}."]
+    calibration = result["machine"].get("calibration", {})
+    lines += [f"Calibration: {key} {value:.4g}." for key, value in calibration.items()]
+    return "\n".join(lines)
+
+
+def _losses(result: dict) -> str:
+    """Every cell that ours loses, in full."""
+    lost = [
+        [f"`{s.op}` {s.run}", tables.place(row), best, f"{factor:.2f}"]
+        for s in tables.standings(result)
+        for factor, best, row in s.losses
+    ]
+    refused = [
+        f"- not timed: `{r['op']}` {r['pass']} `{r['provider']}`, {tables.place(r)}: {r['reason']}"
+        for r in result.get("refused", [])
+    ]
+    if not lost:
+        return "\n".join(["Ours loses no cell.", *refused])
+    table = tables.markdown(["ours loses", "cell", "to", "its time / ours"], lost)
+    return "\n\n".join([table, "\n".join(refused)])
+
+
+def fragment(results: Mapping[str, dict]) -> str:
+    """README's part: for every file its conditions in a line and the standings."""
+    if not results:
+        return _NONE
+    parts = []
+    for name, result in results.items():
+        torch_version = result["versions"]["torch"]
+        link = f"[all tables, each loss, figures](docs/results/{name}.md)"
+        parts.append(
+            f"{_title(result)}, torch {torch_version} ({link}):\n\n{tables.standings_table(result)}\n"
+        )
+    return "\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write pages, figures and README's part."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, help="default: all of benchmarks/results")
+    parser.add_argument("--out", type=Path, default=PAGES, help=f"folder of the pages (default {PAGES})")
+    parser.add_argument("--readme", type=Path, help="also write this file's part between the markers")
+    args = parser.parse_args(argv)
+    results = {path.stem: load(path) for path in args.files or sorted(RESULTS.glob("*.json"))}
+    for name, result in results.items():
+        drawn = dict(figures(result))
+        for figure, svg in drawn.items():
+            write_atomic(args.out / f"{name}-{figure}.svg", svg)
+        write_atomic(args.out / f"{name}.md", page(name, result, list(drawn)))
+        sys.stdout.write(f"{args.out / name}.md and {len(drawn)} figures\n")
+    if args.readme:
+        write_atomic(args.readme, embed(read_text(args.readme), MARKER, fragment(results)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,228 @@
+"""A million queriers on paper: the tables of docs/scale.md. ``python -m benchmarks.scale [--write FILE]``.
+
+Nothing here was measured: every number is a formula over a model's shape and datasheet or assumed rates, all
+of which are written in the tables' headings or below. R expert rank, H hidden, L layers, Q queriers present.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.embedding import embed
+from benchmarks.tables import markdown
+from qar_kernels.roofline import CHIPS
+from train.cli import run
+from train.files import read_text, write_atomic
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder: hidden size, layers, parameters in all, key-value heads and their size."""
+
+    hidden: int
+    layers: int
+    parameters: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """A serving node with one card.
+
+    Attributes:
+        gpu_bytes: memory of the card (H200, datasheet).
+        host_bytes, disk_bytes: assumed.
+        host_rate: bytes per second from host to card (PCIe 5.0 x16: 32 GT/s on 16 lanes, 128b/130b).
+        disk_rate: bytes per second of sequential reading, assumed.
+    """
+
+    gpu_bytes: float = 141e9
+    host_bytes: float = 2e12
+    disk_bytes: float = 30e12
+    host_rate: float = 32e9 / 8 * 16 * 128 / 130
+    disk_rate: float = 7e9
+
+
+LLAMA = Model(hidden=4096, layers=32, parameters=8_030_261_248, kv_heads=8, head_dim=128)
+NODE = Node()
+CHIP = "H200"
+RANK = 64
+QUERIERS = (10**3, 10**4, 10**5, 10**6)
+PRESENT = (1, 8, 64, 256)
+SEQUENCES, CONTEXT = 64, 4096  # what the cache of keys and values is sized for
+
+
+def expert_parameters(rank: int = RANK, model: Model = LLAMA) -> int:
+    """Parameters of one querier in all layers: ``3 R H L``.
+
+    >>> expert_parameters()
+    25165824
+    """
+    return 3 * rank * model.hidden * model.layers
+
+
+def expert_bytes(rank: int = RANK, model: Model = LLAMA, width: int = 2) -> int:
+    """The same in bytes; ``width`` 2 is bf16.
+
+    >>> expert_bytes()
+    50331648
+    """
+    return width * expert_parameters(rank, model)
+
+
+def cache_bytes(sequences: int = SEQUENCES, context: int = CONTEXT, model: Model = LLAMA) -> int:
+    """Keys and values in bf16: ``2 * 2 * L * kv_heads * head_dim`` a token.
+
+    >>> cache_bytes(1, 1)
+    131072
+    """
+    return 4 * model.layers * model.kv_heads * model.head_dim * sequences * context
+
+
+def gpu_slots(rank: int = RANK, model: Model = LLAMA, node: Node = NODE) -> int:
+    """Experts that fit beside bf16 base weights and the cache.
+
+    >>> gpu_slots()
+    1799
+    """
+    free = node.gpu_bytes - 2 * model.parameters - cache_bytes(model=model)
+    return int(free // expert_bytes(rank, model))
+
+
+def decode_bytes(present: int, rank: int = RANK, model: Model = LLAMA) -> int:
+    """Weights that one decoding step reads: the base once, each present expert once (cache left out).
+
+    >>> decode_bytes(0)
+    16060522496
+    """
+    return 2 * model.parameters + present * expert_bytes(rank, model)
+
+
+def training_bytes(weight: int, gradient: int, states: int) -> int:
+    """Bytes for one trained querier: of each parameter its weight, gradient and optimizer states.
+
+    >>> training_bytes(2, 2, 4) // 10**6
+    201
+    """
+    return (weight + gradient + states) * expert_parameters()
+
+
+def training_flops(tokens: int, model: Model = LLAMA) -> float:
+    """Operations of training one expert: the frozen base forward and for its input (4 a parameter and
+    token), the expert also for its weights (6). Attention's own products are left out.
+
+    >>> round(training_flops(1) / 1e9, 1)
+    32.3
+    """
+    return tokens * (4.0 * model.parameters + 6.0 * expert_parameters(model=model))
+
+
+def tables() -> dict[str, str]:
+    """Every table by the name of its place in the document."""
+    return {
+        "scale-storage": _storage(),
+        "scale-ranks": _ranks(),
+        "scale-places": _places(),
+        "scale-decode": _decode(),
+        "scale-training": _training(),
+    }
+
+
+def _storage() -> str:
+    body = []
+    for queriers in QUERIERS:
+        total = queriers * expert_bytes()
+        body.append(
+            [
+                f"{queriers:,}",
+                _bytes(total),
+                *(
+                    f"{min(1.0, size / total):.1%}"
+                    for size in (gpu_slots() * expert_bytes(), NODE.host_bytes, NODE.disk_bytes)
+                ),
+            ]
+        )
+    host, disk = _bytes(NODE.host_bytes), _bytes(NODE.disk_bytes)
+    head = ["queriers", "experts, bf16", "fit in GPU slots", f"in {host} host memory", f"on {disk} disk"]
+    return markdown(head, body)
+
+
+def _ranks() -> str:
+    body = [
+        [str(rank), _bytes(expert_bytes(rank)), f"{gpu_slots(rank):,}", _bytes(10**6 * expert_bytes(rank))]
+        for rank in (8, 16, 64, 128)
+    ]
+    return markdown(["R", "a querier, bf16", "GPU slots", "a million queriers"], body)
+
+
+def _places() -> str:
+    size = expert_bytes()
+    body = [
+        ["GPU slot", f"{gpu_slots():,}", "read in place", "-"],
+        *(
+            [name, f"{int(held // size):,}", f"{size / rate * 1e3:.2f} ms", f"{rate / size:,.0f}"]
+            for name, held, rate in (
+                ("host memory", NODE.host_bytes, NODE.host_rate),
+                ("disk", NODE.disk_bytes, NODE.disk_rate),
+            )
+        ),
+    ]
+    return markdown(["place", "queriers it holds", "to bring one into a slot", "queriers a second"], body)
+
+
+def _decode() -> str:
+    rate = CHIPS[CHIP].bandwidth
+    base = decode_bytes(0)
+    body = [
+        [
+            str(present),
+            _bytes(decode_bytes(present) - base),
+            f"{decode_bytes(present) / base - 1:.1%}",
+            f"{decode_bytes(present) / rate * 1e3:.2f} ms",
+        ]
+        for present in PRESENT
+    ]
+    head = ["Q present", "expert weights read a step", "on top of the base's", f"floor of a step, {CHIP}"]
+    return markdown(head, body)
+
+
+def _training() -> str:
+    kinds = (("all bf16", 2, 2, 4), ("bf16, fp32 master and moments", 2, 2, 12), ("all fp32", 4, 4, 8))
+    body = []
+    for name, *widths in kinds:
+        one = training_bytes(*widths)
+        free = NODE.gpu_bytes - 2 * LLAMA.parameters
+        body.append([name, str(sum(widths)), _bytes(one), f"{int(free // one):,}"])
+    head = ["weights, gradient, AdamW", "bytes a parameter", "a querier", "queriers at once beside the base"]
+    return markdown(head, body)
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", _GB), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the tables, or write them into a document between their markers."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="a document with the tables' markers")
+    args = parser.parse_args(argv)
+    if args.write is None:
+        sys.stdout.write("\n\n".join(tables().values()) + "\n")
+        return
+    document = read_text(args.write)
+    for name, table in tables().items():
+        document = embed(document, name, table + "\n")
+    write_atomic(args.write, document)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,140 @@
+"""Providers agree with the reference, forward and backward; a wrong one is reported and not timed."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+
+from benchmarks import kernels, libraries
+from benchmarks.__main__ import main
+from benchmarks.inputs import Inputs
+from benchmarks.providers import PROVIDERS, Trial
+from benchmarks.schema import load
+from benchmarks.session import Session
+from benchmarks.shapes import Cell, matrix
+from benchmarks.verify import Reference, WrongResult
+from train.errors import UserError
+
+CELL = Cell(24, 3, 5, 16, 32, 64, "float32")
+
+
+def others():
+    return [name for name, p in PROVIDERS.items() if name != "base_compiled" and "cpu" in p.devices]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("inter", [64, 0])
+@pytest.mark.parametrize("name", others())
+def test_providers_are_right(name, inter, training):
+    cell = dataclasses.replace(CELL, I=inter)
+    if not PROVIDERS[name].applies(cell, "cpu", training):
+        pytest.skip("takes no part")
+    inputs = Inputs.draw(cell, "cpu", training)
+    Reference(inputs).check(PROVIDERS[name].prepare(inputs))
+
+
+@pytest.mark.parametrize("path", ["fused", "grouped"])
+def test_forced_paths_leave_the_environment_alone(monkeypatch, path):
+    monkeypatch.setenv("QAR_KERNELS_PATH", "before")
+    inputs = Inputs.draw(CELL, "cpu", training=False)
+    with pytest.raises(ValueError, match="tensors on the CPU"):
+        PROVIDERS[f"ours_{path}"].prepare(inputs).forward()
+    assert os.environ["QAR_KERNELS_PATH"] == "before"
+
+
+def wrong_output(inputs):
+    right = PROVIDERS["loop"].prepare(inputs)
+    return Trial(lambda: right.forward() * 1.001, right.experts)
+
+
+def wrong_gradient(inputs):
+    """The right output, and gradients that leave one querier's out."""
+    right = PROVIDERS["loop_slices"].prepare(inputs)
+
+    class Forget(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, d_y):
+            return torch.cat([d_y[:-8], torch.zeros_like(d_y[-8:])])
+
+    return Trial(lambda: Forget.apply(right.forward()), right.experts)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "training", "name"),
+    [(wrong_output, False, "y"), (wrong_output, True, "y"), (wrong_gradient, True, "d_x")],
+)
+def test_a_wrong_provider_is_refused(wrong, training, name):
+    inputs = Inputs.draw(CELL, "cpu", training)
+    with pytest.raises(WrongResult, match=f"^{name}: relative error"):
+        Reference(inputs).check(wrong(inputs))
+
+
+def test_a_wrong_or_failing_provider_is_reported_and_not_timed(monkeypatch, tmp_path, capsys):
+    def fails(inputs):
+        raise NotImplementedError("no such kernel")
+
+    for name, prepare in (("slow_and_wrong", wrong_output), ("fails", fails)):
+        changed = dataclasses.replace(PROVIDERS["loop"], prepare=prepare)
+        monkeypatch.setitem(PROVIDERS, name, changed)
+    monkeypatch.delitem(PROVIDERS, "base_compiled")
+    out = tmp_path / "result.json"
+    session = Session("cpu", out, minutes=1)
+    assert session.run([kernels.mlp_job(0, "fused_mlp", CELL, "cpu", False, budget_s=0.01)]) == []
+    result = load(out)
+    timed = {row["provider"] for row in result["rows"]}
+    assert {"base", "ours", "loop"} <= timed
+    assert not timed & {"slow_and_wrong", "fails"}
+    reasons = {refused["provider"]: refused["reason"] for refused in result["refused"]}
+    assert "relative error" in reasons["slow_and_wrong"]
+    assert reasons["fails"] == "NotImplementedError: no such kernel"
+    assert "slow_and_wrong       NOT TIMED" in capsys.readouterr().out
+
+
+def test_measured_rows_are_kept_and_resumed(monkeypatch, tmp_path):
+    monkeypatch.delitem(PROVIDERS, "base_compiled")
+    out = tmp_path / "result.json"
+    job = kernels.mlp_job(0, "expert_mlp", dataclasses.replace(CELL, I=0), "cpu", True, budget_s=0.01)
+    Session("cpu", out, minutes=1).run([job])
+    rows = load(out)["rows"]
+    ours = next(row for row in rows if row["provider"] == "ours")
+    assert ours["launches"] > 0
+    assert ours["peak_bytes"] >= 3 * 5 * 16 * 32 * 4  # at least the stacked gradients
+    again = Session("cpu", out, minutes=1, resume=json.loads(out.read_text()))
+    again.run([job])
+    assert again.result["rows"] == rows
+    assert Session("cpu", out, minutes=0).run([job]) == [job]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_no_card_is_said(capsys):
+    with pytest.raises(UserError, match="no CUDA device on this machine: nothing was measured"):
+        main(["all", "--device", "cuda"])
+    assert capsys.readouterr().out == ""
+
+
+def test_cells_have_rows_for_every_querier():
+    assert all(cell.Q <= cell.T for cell in matrix("Llama-3-8B", 64))
+    with pytest.raises(ValueError, match="Q: got 9"):
+        Cell(8, 9, 16, 16, 32, 64)
+    with pytest.raises(ValueError, match="multiple of Q"):
+        Cell(8, 3, 16, 16, 32, 64)
+
+
+def test_lora_rank_matches_parameters():
+    cell = Cell(16, 1, 1, 64, 4096, 14336)
+    expert, lora = 3 * 64 * 4096, 3 * libraries.lora_rank(cell) * (4096 + 14336)
+    assert abs(lora / expert - 1) < 0.02
+
+
+def test_gpu_jobs_put_the_main_matrix_first():
+    ranked = sorted(kernels.gpu_jobs(), key=lambda job: job.rank)
+    main_matrix = matrix("Llama-3-8B", 64)
+    assert [job.cell for job in ranked[: len(main_matrix)]] == main_matrix
+    assert not any(job.training for job in ranked[: len(main_matrix)])
+    assert len({(job.op, job.training, job.cell) for job in ranked}) == len(ranked)
