@@ -1,6 +1,5 @@
 """The dispatcher: overridable, never a path that the table says loses, a rule where nothing was measured."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,7 @@ from helpers import Case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qar_kernels import Segments, dispatch, fused_mlp, tabulate
+from qar_kernels import Segments, dispatch, fused_mlp
 from qar_kernels.dispatch import Shape, choose_path, default_path, measured_path
 
 CARD = "card"
@@ -98,38 +97,3 @@ def test_what_the_operation_asks_for(monkeypatch, training):
     names = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
     fused_mlp(*(leaves[n] for n in names), Segments.from_ids(case.ids), backend="triton")
     assert asked == [Shape(4, 4, case.H, case.I, case.R, "float32", training)]
-
-
-def result(fused, grouped, **row):
-    common = {"op": "fused_mlp", "pass": "fwd", "dtype": "bfloat16", "E": 256}
-    common |= {"T": 4096, "Q": 64, "R": 64, "H": 4096, "I": 14336} | row
-    rows = [
-        common | {"provider": name, "ms": {"p20": ms, "p50": ms, "p80": ms}}
-        for name, ms in (("triton_fused", fused), ("triton_grouped", grouped), ("loop", 9.0))
-        if ms is not None
-    ]
-    return {"machine": {"device": "cuda", "accelerator": CARD}, "versions": {}, "rows": rows}
-
-
-def test_results_become_the_table(tmp_path):
-    files = [result(2.0, 1.0), result(1.1, 1.0), result(0.9, 1.0, Q=8), result(1.0, None, Q=256)]
-    paths = []
-    for number, content in enumerate(files):
-        paths.append(tmp_path / f"{number}.json")
-        paths[-1].write_text(json.dumps(content))
-    out = tmp_path / "table.py"
-    assert tabulate.main([*map(str, paths), "--out", str(out)]) == 0
-    module = {}
-    exec(out.read_text(), module)
-    assert module["MEASUREMENTS"] == [cell(0.9, replace(SHAPE, segments=8)), cell(1.1)]
-    assert measured_path(module["MEASUREMENTS"], CARD, SHAPE) == "grouped"
-    assert sorted(tmp_path.glob("*.part")) == []
-
-
-@pytest.mark.parametrize("content", ["{", "{}", json.dumps(result(1.0, None))])
-def test_bad_results_are_refused_in_one_line(tmp_path, capsys, content):
-    path, out = tmp_path / "result.json", tmp_path / "table.py"
-    path.write_text(content)
-    assert tabulate.main([str(path), "--out", str(out)]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not out.exists()
