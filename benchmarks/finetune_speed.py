@@ -13,22 +13,19 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
 from benchmarks.finetune_ways import ABLATION, BASELINE, PAIR, Job, Training, Way, peak_bytes
+from benchmarks.machine import describe, versions
 from train.cli import run
 from train.config import TrainConfig
 from train.errors import UserError
@@ -139,16 +136,8 @@ def show(job: Job, found: dict[str, Measured], console: Console) -> None:
 
 def result(job: Job, found: dict[str, Measured]) -> dict:
     """The result file."""
-    machine = {
-        "name": f"{platform.machine()}-{os.cpu_count()}-cores",
-        "device": "cpu",
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "date": date.today().isoformat(),
-    }
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"machine": machine, "versions": versions, "rows": rows(job, found)}
+    machine = describe("cpu") | {"threads": torch.get_num_threads()}
+    return {"machine": machine, "versions": versions(), "rows": rows(job, found)}
 
 
 def config_of(arguments: argparse.Namespace) -> TrainConfig:

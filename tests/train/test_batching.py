@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from benchmarks import finetune_speed
+from benchmarks import finetune_speed, schema
 from benchmarks.finetune_ways import ABLATION, PAIR, Job, Training
 from qar_models.packing import PACKED_ATTENTION
 from train.base_model import load_base
@@ -181,6 +181,7 @@ def test_speed_command_writes_rows(config, tmp_path, capsys, monkeypatch):
         ]
     )
     found = json.loads(out.read_text())
+    assert not list(schema.problems(found))
     rows = {row["provider"]: row for row in found["rows"]}
     ours = rows["qar"]
     assert ours["ratio_to_base"] == ours["ms"]["p50"] / rows["straightforward"]["ms"]["p50"]
