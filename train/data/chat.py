@@ -24,14 +24,20 @@ FIXED = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 def render_chat(
-    turns: Sequence[Turn], responder: str, tokenizer: PreTrainedTokenizerBase, names_in_prompt: bool
+    turns: Sequence[Turn],
+    responder: str,
+    tokenizer: PreTrainedTokenizerBase,
+    names_in_prompt: bool,
+    context: str = "",
 ) -> Rendered:
     """``turns`` (the last is the reply) in the chat template; with names, "NAME: " stands before a query.
+
+    The system message says who answers; ``context`` follows there on a line of its own.
 
     Raises ``UserError`` where the template refuses the conversation, changes its text, does not close a reply
     with a special token, or lets tokens reach over the border of a reply.
     """
-    messages = _messages(turns, responder, names_in_prompt)
+    messages = _messages(turns, responder, names_in_prompt, context)
     text, spans = _locate_replies(messages, tokenizer)
     ids = _tokenize(text, tokenizer)
     mask = [0] * len(ids)
@@ -42,8 +48,9 @@ def render_chat(
     return Rendered(ids, mask, start)
 
 
-def _messages(turns: Sequence[Turn], responder: str, names_in_prompt: bool) -> list[Message]:
-    messages = [{"role": "system", "content": SYSTEM.format(responder=responder)}]
+def _messages(turns: Sequence[Turn], responder: str, names_in_prompt: bool, context: str) -> list[Message]:
+    system = "\n".join(filter(None, [SYSTEM.format(responder=responder), context.strip()]))
+    messages = [{"role": "system", "content": system}]
     for speaker, group in groupby(turns, key=lambda turn: turn.speaker):
         text = "\n".join(turn.text.strip() for turn in group)
         is_query = speaker != responder

@@ -1,10 +1,11 @@
 """Windows to token ids and labels, for training (``encode``) and generation (``encode_prompt``).
 
-Truncation drops the oldest turns, never the reply or its header. A leading turn of the responder is dropped
-as well: nothing comes before the querier.
+Truncation drops the oldest turns, then the end of the context, never the reply or its header. A leading turn
+of the responder is dropped as well: nothing comes before the querier.
 """
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +24,7 @@ IGNORE = -100
 MAX_TOKENS = 592
 Style = Literal["auto", "chat", "llama3", "qwen", "plain"]
 Supervise = Literal["all", "last"]
-Render = Callable[[Sequence[Turn]], Rendered]
+Render = Callable[[Sequence[Turn], str], Rendered]
 
 
 class TooLongError(UserError):
@@ -46,6 +47,8 @@ class Encoded:
     prompt_length: int
     id: str = ""
     dropped_turns: int = 0
+    dropped_context: int = 0
+    """Characters at the end of the context that did not fit."""
 
     @property
     def reply_labels(self) -> list[int]:
@@ -73,12 +76,11 @@ def encode(
         raise UserError(f"supervise is '{supervise}', expected 'all' or 'last'")
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, example.responder, names_in_prompt)
-    fitted = _fit(
-        example.turns, example.responder, render, _least_turns(style), lambda r: len(r.ids), max_tokens
-    )
+    room = _Room(example.responder, render, lambda rendered: len(rendered.ids), max_tokens)
+    fitted = room.fit(example.turns, example.context, _least_turns(style))
     if fitted is None:
         raise TooLongError(f"example '{example.id}': the reply does not fit into {max_tokens} tokens")
-    dropped, found = fitted
+    found = fitted.rendered
     first = found.prompt_length if supervise == "last" else 0
     return Encoded(
         found.ids,
@@ -88,14 +90,18 @@ def encode(
         example.cluster_id,
         found.prompt_length,
         example.id,
-        dropped,
+        fitted.dropped_turns,
+        fitted.dropped_context,
     )
 
 
 def encode_all(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> list[Encoded]:
-    """``encode`` with its ``options`` for every example; too long ones are left out, their number logged."""
+    """``encode`` with its ``options`` for every example; too long ones are left out.
+
+    The number left out and the number of contexts that were cut are logged.
+    """
     encoded, skipped = [], 0
     for example in examples:
         try:
@@ -104,6 +110,9 @@ def encode_all(
             skipped += 1
     if skipped:
         logger.warning("left out %d examples whose reply does not fit the token limit", skipped)
+    cut = sum(window.dropped_context > 0 for window in encoded)
+    if cut:
+        logger.warning("cut the context of %d of %d examples to fit the token limit", cut, len(encoded))
     return encoded
 
 
@@ -115,18 +124,24 @@ def encode_prompt(
     max_tokens: int = MAX_TOKENS,
     names_in_prompt: bool = True,
     style: Style = "auto",
+    context: str = "",
 ) -> list[int]:
-    """Token ids to generate from: ``turns``, the last of them the querier's, and the header of the reply."""
+    """Token ids to generate from: ``turns``, the last of them the querier's, and the header of the reply.
+
+    ``context`` comes before the turns; a warning is logged where its end had to be cut.
+    """
     if not turns or turns[-1].speaker == responder:
         raise UserError(f"a prompt must end with a turn of somebody who asks {responder}")
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, responder, names_in_prompt)
     with_reply = (*turns, Turn(responder, "."))
-    fitted = _fit(with_reply, responder, render, 2, lambda r: r.prompt_length, max_tokens)
+    room = _Room(responder, render, lambda rendered: rendered.prompt_length, max_tokens)
+    fitted = room.fit(with_reply, context, least=2)
     if fitted is None:
         raise TooLongError(f"the last query does not fit into {max_tokens} tokens")
-    _, found = fitted
-    return found.ids[: found.prompt_length]
+    if fitted.dropped_context:
+        logger.warning("cut the context to fit the token limit")
+    return fitted.rendered.ids[: fitted.rendered.prompt_length]
 
 
 def resolve_style(tokenizer: PreTrainedTokenizerBase, style: Style) -> str:
@@ -146,8 +161,8 @@ def _renderer(
     tokenizer: PreTrainedTokenizerBase, style: str, responder: str, names_in_prompt: bool
 ) -> Render:
     if style == "chat":
-        return lambda turns: render_chat(turns, responder, tokenizer, names_in_prompt)
-    return lambda turns: render_marked(turns, responder, tokenizer, style, names_in_prompt)
+        return lambda turns, context: render_chat(turns, responder, tokenizer, names_in_prompt, context)
+    return lambda turns, context: render_marked(turns, responder, tokenizer, style, names_in_prompt, context)
 
 
 def _least_turns(style: str) -> int:
@@ -155,25 +170,52 @@ def _least_turns(style: str) -> int:
     return 2 if style == "chat" else 1
 
 
-def _fit(
-    turns: Sequence[Turn],
-    responder: str,
-    render: Render,
-    least: int,
-    length: Callable[[Rendered], int],
-    max_tokens: int,
-) -> tuple[int, Rendered] | None:
-    """Where the longest end of ``turns`` starts that fits and does not lead with a reply, and its tokens.
+@dataclass(frozen=True)
+class _Fitted:
+    rendered: Rendered
+    dropped_turns: int
+    dropped_context: int = 0
 
-    It has at least ``least`` turns.
-    """
-    for start in range(len(turns) - least + 1):
-        if turns[start].speaker == responder and start < len(turns) - 1:
-            continue
-        rendered = render(turns[start:])
-        if length(rendered) <= max_tokens:
-            return start, rendered
-    return None
+
+@dataclass(frozen=True)
+class _Room:
+    """Windows of ``responder``, as ``render`` writes them, in at most ``max_tokens`` tokens by ``length``."""
+
+    responder: str
+    render: Render
+    length: Callable[[Rendered], int]
+    max_tokens: int
+
+    def fit(self, turns: Sequence[Turn], context: str, least: int) -> _Fitted | None:
+        """The longest end of ``turns`` that fits and does not lead with a reply, of at least ``least`` turns.
+
+        Older turns go before any of the context does; the query goes after all of it.
+        """
+        fitted = None
+        if context:
+            with_query = range(len(turns) - 1)
+            fitted = self._longest(turns, with_query, context) or self._cut_context(turns, context)
+        return fitted or self._longest(turns, range(len(turns) - least + 1), "", len(context))
+
+    def _longest(
+        self, turns: Sequence[Turn], starts: Iterable[int], context: str, dropped: int = 0
+    ) -> _Fitted | None:
+        for start in starts:
+            if turns[start].speaker == self.responder and start < len(turns) - 1:
+                continue
+            rendered = self.render(turns[start:], context)
+            if self.length(rendered) <= self.max_tokens:
+                return _Fitted(rendered, start, dropped)
+        return None
+
+    def _cut_context(self, turns: Sequence[Turn], context: str) -> _Fitted | None:
+        """As much of the start of ``context`` as fits beside the query and the reply."""
+
+        def beside(kept: int) -> _Fitted | None:
+            return self._longest(turns, [len(turns) - 2], context[:kept], len(context) - kept)
+
+        kept = bisect_left(range(1, len(context)), True, key=lambda length: beside(length) is None)
+        return beside(kept)
 
 
 def _labels(ids: list[int], mask: list[int], first: int) -> list[int]:

@@ -19,7 +19,11 @@ FIRST_PAIR_ID = 2
 
 @dataclass(frozen=True)
 class Example:
-    """One window: ``turns`` end with the reply of ``responder`` to ``querier``."""
+    """One window: ``turns`` end with the reply of ``responder`` to ``querier``.
+
+    ``context`` is text for the model alone, put before the turns (see ``train.baselines``); it is never
+    learnt, and the files do not hold it.
+    """
 
     id: str
     turns: tuple[Turn, ...]
@@ -27,6 +31,7 @@ class Example:
     querier: str
     querier_id: int
     cluster_id: int
+    context: str = ""
 
     @property
     def dialogue(self) -> str:

@@ -13,6 +13,8 @@ from train.data.transcript import Turn
 from train.errors import UserError
 
 ANONYMOUS = "user"
+NARRATOR = "system"
+"""Whose turn a context is in the marked styles."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,26 @@ def render_marked(
     tokenizer: PreTrainedTokenizerBase,
     style: str,
     names_in_prompt: bool,
+    context: str = "",
 ) -> Rendered:
-    """``turns`` (the last is the reply) in a marked ``style``; without names the querier is ``user``."""
+    """``turns`` (the last is the reply) in a marked ``style``; without names the querier is ``user``.
+
+    ``context`` leads as a turn of ``system``.
+    """
     if not has_marks(style, tokenizer):
         marks = [MARKS[style].start, MARKS[style].end or "an eos token"]
         raise UserError(
             f"style '{style}' needs {' and '.join(filter(None, marks))}, which the tokenizer lacks"
         )
+    blocks = [(NARRATOR, context.strip(), False)] if context.strip() else []
+    for turn in turns:
+        is_reply = turn.speaker == responder
+        blocks.append((turn.speaker if is_reply or names_in_prompt else ANONYMOUS, turn.text, is_reply))
     ids: list[int] = []
     mask: list[int] = []
     prompt_length = 0
-    for turn in turns:
-        is_reply = turn.speaker == responder
-        name = turn.speaker if is_reply or names_in_prompt else ANONYMOUS
-        header, body, newline = _pieces(name, turn.text, tokenizer, MARKS[style])
+    for name, text, is_reply in blocks:
+        header, body, newline = _pieces(name, text, tokenizer, MARKS[style])
         prompt_length = len(ids) + len(header)
         ids += header + body + newline
         mask += [0] * len(header) + [int(is_reply)] * len(body) + [0] * len(newline)

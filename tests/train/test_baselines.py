@@ -1,0 +1,107 @@
+"""What each baseline puts before the query."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from train.baselines import few_shot, load_profiles, querier_profile, role_profile
+from train.data.layout import Example, MQDialog
+from train.data.responders import merge
+from train.data.transcript import Turn
+from train.errors import UserError
+
+PROFILES = {"Bob": "Bob is a cook.", "Ann": "Ann is a sailor.", "Cy": "Cy is a clerk."}
+
+
+def window(name, query, reply="Well.", querier_id=0, responder="Bob"):
+    querier = ("Ann", "Cy")[querier_id]
+    return Example(name, (Turn(querier, query), Turn(responder, reply)), responder, querier, querier_id, 0)
+
+
+@pytest.fixture
+def data():
+    train = [
+        window("d1_part0", "Where is the red ship?"),
+        window("d1_part1", "Where is the red ship now?"),
+        window("d2_part0", "Who ate my soup?"),
+        window("d3_part0", "Is the ship here?", querier_id=1),
+        window("d4_part0", "Good morning to you.", querier_id=1),
+    ]
+    return MQDialog("Bob", ["Ann", "Cy"], 1, train, [window("d9_part0", "Has the red ship sailed?")])
+
+
+def test_profiles_say_who_answers_and_who_asks(data):
+    assert role_profile(data, PROFILES).dev[0].context == "Bob is a cook."
+    asked = querier_profile(data, PROFILES)
+    assert asked.dev[0].context == "You are talking with Ann. Ann is a sailor."
+    assert asked.train[-1].context == "You are talking with Cy. Cy is a clerk."
+
+
+def test_contexts_chain_and_change_nothing_else(data):
+    both = querier_profile(role_profile(data, PROFILES), PROFILES).dev[0]
+    assert both.context == "Bob is a cook.\nYou are talking with Ann. Ann is a sailor."
+    assert dataclasses.replace(both, context="") == data.dev[0]
+
+
+def test_missing_profiles_are_all_named_or_fall_back_to_the_name(data):
+    with pytest.raises(UserError, match="no profile of: Ann, Cy"):
+        querier_profile(data, {"Bob": "A cook."})
+    with pytest.raises(UserError, match="no profile of: Bob"):
+        role_profile(data, {})
+    with pytest.raises(UserError, match="'ignore'"):
+        role_profile(data, {}, missing="ignore")
+    assert querier_profile(data, {}, missing="name").dev[0].context == "You are talking with Ann."
+    assert role_profile(data, {}, missing="name").dev[0].context == ""
+
+
+def test_shots_are_the_most_similar_queries_of_other_dialogues(data):
+    shown = few_shot(data, k=2).dev[0].context
+    assert shown.index("Ann: Where is the red ship?\nBob: Well.") < shown.index("Cy: Is the ship here?")
+    assert "now" not in shown and "soup" not in shown  # one window of a dialogue, and two dialogues
+
+
+def test_a_window_is_never_shown_its_own_dialogue(data):
+    own = few_shot(data, k=5).train[0].context
+    assert "red ship" not in own  # neither this window nor the other one of d1
+    assert own.count("Bob: Well.") == 3  # all there are
+
+
+def test_shots_come_from_the_training_part_of_the_same_responder(data):
+    other = [window("d1_part0", "Has the red ship sailed?", "Aye, aye.", responder="Dee")]
+    both = merge(
+        [data, MQDialog("Dee", ["Ann", "Cy"], 1, other, [window("d8_part0", "Ship?", responder="Dee")])]
+    )
+    shown = few_shot(both, k=5)
+    assert "Aye" not in shown.dev[0].context and "sailed" not in shown.dev[0].context
+    assert shown.dev[1].context.count("Dee:") == 1
+    assert querier_profile(both, PROFILES).dev[0].context.startswith("You are talking with Ann.")
+
+
+def test_shots_of_text_without_spaces(data):
+    chinese = [window("d1_part0", "今天天气好吗"), window("d2_part0", "你吃饭了吗")]
+    asked = dataclasses.replace(data, train=chinese, dev=[window("d9_part0", "昨天天气怎样")])
+    assert "天气好吗" in few_shot(asked, k=1).dev[0].context
+
+
+def test_shots_by_ones_own_vectors(data):
+    def only_soup(texts):
+        return np.array([[1.0 if "soup" in text or "sailed" in text else 0.0] for text in texts])
+
+    assert "soup" in few_shot(data, k=1, embed=only_soup).dev[0].context
+
+
+def test_no_shots_at_all_are_refused(data):
+    with pytest.raises(UserError, match="at least 1"):
+        few_shot(data, k=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n", "got list"), ("Bob: [1]\n", "profile of 'Bob'"), ("Bob: ''\n", "'Bob'"), ("a: b: c", "YAML")],
+)
+def test_profile_files_are_checked(tmp_path, text, message):
+    path = tmp_path / "profiles.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_profiles(path)

@@ -1,0 +1,164 @@
+"""The paper's prompt baselines: contexts that say who answers, who asks, or how others were answered.
+
+Each function takes dialogues and gives the same dialogues with more ``context``, so they chain, and what
+comes of them is prompted or trained like any other data:
+
+    few_shot(role_profile(data, load_profiles(path)))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from scipy.sparse import issparse
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from train.data.layout import Example, MQDialog
+from train.errors import UserError
+from train.files import read_text
+
+Missing = Literal["error", "name"]
+Embed = Callable[[Sequence[str]], Any]
+"""N texts to vectors, an array or sparse matrix ``(N, D)``; similar texts have a large inner product."""
+
+ROLE = "{profile}"
+QUERIER = "You are talking with {name}. {profile}"
+SHOTS = "This is how {responder} talks in other conversations:"
+
+
+def load_profiles(path: Path) -> dict[str, str]:
+    """A YAML file of ``name: description``; ``UserError`` naming the file for anything else."""
+    try:
+        profiles = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(profiles, dict):
+        raise UserError(f"{path}: got {type(profiles).__name__}, expected a mapping of names to descriptions")
+    for name, profile in profiles.items():
+        if not isinstance(name, str) or not isinstance(profile, str) or not profile.strip():
+            raise UserError(f"{path}: profile of '{name}': got {profile!r}, expected a description")
+    return {name: " ".join(profile.split()) for name, profile in profiles.items()}
+
+
+def role_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missing = "error") -> MQDialog:
+    """RPG: the written profile of the responder before the query.
+
+    A responder without a profile is a ``UserError`` that lists all such names; with ``missing="name"`` they
+    are described by their name alone, which the prompt holds anyway.
+    """
+    known = _known(profiles, (example.responder for example in _examples(data)), missing)
+    return _with_contexts(data, lambda example: ROLE.format(profile=known[example.responder]))
+
+
+def querier_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missing = "error") -> MQDialog:
+    """QCG: who asks, by name and written characteristics, before the query.
+
+    A querier without a profile is a ``UserError`` that lists all such names; with ``missing="name"`` only
+    their name is given.
+    """
+    known = _known(profiles, map(asker, _examples(data)), missing)
+
+    def describe(example: Example) -> str:
+        name = asker(example)
+        return QUERIER.format(name=name, profile=known[name])
+
+    return _with_contexts(data, describe)
+
+
+def few_shot(data: MQDialog, k: int = 5, embed: Embed | None = None) -> MQDialog:
+    """Few-shot: ``k`` training windows of the same responder, each of another dialogue, before the query.
+
+    They are those whose query is most similar to the window's, the most similar first, so that a prompt that
+    is too long loses the least similar. The window's own dialogue is never among them. Where a responder has
+    fewer other training dialogues, all of them are given.
+
+    Args:
+        embed: see ``Embed``; by default TF-IDF of words (of characters where the text has no spaces),
+            fitted on the training queries.
+    """
+    if k < 1:
+        raise UserError(f"few-shot: got {k} examples, expected at least 1")
+    responders = {example.responder for example in _examples(data)}
+    shots = {name: _Shots([e for e in data.train if e.responder == name], embed) for name in responders}
+    return _with_contexts(data, lambda example: shots[example.responder].context(example, k))
+
+
+def asker(example: Example) -> str:
+    """Who speaks to the responder; where several responders share a data set, ``querier`` names the pair."""
+    return next(turn.speaker for turn in reversed(example.turns) if turn.speaker != example.responder)
+
+
+class _Shots:
+    """The training windows of one responder, to be found by their queries."""
+
+    def __init__(self, windows: Sequence[Example], embed: Embed | None) -> None:
+        self.windows = windows
+        queries = [window.query for window in windows]
+        self.embed = embed or tfidf(queries)
+        self.vectors = self.embed(queries) if windows else None
+
+    def context(self, example: Example, k: int) -> str:
+        chosen = self._nearest(example, k)
+        if not chosen:
+            return ""
+        lines = ["\n".join(f"{turn.speaker}: {turn.text}" for turn in window.turns) for window in chosen]
+        return "\n\n".join([SHOTS.format(responder=example.responder), *lines])
+
+    def _nearest(self, example: Example, k: int) -> list[Example]:
+        if self.vectors is None:
+            return []
+        similarity = _dense(self.vectors @ self.embed([example.query]).T)[:, 0]
+        chosen: dict[tuple[int, str], Example] = {}
+        for index in np.argsort(-similarity, kind="stable"):
+            window = self.windows[index]
+            if _dialogue(window) != _dialogue(example):
+                chosen.setdefault(_dialogue(window), window)
+            if len(chosen) == k:
+                break
+        return list(chosen.values())
+
+
+def tfidf(texts: Sequence[str]) -> Embed:
+    """TF-IDF vectors of unit length, fitted on ``texts``."""
+    spaced = sum(bool(re.search(r"\w\s+\w", text)) for text in texts) * 2 >= len(texts)
+    words = {"token_pattern": r"(?u)\b\w+\b"} if spaced else {"analyzer": "char", "ngram_range": (1, 2)}
+    never_empty = [*texts, "a"]
+    return TfidfVectorizer(sublinear_tf=True, **words).fit(never_empty).transform
+
+
+def _dense(matrix: Any) -> np.ndarray:
+    return matrix.toarray() if issparse(matrix) else np.asarray(matrix)
+
+
+def _dialogue(example: Example) -> tuple[int, str]:
+    return example.querier_id, example.dialogue
+
+
+def _examples(data: MQDialog) -> list[Example]:
+    return [*data.train, *data.dev]
+
+
+def _known(profiles: Mapping[str, str], names: Iterable[str], missing: Missing) -> dict[str, str]:
+    if missing not in ("error", "name"):
+        raise UserError(f"missing: got {missing!r}, expected 'error' or 'name'")
+    needed = sorted(set(names))
+    absent = [name for name in needed if name not in profiles]
+    if absent and missing == "error":
+        raise UserError(f"no profile of: {', '.join(absent)}; describe them, or pass missing='name'")
+    return {name: profiles.get(name, "") for name in needed}
+
+
+def _with_contexts(data: MQDialog, describe: Callable[[Example], str]) -> MQDialog:
+    def extend(example: Example) -> Example:
+        parts = [example.context, describe(example).strip()]
+        return dataclasses.replace(example, context="\n".join(filter(None, parts)))
+
+    return dataclasses.replace(
+        data, train=[extend(example) for example in data.train], dev=[extend(example) for example in data.dev]
+    )
