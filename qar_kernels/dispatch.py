@@ -1,12 +1,14 @@
 """Which of the two Triton paths runs ``fused_mlp``: one fused operation, or a vendor-library base MLP
 with grouped expert kernels added to it.
 
-T rows, Q segments. What was measured decides; where nothing was measured, a rule does.
+T rows, Q segments, H hidden, I intermediate, R expert rank. What was measured decides; where nothing was
+measured, a rule does.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -19,10 +21,32 @@ OVERRIDE = "QAR_KERNELS_PATH"
 # +0.45 % at R 64, I 14336. Beyond 16 per tile (+7 %) the grouped path does less work.
 _MAX_SEGMENTS_PER_TILE = 16
 _ROW_TILE = 128
+# A measured cell speaks for sizes up to this factor away.
+_REACH = 2
 
 
-def choose_path(device: torch.device, hidden: int, intermediate: int, rows: int, segments: int) -> str:
-    """``"fused"`` or ``"grouped"`` for a call of T ``rows`` with at most Q ``segments``.
+@dataclass(frozen=True)
+class Shape:
+    """What the choice depends on besides the device.
+
+    Attributes:
+        rows, segments: T, and Q or an upper bound on it (the host does not know which ids came).
+        hidden, intermediate, rank: H, I, R.
+        dtype: such as ``"bfloat16"``.
+        training: whether a backward pass follows.
+    """
+
+    rows: int
+    segments: int
+    hidden: int
+    intermediate: int
+    rank: int
+    dtype: str
+    training: bool
+
+
+def choose_path(device: torch.device, shape: Shape) -> str:
+    """``"fused"`` or ``"grouped"``.
 
     ``QAR_KERNELS_PATH=fused|grouped`` in the environment overrides it.
 
@@ -34,9 +58,7 @@ def choose_path(device: torch.device, hidden: int, intermediate: int, rows: int,
         if forced not in PATHS:
             raise ValueError(f"{OVERRIDE}: got {forced!r}, expected one of {', '.join(PATHS)}")
         return forced
-    name = _device_name(device)
-    measured = measured_path(MEASUREMENTS, name, hidden, intermediate, rows, segments)
-    return measured or default_path(rows, segments)
+    return measured_path(MEASUREMENTS, _device_name(device), shape) or default_path(shape)
 
 
 @torch.compiler.assume_constant_result
@@ -44,26 +66,32 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def default_path(rows: int, segments: int) -> str:
+def default_path(shape: Shape) -> str:
     """The rule where nothing was measured: fused while a row tile meets few segments."""
-    tiles = max(1, -(-rows // _ROW_TILE))
-    return "fused" if segments <= _MAX_SEGMENTS_PER_TILE * tiles else "grouped"
+    tiles = max(1, -(-shape.rows // _ROW_TILE))
+    return "fused" if shape.segments <= _MAX_SEGMENTS_PER_TILE * tiles else "grouped"
 
 
-def measured_path(
-    table: list[dict], device: str, hidden: int, intermediate: int, rows: int, segments: int
-) -> str | None:
-    """The faster path in the nearest measured cell of that device and shape, None if there is none.
+def measured_path(table: list[dict], device: str, shape: Shape) -> str | None:
+    """The faster path in the nearest measured cell, None if there is none near.
 
-    A cell is near when T and Q are within a factor of two; the nearest has the least product of factors.
+    A cell counts when device, H, I, dtype and pass are the same and T, Q and R are each within a factor of
+    two; the nearest has the least product of factors. Of equally near ones the one that favours the
+    fused path least decides: the vendor library's base is the safe choice.
     """
     near = []
     for cell in table:
-        if (cell["device"], cell["H"], cell["I"]) != (device, hidden, intermediate):
+        if not _same_kind(cell, device, shape):
             continue
-        factors = [max(a, b) / min(a, b) for a, b in ((cell["T"], rows), (cell["Q"], max(segments, 1)))]
-        if max(factors) <= 2:
-            near.append((factors[0] * factors[1], cell["fused_over_grouped"]))
+        sizes = (cell["T"], shape.rows), (cell["Q"], shape.segments), (cell["R"], shape.rank)
+        factors = [max(pair) / max(1, min(pair)) for pair in sizes]
+        if max(factors) <= _REACH:
+            near.append((factors[0] * factors[1] * factors[2], -cell["fused_over_grouped"]))
     if not near:
         return None
-    return "fused" if min(near)[1] <= 1 else "grouped"
+    return "fused" if -min(near)[1] <= 1 else "grouped"
+
+
+def _same_kind(cell: dict, device: str, shape: Shape) -> bool:
+    kind = (device, shape.hidden, shape.intermediate, shape.dtype, "fwd+bwd" if shape.training else "fwd")
+    return (cell["device"], cell["H"], cell["I"], cell["dtype"], cell["pass"]) == kind

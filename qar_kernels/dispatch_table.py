@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-# Cells {"device", "H", "I", "T", "Q", "fused_over_grouped"}; the last is a ratio of times, under 1 the
-# fused path wins. The device is torch.cuda.get_device_name's.
+# Cells {"device", "H", "I", "T", "Q", "R", "dtype", "pass", "fused_over_grouped"}, named as in a result file
+# of the benchmarks ("pass" is "fwd" or "fwd+bwd"); the last is a ratio of median times, under 1 the fused
+# path wins. The device is torch.cuda.get_device_name's.
 MEASUREMENTS: list[dict] = []

@@ -1,181 +1,173 @@
-"""Compile every shipped launch configuration ahead of time, without a GPU, and read the machine code.
+"""Compile launch configurations ahead of time, without a GPU, and read the machine code.
 
-``python -m qar_kernels.inspect --arch sm_90 [--json]`` prints registers, shared memory, matrix
-instructions, bulk-copy loads and spills of every kernel; ``--roofline`` prints floor times instead.
-T rows, H hidden, I intermediate, R expert rank, E experts, Q segments.
+``python -m qar_kernels.inspect --arch sm_90 [--all] [--json]`` prints registers, shared memory, matrix
+instructions, bulk-copy loads and spills of every kernel, and fails where one spills, does not fit or
+misses the matrix unit; ``--roofline`` prints floor times instead.
+H hidden, I intermediate, R expert rank.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
+import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
-
-import torch
-import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from itertools import chain
+from multiprocessing import get_context
 
 from qar_kernels import roofline
-from qar_kernels.segments import Segments
-from qar_kernels.triton import launch
-from qar_kernels.triton.configs import CONFIGS
-from qar_kernels.triton.launch import Call, Hidden, Weights
-from qar_kernels.triton.runner import Recorded, recording
-
-ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
-# Largest shared memory of one block: CUDA C++ Programming Guide, "Compute Capabilities".
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-# In exact fp32 the compiler trades a few loop-invariant registers for occupancy (at 80 registers, far from
-# the limit); those loops are bound by fp32 arithmetic. Everywhere else: none.
-ALLOWED_SPILLS = {"fp32": 8}
-SHAPES = {"Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
-_TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
-    torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
+from qar_kernels.triton import shipped
+from qar_kernels.triton.machine_code import (
+    ARCHITECTURES,
+    SHARED_LIMIT,
+    MachineCode,
+    compile_launch,
+    read,
+    specialisation,
+)
+from qar_kernels.triton.runner import Recorded
+from qar_kernels.triton.shipped import Case
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel; ``hgmma`` lists its warpgroup matrix shapes, ``mma`` counts the older ones."""
+    """One compiled kernel and the first case that needs it."""
 
+    arch: str
     kernel: str
-    shape: str
-    config: str
-    tower: str
-    registers: int
-    shared_bytes: int
-    hgmma: list[str]
-    mma: int
-    tma_loads: int
-    spills: int
+    case: Case
+    code: MachineCode
+
+    def faults(self) -> list[str]:
+        """What must not be: empty for a kernel in order."""
+        found = []
+        if self.code.spills:
+            found.append(f"{self.code.spills} spills")
+        if self.code.shared_bytes > SHARED_LIMIT[self.arch]:
+            found.append(f"shared memory over {SHARED_LIMIT[self.arch]}")
+        if self.kernel == "reduce_kernel" or self.case.config == "fp32":  # no matrix products; exact ones
+            return found
+        if not self.code.mma:
+            found.append("no matrix instructions")
+        # Rows of a segment are gathered, so no descriptor serves them.
+        dense = self.case.tower != "expert" and self.kernel != "expert_weight_grad_kernel"
+        if dense and self.case.config.startswith("sm90") and not self.code.tma_loads:
+            found.append("no bulk copies")
+        return found
+
+    def as_dict(self) -> dict[str, object]:
+        """Flat, for JSON."""
+        return {"arch": self.arch, "kernel": self.kernel, **asdict(self.case), **asdict(self.code)}
 
 
-def table(arch: str, shapes: dict[str, tuple[int, int]], tower: str = "fused", rank: int = 64) -> list[Row]:
-    """Compile the configurations of ``arch`` at the given ``{name: (H, I)}`` and describe each kernel."""
+def table(arch: str, cases: Iterable[Case], complete: bool, jobs: int) -> Iterator[Row]:
+    """Compile every distinct kernel of the cases in ``jobs`` processes; rows come as they are ready.
+
+    Args:
+        arch: one of ``ARCHITECTURES``.
+        cases: configurations at models' shapes.
+        complete: every launch of a case, not only those of a training step with the base frozen.
+        jobs: processes; each starts its own interpreter, 1 means this one.
+    """
+    work = list(_distinct(cases, complete))
+    if jobs == 1:
+        yield from chain.from_iterable(_compile(arch, *item, complete) for item in work)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_compile, arch, *item, complete) for item in work]
+        for future in futures:
+            yield from future.result()
+
+
+def _launches(case: Case, complete: bool) -> list[Recorded]:
+    return shipped.every_launch(case) if complete else shipped.training_step(case)
+
+
+def _distinct(cases: Iterable[Case], complete: bool) -> Iterator[tuple[Case, list[int]]]:
+    """Each case with the positions of those of its launches that no earlier case has."""
+    seen = set()
+    for case in cases:
+        new = []
+        for position, recorded in enumerate(_launches(case, complete)):
+            key = specialisation(recorded)
+            if key not in seen:
+                seen.add(key)
+                new.append(position)
+        if new:
+            yield case, new
+
+
+def _compile(arch: str, case: Case, wanted: list[int], complete: bool) -> list[Row]:
+    """Recorded launches do not travel between processes, so they are recorded again here."""
+    launches = _launches(case, complete)
     rows = []
-    for config in CONFIGS:
-        if config.startswith(arch.replace("_", "")) or config == "fp32":
-            for shape, (hidden, inter) in shapes.items():
-                for recorded in launches(config, hidden, inter, rank, tower):
-                    rows.append(_describe(recorded, arch, shape, config, tower))
+    for recorded in (launches[position] for position in wanted):
+        rows.append(Row(arch, recorded.kernel.__name__, case, read(compile_launch(recorded, arch))))
     return rows
 
 
-def launches(config: str, hidden: int, inter: int, rank: int, tower: str) -> list[Recorded]:
-    """Every launch of a training step (base frozen), on tensors without storage."""
-    rows, experts = 64 if config.endswith("decode") else 512, 4
-    segments = Segments.from_ids([0, 1, 2, 3] * (rows // 4))
-    blocks = CONFIGS[config]
-    plan = segments.tile_plan(blocks.block_rows, blocks.block_expert)
-
-    dtype = torch.float32 if config == "fp32" else torch.bfloat16
-
-    def empty(*size: int) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    base = Weights(empty(inter, hidden), empty(inter, hidden), empty(hidden, inter))
-    expert = Weights(empty(experts, rank, hidden), empty(experts, rank, hidden), empty(experts, hidden, rank))
-    call = Call(tower, base, expert, segments.perm, plan, 1.0, blocks)
-    x = empty(rows, hidden)
-    with recording() as recorded:
-        saved, saved_expert = launch.gate_up(call, x, x, save=True)
-        launch.down(call, saved.h, saved_expert.h, x, None)
-        grads = launch.d_hidden(call, x, x, Hidden(*saved), Hidden(*saved_expert), keep_h=False)
-        launch.d_input(call, *grads, x)
-        launch.expert_weight_grads(call, x, x, grads[1])
-    return recorded
+_FORM = "{:26} {:11} {:12} {:6} {:4} {:>4} {:>4} {:>7} {:24} {:>4} {:>6}  {}"
 
 
-def compile_launch(recorded: Recorded, arch: str) -> triton.compiler.CompiledKernel:
-    """The kernel as the just-in-time compiler would build it for these arguments."""
-    kernel, meta = recorded.kernel, dict(recorded.meta)
-    options = {name: meta.pop(name) for name in ("num_warps", "num_stages")}
-    names = kernel.arg_names[: len(recorded.args)]
-    signature = dict(zip(names, map(_type_of, recorded.args), strict=True))
-    signature |= dict.fromkeys(meta, "constexpr")
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, arg in enumerate(recorded.args) if isinstance(arg, Tensor)
-    }
-    source = ASTSource(kernel, signature, constexprs=meta, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[arch], 32), options=options)
+def _line(row: Row) -> str:
+    case, code = row.case, row.code
+    return _FORM.format(
+        row.kernel, case.shape, case.config, case.tower, case.dtype, case.rank, code.registers,
+        code.shared_bytes, " ".join(code.mma) or "-", code.tma_loads, code.spills,
+        "; ".join(row.faults()),
+    ).rstrip()  # fmt: skip
 
 
-def _type_of(arg: object) -> str:
-    if isinstance(arg, TensorDescriptor):
-        return f"tensordesc<{_TYPES[arg.base.dtype]}{list(arg.block_shape)}>"
-    if isinstance(arg, Tensor):
-        return "*" + _TYPES[arg.dtype]
-    return "fp32" if isinstance(arg, float) else "i32"
+def _selected(args: argparse.Namespace) -> tuple[list[Case], bool]:
+    """The matrix where all of it or a part is asked for, else the representative cases; whether complete."""
+    wanted = {name: getattr(args, name) for name in ("config", "shape", "rank", "dtype", "tower")}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    complete = args.all or bool(wanted)
+    cases = shipped.matrix(args.arch) if complete else shipped.representative(args.arch)
+    kept = [case for case in cases if all(getattr(case, name) == value for name, value in wanted.items())]
+    return kept, complete
 
 
-def _describe(recorded: Recorded, arch: str, shape: str, config: str, tower: str) -> Row:
-    compiled = compile_launch(recorded, arch)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        sass = _cuobjdump("-sass", cubin.name)
-        usage = _cuobjdump("-res-usage", cubin.name)
-    return Row(
-        kernel=recorded.kernel.__name__,
-        shape=shape,
-        config=config,
-        tower=tower,
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
-        shared_bytes=compiled.metadata.shared,
-        hgmma=sorted(set(re.findall(r"HGMMA\.(\d+x\d+x\d+)", sass))),
-        mma=len(re.findall(r"\bHMMA\.", sass)),
-        tma_loads=len(re.findall(r"\bUTMALDG\b", sass)),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-    )
-
-
-def _cuobjdump(option: str, cubin: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, option, cubin], check=True, capture_output=True, text=True).stdout
-
-
-def _lines(rows: list[Row]) -> Iterator[str]:
-    form = "{:26} {:11} {:12} {:6} {:>4} {:>7} {:24} {:>5} {:>4} {:>6}"
-    yield form.format(
-        "kernel", "shape", "config", "tower", "regs", "shared", "HGMMA", "HMMA", "TMA", "spills"
-    )
-    for r in rows:
-        yield form.format(
-            r.kernel, r.shape, r.config, r.tower, r.registers, r.shared_bytes,
-            " ".join(r.hgmma) or "-", r.mma, r.tma_loads, r.spills,
-        )  # fmt: skip
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qar_kernels.inspect", description=__doc__)
+    parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="sm_90")
+    parser.add_argument("--all", action="store_true", help="every shipped configuration, shape, rank, dtype")
+    parser.add_argument("--config", help="of these only one configuration, such as sm90_decode")
+    parser.add_argument("--shape", choices=sorted(shipped.SHAPES))
+    parser.add_argument("--rank", type=int, choices=shipped.RANKS)
+    parser.add_argument("--dtype", choices=sorted(shipped.DTYPES))
+    parser.add_argument("--tower", choices=shipped.TOWERS)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument("--roofline", action="store_true", help="floor times instead of compiling")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: returns 0, or 1 if a kernel spills or needs more shared memory than there is."""
-    parser = argparse.ArgumentParser(prog="python -m qar_kernels.inspect", description=__doc__)
-    parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="sm_90")
-    parser.add_argument("--tower", choices=("fused", "dual", "expert"), default="fused")
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    parser.add_argument("--roofline", action="store_true", help="floor times instead of compiling")
+    """Command line: returns 0, or 1 if a kernel has a fault."""
+    parser = _parser()
     args = parser.parse_args(argv)
     if args.roofline:
-        sys.stdout.write(roofline.report(SHAPES, args.rank, args.json) + "\n")
+        sys.stdout.write(roofline.report(shipped.SHAPES, args.rank or 64, args.json) + "\n")
         return 0
-    rows = table(args.arch, SHAPES, args.tower, args.rank)
-    text = json.dumps([asdict(row) for row in rows], indent=1) if args.json else "\n".join(_lines(rows))
-    sys.stdout.write(text + "\n")
-    return int(not all(_fits(row, args.arch) for row in rows))
-
-
-def _fits(row: Row, arch: str) -> bool:
-    return row.spills <= ALLOWED_SPILLS.get(row.config, 0) and row.shared_bytes <= SHARED_LIMIT[arch]
+    cases, complete = _selected(args)
+    if not cases:
+        parser.error("no shipped configuration is all of that")
+    rows = []
+    if not args.json:
+        head = ("kernel", "shape", "config", "tower", "type", "R", "regs", "shared", "matrix")
+        sys.stdout.write(_FORM.format(*head, "TMA", "spills", "fault").rstrip() + "\n")
+    for row in table(args.arch, cases, complete, args.jobs):
+        rows.append(row)
+        if not args.json:
+            sys.stdout.write(_line(row) + "\n")
+            sys.stdout.flush()
+    if args.json:
+        sys.stdout.write(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
+    return int(any(row.faults() for row in rows))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def fused_mlp(
         seg: the expert of each of the T rows.
         expert_scale: weight of the experts' output.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. ``"auto"`` is ``"triton"`` on
-            CUDA where Triton is installed, else ``"torch"``.
+            CUDA where Triton is installed (but for float64), else ``"torch"``.
         recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass ("triton" only).
 
     Returns:
@@ -156,12 +156,26 @@ def _triton_fused(
 ) -> Tensor:
     from qar_kernels.triton import backend as triton_backend
 
-    intermediate, hidden = base[0].shape
-    segments = min(seg.experts.shape[0], experts[0].shape[0])
-    if dispatch.choose_path(rows.device, hidden, intermediate, rows.shape[0], segments) == "fused":
+    if dispatch.choose_path(rows.device, _dispatch_shape(rows, base, experts, seg)) == "fused":
         return triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute)
     base_y = torch_backend.swiglu_mlp(rows, *base)
     return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y)
+
+
+def _dispatch_shape(
+    rows: Tensor, base: tuple[Tensor, ...], experts: tuple[Tensor, ...], seg: Segments
+) -> dispatch.Shape:
+    intermediate, hidden = base[0].shape
+    num_experts, rank, _ = experts[0].shape
+    return dispatch.Shape(
+        rows=rows.shape[0],
+        segments=min(seg.experts.shape[0], num_experts),
+        hidden=hidden,
+        intermediate=intermediate,
+        rank=rank,
+        dtype=str(rows.dtype).removeprefix("torch."),
+        training=torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *base, *experts)),
+    )
 
 
 def _resolve(backend: str, *rows: Tensor) -> str:
@@ -171,7 +185,8 @@ def _resolve(backend: str, *rows: Tensor) -> str:
     if backend == "triton":
         _check_triton()
     elif backend == "auto":
-        backend = "triton" if rows[0].device.type == "cuda" and _HAS_TRITON else "torch"
+        kernels = rows[0].device.type == "cuda" and rows[0].dtype != torch.float64 and _HAS_TRITON
+        backend = "triton" if kernels else "torch"
     if backend == "triton" and any(r.shape[0] == 0 for r in rows):
         return "torch"
     return backend

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,6 +49,19 @@ class Segments:
     def device(self) -> torch.device:
         """Device that every tensor lives on."""
         return self.row_expert.device
+
+    @cached_property
+    def present(self) -> tuple[Tensor, Segments]:
+        """The experts that have rows, ``(n,)`` int64 ascending, and the same segments with these as 0 .. n-1.
+
+        For callers who pass the kernels the present experts' weights alone. Made once per batch; on an
+        accelerator reading ``n`` waits for the device.
+        """
+        ids = self.experts[self.experts >= 0]
+        position = torch.arange(self.experts.shape[0], device=self.device)
+        row_expert = torch.where(self.row_expert >= 0, torch.searchsorted(ids, self.row_expert), -1)
+        experts = torch.where(self.experts >= 0, position, -1)
+        return ids, Segments(row_expert, self.perm, self.offsets, experts, ids.shape[0] - 1)
 
     def tile_plan(self, block_rows: int, block_expert: int) -> TilePlan:
         """The tiles of the sorted rows, computed once per pair of block sizes and shared by all layers.

@@ -13,6 +13,8 @@ from qar_models.families import (
     QARQwen3Config,
     QARQwen3ForCausalLM,
 )
+from qar_models.optim import RowSparseAdamW
+from qar_models.row_sparse import average_row_gradients, clip_grad_norm_, sparse_parameters
 from qar_models.upstream import load_upstream
 
 for _family in FAMILIES:
@@ -27,7 +29,11 @@ __all__ = [
     "QARQwen2ForCausalLM",
     "QARQwen3Config",
     "QARQwen3ForCausalLM",
+    "RowSparseAdamW",
     "apply_qar",
+    "average_row_gradients",
+    "clip_grad_norm_",
     "load_upstream",
     "remove_qar",
+    "sparse_parameters",
 ]

@@ -22,7 +22,9 @@ from qar_models.experts import Experts
 from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
 from qar_models.modeling import QARModelOutput
+from qar_models.packing import ids_of_windows
 from qar_models.queriers import check_prompt_ids
+from qar_models.row_sparse import sparse_parameters
 
 IGNORE_INDEX = -100
 # what answers depend on; the contrastive loss may start afresh, or be left out to serve a model
@@ -96,6 +98,12 @@ class QARForCausalLMMixin(MembershipMixin):
         check_prompt_ids(kwargs.get("querier_ids"), self.qar, batch_size)
         return super().generate(inputs, *args, **kwargs)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel, which reduces dense gradients, must leave to average_row_gradients."""
+        names = sparse_parameters(self)
+        return [*names, *(f"base_model.model.{name}" for name in names)]  # the latter inside a PEFT model
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Experts | QuerierContrast):
             module.reset_parameters(self.config.initializer_range)
@@ -118,6 +126,7 @@ class QARForCausalLMMixin(MembershipMixin):
         cluster_ids: Tensor | None = None,
         skip_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> QARCausalLMOutput:
         """As the base class, and:
@@ -126,6 +135,10 @@ class QARForCausalLMMixin(MembershipMixin):
             querier_ids: ``(B,)``, or ``(B, S)`` for packed rows; -1 for an unknown querier.
             response_mask: ``(B, S)``, 1 on the responder's tokens (contrastive loss).
             cluster_ids: ``(B,)``, the query cluster of each sequence (contrastive loss).
+            cu_seq_lens_q: ``(N + 1,)`` bounds of N windows packed into one row (B = 1): windows do not see
+                each other, and the ids are ``(N,)`` (or ``querier_ids`` ``(1, S)``). Fast on a CPU with
+                ``model.set_attn_implementation("packed_sdpa")``, on CUDA with flash attention (which also
+                wants ``max_length_q`` and ``max_length_k``).
             skip_logits: compute logits at the labelled positions only and return ``logits=None``; a
                 quarter of the time where the vocabulary is large and few tokens are labelled.
             num_items_in_batch: labelled tokens of the whole optimizer step; the losses are then that
@@ -139,6 +152,7 @@ class QARForCausalLMMixin(MembershipMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             querier_ids=querier_ids,
+            cu_seq_lens_q=cu_seq_lens_q,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -148,9 +162,18 @@ class QARForCausalLMMixin(MembershipMixin):
             logits = self.lm_head(hidden_states[:, kept])
         if labels is not None:
             _check_labels(labels, hidden_states)
-            loss = lm_loss = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)
+            if cu_seq_lens_q is not None:  # nothing before a window predicts its first token
+                labels = labels.index_fill(1, cu_seq_lens_q[:-1].long(), IGNORE_INDEX)
+            lm_loss = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)
+            loss = lm_loss.clone()  # transformers' Trainer scales the loss in place
         if labels is not None and self.contrast is not None:
-            contrastive_loss = self.contrast(outputs.querier_states, response_mask, querier_ids, cluster_ids)
+            contrastive_loss = self.contrast(
+                outputs.querier_states,
+                response_mask,
+                ids_of_windows(querier_ids, cu_seq_lens_q),
+                cluster_ids,
+                cu_seq_lens_q,
+            )
             share = _share_of_step(labels, num_items_in_batch)
             loss = lm_loss + self.qar.contrastive_weight * share * contrastive_loss
         return QARCausalLMOutput(

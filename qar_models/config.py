@@ -10,6 +10,7 @@ Tower = Literal["residual", "replace"]
 ExpertKind = Literal["per_querier", "shared", "shared+per_querier"]
 UnknownPolicy = Literal["none", "error", "mean", "shared"]
 ContrastKind = Literal["masked", "reference"]
+GradientLayout = Literal["dense", "sparse"]
 Backend = Literal["auto", "triton", "torch", "reference"]
 
 _LOWEST = {
@@ -47,6 +48,10 @@ class QARConfig:
         contrastive_weight: λ, the weight of the contrastive loss in the total.
         contrast: who competes in the contrastive softmax: ``"masked"`` only queriers that have spoken, or
             ``"reference"`` as the paper's code, see :func:`~qar_models.load_upstream`.
+        expert_gradients: layout of the gradients of the per-querier experts ``(E, R, H)``. ``"dense"`` works
+            with any optimizer and costs time and memory for all queriers at every step; ``"sparse"`` holds rows
+            for the queriers present only and takes :class:`~qar_models.RowSparseAdamW`. Weights and checkpoints
+            are the same.
         backend: kernel backend, see :func:`qar_kernels.fused_mlp`.
     """
 
@@ -64,6 +69,7 @@ class QARConfig:
     temperature: float = 0.1
     contrastive_weight: float = 0.5
     contrast: ContrastKind = "masked"
+    expert_gradients: GradientLayout = "dense"
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -71,6 +77,7 @@ class QARConfig:
         self._check_choice("tower", Tower)
         self._check_choice("experts", ExpertKind)
         self._check_choice("contrast", ContrastKind)
+        self._check_choice("expert_gradients", GradientLayout)
         self._check_choice("backend", Backend)
         if self.unknown_querier is None:
             object.__setattr__(self, "unknown_querier", "none" if self.tower == "residual" else "error")
@@ -109,6 +116,11 @@ class QARConfig:
             raise ValueError(
                 f"unknown_querier: got 'shared' with experts={self.experts!r}, "
                 "expected experts='shared+per_querier'"
+            )
+        if self.expert_gradients == "sparse" and self.experts == "shared":
+            raise ValueError(
+                "expert_gradients: got 'sparse' with experts='shared', where every row has the one expert; "
+                "expected 'dense'"
             )
         names = self.querier_names
         if names is not None and (len(names) != self.num_queriers or len(set(names)) != len(names)):

@@ -68,6 +68,7 @@ class QuerierContrast(nn.Module):
         response_mask: Tensor | None,
         querier_ids: Tensor | None,
         cluster_ids: Tensor | None,
+        cu_seq_lens: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar in [0, 10]; in training the memory takes in the batch afterwards.
 
@@ -76,15 +77,18 @@ class QuerierContrast(nn.Module):
             response_mask: ``(B, S)``, 1 on the responder's tokens.
             querier_ids: ``(B,)``; sequences of unknown queriers (-1) are left out.
             cluster_ids: ``(B,)``, the query cluster of each sequence.
+            cu_seq_lens: ``(N + 1,)`` bounds of N sequences packed into one row of S tokens; the ids are then
+                ``(N,)``, the other inputs ``(1, S, ...)``.
         """
-        self._check(querier_states, response_mask, querier_ids, cluster_ids)
+        self._check(querier_states, response_mask, querier_ids, cluster_ids, cu_seq_lens)
         mask = response_mask.to(querier_states)
-        pooled = (self.norm_role_proj(querier_states) * mask.unsqueeze(-1)).sum(1)
-        pooled = pooled / mask.sum(1, keepdim=True).clamp(min=1)
+        weighted = self.norm_role_proj(querier_states) * mask.unsqueeze(-1)
+        summed, count = (_sum_sequences(values, cu_seq_lens) for values in (weighted, mask.unsqueeze(-1)))
+        pooled = summed / count.clamp(min=1)
         views = self._project(pooled, cluster_ids)
         # cosines are divided by the temperature: bf16 would leave two digits of the logits
         views = views.to(torch.promote_types(views.dtype, torch.float32))
-        usable = (querier_ids >= 0) & (mask.sum(1) > 0)
+        usable = (querier_ids >= 0) & (count.squeeze(1) > 0)
         loss = self._loss(views, querier_ids, cluster_ids, usable)
         if self.training:
             self._remember(views.detach().float(), querier_ids, cluster_ids, usable)
@@ -144,12 +148,13 @@ class QuerierContrast(nn.Module):
         response_mask: Tensor | None,
         querier_ids: Tensor | None,
         cluster_ids: Tensor | None,
+        cu_seq_lens: Tensor | None,
     ) -> None:
-        batch, seq_len = states.shape[:2]
+        sequences = len(states) if cu_seq_lens is None else len(cu_seq_lens) - 1
         expected = {
-            "response_mask": (response_mask, (batch, seq_len)),
-            "querier_ids": (querier_ids, (batch,)),
-            "cluster_ids": (cluster_ids, (batch,)),
+            "response_mask": (response_mask, tuple(states.shape[:2])),
+            "querier_ids": (querier_ids, (sequences,)),
+            "cluster_ids": (cluster_ids, (sequences,)),
         }
         for name, (tensor, shape) in expected.items():
             if tensor is None:
@@ -170,6 +175,14 @@ class QuerierContrast(nn.Module):
             raise ValueError("response_mask: got no responder token in the whole batch, expected some")
         _check_range("cluster_ids", cluster_ids, 0, len(self.writes) - 1)
         _check_range("querier_ids", querier_ids, -1, self.num_queriers - 1)
+
+
+def _sum_sequences(values: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
+    """Over each sequence's tokens: ``(B, S, H)`` -> ``(B, H)``, or packed ``(1, S, H)`` -> ``(N, H)``."""
+    if cu_seq_lens is None:
+        return values.sum(1)
+    # segment_reduce asks for bounds to be checked on the host, unless told that they are right
+    return torch.segment_reduce(values[0], "sum", offsets=cu_seq_lens.long(), unsafe=True)
 
 
 def _check_range(name: str, ids: Tensor, lowest: int, highest: int) -> None:

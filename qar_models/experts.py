@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from qar_kernels import dual_mlp, expert_mlp, fused_mlp
+from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
 from qar_kernels.torch_backend import swiglu_mlp
 from qar_models.config import QARConfig
+from qar_models.row_sparse import present_rows
 from qar_models.towers import TowerBatch
 
 
@@ -42,6 +43,12 @@ class Experts(nn.Module):
         """``gate``, ``up`` and ``down`` of all experts."""
         return self.gate, self.up, self.down
 
+    @property
+    def sparse_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters whose gradients are row-sparse, by name."""
+        sparse = self.qar.expert_gradients == "sparse" and self.gate.requires_grad
+        return dict(zip(("gate", "up", "down"), self.bank, strict=True)) if sparse else {}
+
     def reset_parameters(self, std: float) -> None:
         """N(0, std); the residual tower's ``down`` starts at zero, so that the model starts as its base."""
         for name, parameter in self.named_parameters(recurse=False):
@@ -67,11 +74,12 @@ class Experts(nn.Module):
 
     def _residual(self, mlp: nn.Module, x: Tensor, towers: TowerBatch) -> Tensor:
         scale, backend = self.qar.expert_scale, self.qar.backend
+        bank, segments = self._bank_for(towers.segments)
         base = _plain_weights(mlp)
         if base is not None:
-            y = fused_mlp(x, *base, *self.bank, towers.segments, scale, backend)
+            y = fused_mlp(x, *base, *bank, segments, scale, backend)
         else:
-            y = torch.add(mlp(x), expert_mlp(x, *self.bank, towers.segments, backend), alpha=scale)
+            y = torch.add(mlp(x), expert_mlp(x, *bank, segments, backend), alpha=scale)
         for extra in self._extras(x, towers):
             y = torch.add(y, extra, alpha=scale)
         return y
@@ -80,13 +88,20 @@ class Experts(nn.Module):
         self, mlp: nn.Module, x: Tensor, x_specific: Tensor, towers: TowerBatch
     ) -> tuple[Tensor, Tensor]:
         base, backend = _plain_weights(mlp), self.qar.backend
+        bank, segments = self._bank_for(towers.segments)
         if base is not None:
-            general, specific = dual_mlp(x, x_specific, *base, *self.bank, towers.segments, backend)
+            general, specific = dual_mlp(x, x_specific, *base, *bank, segments, backend)
         else:
-            general, specific = mlp(x), expert_mlp(x_specific, *self.bank, towers.segments, backend)
+            general, specific = mlp(x), expert_mlp(x_specific, *bank, segments, backend)
         for extra in self._extras(x_specific, towers):
             specific = specific + extra
         return general, specific
+
+    def _bank_for(self, segments: Segments) -> tuple[tuple[Tensor, Tensor, Tensor], Segments]:
+        """The weights that the kernels get: all, in place, or the present experts' for sparse gradients."""
+        if torch.is_grad_enabled() and self.sparse_parameters:
+            return present_rows(self.bank, segments)
+        return self.bank, segments
 
     def _extras(self, x: Tensor, towers: TowerBatch) -> Iterator[Tensor]:
         """What comes on top of the bank: experts that train alone, the shared one, the mean of all."""
@@ -97,7 +112,9 @@ class Experts(nn.Module):
         if self.qar.experts == "shared+per_querier":
             yield swiglu_mlp(x, self.shared_gate, self.shared_up, self.shared_down)
         if self.qar.unknown_querier == "mean":
-            mean = swiglu_mlp(x, *(weight.mean(0) for weight in self.bank))
+            # a mean's gradient is dense: with sparse gradients unknown queriers train nobody's expert
+            bank = [weight.detach() for weight in self.bank] if self.sparse_parameters else self.bank
+            mean = swiglu_mlp(x, *(weight.mean(0) for weight in bank))
             yield mean * ~known.view(*x.shape[:-1], 1)
 
     def train_only(self, rows: list[int]) -> None:

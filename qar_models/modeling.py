@@ -14,6 +14,14 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qar_models.experts import Experts
+from qar_models.packing import (
+    PACKED_ATTENTION,
+    check_packed,
+    general_windows,
+    named_bounds,
+    repeat_windows,
+    restarting_positions,
+)
 from qar_models.queriers import make_towers
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
 
@@ -60,6 +68,7 @@ class QARDecoderLayerMixin:
                 general_rows(value, towers.batch_size)
                 for value in (hidden_states, attention_mask, position_ids, position_embeddings)
             )
+            kwargs = general_windows(kwargs)
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
@@ -98,16 +107,33 @@ class QARModelMixin:
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         querier_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> QARModelOutput:
-        """As the base class, with ``querier_ids`` (B,) or (B, S), -1 for an unknown querier."""
+        """As the base class, and:
+
+        Args:
+            querier_ids: ``(B,)`` or ``(B, S)``, -1 for an unknown querier; packed: ``(N,)`` or ``(1, T)``.
+            cu_seq_lens_q: ``(N + 1,)`` bounds of N windows packed into one row of T tokens, which do not see
+                each other. ``position_ids`` start anew in each window if not given.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_len = inputs_embeds.shape[:2]
         device = inputs_embeds.device
-        towers = make_towers(self.qar, querier_ids, batch_size, seq_len, device, self.trained_ids)
+        if cu_seq_lens_q is not None:
+            check_packed(cu_seq_lens_q, *inputs_embeds.shape[:2], attention_mask, past_key_values, use_cache)
+            use_cache, kwargs = False, kwargs | self._packed_bounds(cu_seq_lens_q, seq_len)
+            if position_ids is None:
+                position_ids = restarting_positions(cu_seq_lens_q, seq_len)
+            if self.config._attn_implementation == PACKED_ATTENTION:
+                # a mask of four dimensions is handed on as it is: none of (T, T) is built; nobody reads it
+                attention_mask = inputs_embeds.new_empty(1, 1, 1, 1)
+        towers = make_towers(
+            self.qar, querier_ids, batch_size, seq_len, device, self.trained_ids, cu_seq_lens_q
+        )
         if use_cache is None:
             use_cache = self.config.use_cache
         if use_cache and past_key_values is None:
@@ -122,6 +148,10 @@ class QARModelMixin:
             inputs = {name: self._for_both_towers(value, batch_size) for name, value in inputs.items()}
         out = super().forward(**inputs, use_cache=use_cache, towers=towers, **kwargs)
         return self._join_towers(out, past_key_values if use_cache else None)
+
+    def _packed_bounds(self, cu_seq_lens: Tensor, seq_len: int) -> dict[str, Tensor]:
+        two_rows = self.qar.tower == "replace"
+        return named_bounds(repeat_windows(cu_seq_lens, seq_len) if two_rows else cu_seq_lens)
 
     @staticmethod
     def _for_both_towers(value: Any, batch_size: int) -> Any:

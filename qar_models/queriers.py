@@ -19,12 +19,15 @@ def make_towers(
     seq_len: int,
     device: torch.device,
     trained_ids: Sequence[int] = (),
+    cu_seq_lens: Tensor | None = None,
 ) -> TowerBatch:
     """The expert of each of the ``batch_size * seq_len`` rows, built once per forward pass.
 
     Args:
         querier_ids: ``(B,)`` or ``(B, S)`` integers, -1 for unknown; may be None with shared experts.
         trained_ids: queriers whose experts train alone, outside the bank.
+        cu_seq_lens: ``(N + 1,)`` bounds of N packed windows, B being 1; ``querier_ids`` is then ``(N,)`` or
+            ``(1, S)``.
 
     Raises:
         ValueError, TypeError: naming ``querier_ids``, what came and what was expected.
@@ -32,18 +35,24 @@ def make_towers(
     if not qar.needs_querier_ids:
         ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return TowerBatch(_segments(ids, seq_len), batch_size)
-    ids = _checked_ids(querier_ids, qar, [(batch_size,), (batch_size, seq_len)]).to(device)
+    sequences = batch_size if cu_seq_lens is None else len(cu_seq_lens) - 1
+    ids = _checked_ids(querier_ids, qar, [(sequences,), (batch_size, seq_len)]).to(device)
     if not trained_ids:
-        return TowerBatch(_segments(ids, seq_len), batch_size)
+        return TowerBatch(_segments(ids, seq_len, cu_seq_lens), batch_size)
     matches = ids.unsqueeze(-1) == torch.tensor(trained_ids, device=device)
     trained = matches.any(-1)
     position = torch.where(trained, matches.int().argmax(-1), -1)
     others = torch.where(trained, -1, ids)
-    return TowerBatch(_segments(others, seq_len), batch_size, _segments(position, seq_len))
+    segments, own = (_segments(found, seq_len, cu_seq_lens) for found in (others, position))
+    return TowerBatch(segments, batch_size, own)
 
 
-def _segments(ids: Tensor, seq_len: int) -> Segments:
-    return Segments.from_ids(ids.flatten()) if ids.dim() == 2 else Segments.from_sequences(ids, seq_len)
+def _segments(ids: Tensor, seq_len: int, cu_seq_lens: Tensor | None = None) -> Segments:
+    if ids.dim() == 2:
+        return Segments.from_ids(ids.flatten())
+    if cu_seq_lens is not None:
+        return Segments.from_cu_seqlens(ids, cu_seq_lens, num_rows=seq_len)
+    return Segments.from_sequences(ids, seq_len)
 
 
 def check_prompt_ids(querier_ids: Tensor | None, qar: QARConfig, batch_size: int) -> None:

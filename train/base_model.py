@@ -32,17 +32,37 @@ def load_base(
     Raises:
         UserError: if there is no such model, or its folder is damaged.
     """
-    source = _converted_smollm2(cache) if name == SMOLLM2 else name
-    if _looks_like_path(name) and not (Path(name) / "config.json").is_file():
-        raise UserError(f"model '{name}': no such folder with a config.json")
+    tokenizer = load_tokenizer(name, cache)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(_source(name, cache), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, cache: Path = CACHE) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; one without a padding token of its own pads with its end mark."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_source(name, cache))
     except (OSError, ValueError) as error:
         raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
+
+
+def _source(name: str, cache: Path) -> str | Path:
+    """What transformers can load."""
+    if name == SMOLLM2:
+        return _converted_smollm2(cache)
+    if _looks_like_path(name) and not (Path(name) / "config.json").is_file():
+        raise UserError(f"model '{name}': no such folder with a config.json")
+    return name
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def _looks_like_path(name: str) -> bool:

@@ -23,6 +23,11 @@ class Windows(Dataset):
     def __len__(self) -> int:
         return len(self.windows)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every window."""
+        return [len(window.labels) for window in self.windows]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         window = self.windows[index]
         item = {
@@ -31,6 +36,7 @@ class Windows(Dataset):
             "response_mask": window.response_mask,
             "querier_ids": window.querier_id,
             "cluster_ids": window.cluster_id,
+            "window_ids": window.id,
         }
         if self.states is None:
             return item | {"input_ids": window.input_ids}

@@ -12,8 +12,8 @@ INTERRUPT_EXIT = 130
 
 def run(main: Callable[[], None]) -> None:
     """Call ``main``; a ``UserError`` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    # PEFT still calls what transformers renamed; that is not for our users to mend
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
+    # these call what another of them, or torch, renamed; that is not for our users to mend
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|accelerate|torch)\..*")
     try:
         main()
     except UserError as error:

@@ -12,7 +12,7 @@ from train.base_model import load_base
 from train.config import TrainConfig
 from train.data.layout import MQDialog
 from train.evaluate import HeldOut, querier_similarity
-from train.finetune import DTYPES, cached_states, encode_windows
+from train.finetune import window_set
 from train.trained import Trained, first_trained_layer, load_trained, untrained
 
 METHODS = ("zero_shot", "ft", "qar")
@@ -39,11 +39,10 @@ class Comparison:
     @cached_property
     def held_out(self) -> HeldOut:
         """The held-out windows, with the states below the trained layers."""
-        model, tokenizer = load_base(self.config.model, DTYPES[self.config.dtype])
-        windows = encode_windows(self.data, tokenizer, self.config, "dev")
+        model, tokenizer = load_base(self.config.model)
         first = first_trained_layer(self.config, model.config.num_hidden_layers)
-        states = cached_states(model, windows, first, Path(self.config.output_dir)) if first else None
-        return HeldOut(self.data.dev, windows, tokenizer, states, first)
+        windows = window_set(self.data.dev, model, tokenizer, self.config, first)
+        return HeldOut(self.data.dev, windows, tokenizer, first)
 
     def load(self, method: str) -> Trained:
         """The model of a method."""

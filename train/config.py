@@ -16,6 +16,7 @@ from train.errors import UserError
 from train.files import read_text
 
 Method = Literal["qar", "ft"]
+Batching = Literal["packed", "grouped", "padded"]
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -24,12 +25,14 @@ class TrainConfig:
     """One run. The defaults are the demo's scale; ``configs/`` holds others.
 
     Attributes:
-        data: folder of one responder in the MQDialog layout.
+        data: folder of one responder in the MQDialog layout, or of several responders' folders: then every
+            (querier, responder) pair has an expert.
         output_dir: where checkpoints and the trained parts go.
         model: ``smollm2-135m-instruct`` (shipped by a Python package), or any path or hub name of a
             Llama, Qwen2 or Qwen3.
         method: ``qar``, or ``ft`` for LoRA without experts under the same budget.
         tower, experts, expert_rank, unknown_querier: see :class:`qar_models.QARConfig`.
+        expert_gradients: ``sparse`` where hundreds of queriers or more have experts of their own.
         contrastive_weight: λ; 0 leaves the contrastive loss out.
         memory_size, projection_dim: of the contrastive loss.
         lora_rank, lora_alpha, lora_dropout, lora_targets: LoRA on the base model.
@@ -37,12 +40,19 @@ class TrainConfig:
             activations are computed once and reused in every epoch.
         expert_learning_rate, expert_weight_decay: for the experts and the contrastive heads.
         warmup_ratio: share of all steps.
+        windows: ``every_reply``, the paper's: one window per reply, which repeats most of a dialogue; or
+            ``covering``: as few of them as hold every reply.
+        validation: share of the training dialogues that are held back, to keep the state of the epoch that
+            answers them best; 0 trains on all and keeps the last state.
+        batching: ``packed`` puts a batch's windows one behind the other (no padding, the same loss);
+            ``padded`` pads them to the longest; ``grouped`` draws windows of like length, and pads them.
         max_tokens: longest window; older turns are dropped to fit.
         names_in_prompt: whether the querier's name is part of the prompt.
         style: how turns become text, see :mod:`train.data.encode`.
         dtype: ``float32``, ``bfloat16`` or ``float16``: the base weights', and of mixed precision.
         deepspeed: path of a DeepSpeed configuration, or None.
-        save_steps: steps between checkpoints; the two newest are kept.
+        save_steps: steps between checkpoints.
+        save_total_limit: checkpoints that are kept; one more exists while it is being written.
         report_to: logging integrations of transformers (``tensorboard``, ``wandb``), or ``none``.
     """
 
@@ -54,6 +64,7 @@ class TrainConfig:
     experts: Literal["per_querier", "shared", "shared+per_querier"] = "shared+per_querier"
     expert_rank: int = 16
     unknown_querier: Literal["none", "error", "mean", "shared"] | None = None
+    expert_gradients: Literal["dense", "sparse"] = "dense"
     contrastive_weight: float = 0.0
     memory_size: int = 512
     projection_dim: int = 512
@@ -71,23 +82,30 @@ class TrainConfig:
     epochs: float = 2.0
     batch_size: int = 8
     gradient_accumulation: int = 1
+    batching: Batching = "packed"
     gradient_checkpointing: bool = False
+    windows: Literal["every_reply", "covering"] = "every_reply"
+    validation: float = 0.0
     max_tokens: int = 592
     names_in_prompt: bool = True
     style: Style = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     deepspeed: str | None = None
     save_steps: int = 50
-    report_to: str = "none"
+    save_total_limit: int = 2
+    report_to: str = "tensorboard"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("expert_rank", "lora_rank", "batch_size", "gradient_accumulation", "save_steps"):
+        counts = ("expert_rank", "lora_rank", "batch_size", "gradient_accumulation")
+        for name in (*counts, "save_steps", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "expert_learning_rate", "epochs", "lora_alpha"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        if self.expert_gradients == "sparse" and self.experts == "shared":
+            raise UserError("expert_gradients: got 'sparse' with experts=shared, expected 'dense'")
         if self.trainable_layers is not None and self.trainable_layers < 1:
             raise UserError(
                 f"trainable_layers: got {self.trainable_layers}, expected at least 1, or null for all"

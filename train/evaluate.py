@@ -26,15 +26,16 @@ from train.metrics import Record, rouge
 @torch.inference_mode()
 def reply_nll(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """NLL in nats summed over each reply, and its number of tokens: ``(B,)``, ``(B,)``."""
-    labels, text = batch["labels"], "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
-    inputs = {key: batch[key] for key in (text, "attention_mask", "querier_ids")}
+    text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
+    batch = {key: batch[key].to(model.device) for key in (text, "attention_mask", "querier_ids", "labels")}
+    labels, inputs = batch["labels"], {key: batch[key] for key in batch if key != "labels"}
     states = model.model(**inputs, use_cache=False).last_hidden_state
     targets = labels[:, 1:]
     kept = targets != IGNORE
     logits = model.lm_head(states[:, :-1][kept]).float()
     losses = F.cross_entropy(logits, targets[kept], reduction="none")
     rows = kept.nonzero()[:, 0]
-    return torch.zeros(len(labels)).index_add_(0, rows, losses), kept.sum(1)
+    return losses.new_zeros(len(labels)).index_add_(0, rows, losses), kept.sum(1)
 
 
 class HeldOut:
@@ -42,23 +43,21 @@ class HeldOut:
 
     Args:
         examples: the windows' text.
-        windows: the same, encoded.
-        states: their states below ``first_layer``, or None to run the whole model.
+        windows: the same, encoded, with their states below ``first_layer``.
     """
 
     def __init__(
         self,
         examples: Sequence[Example],
-        windows: Sequence[Encoded],
+        windows: Windows,
         tokenizer: PreTrainedTokenizerBase,
-        states: Sequence[Tensor] | None = None,
         first_layer: int = 0,
         batch_size: int = 16,
     ) -> None:
-        self.examples, self.windows, self.tokenizer = examples, windows, tokenizer
+        self.examples, self.windows, self.tokenizer = examples, windows.windows, tokenizer
         self.first_layer, self.batch_size = first_layer, batch_size
         collator = Collator(tokenizer.pad_token_id, label_key="reply_labels")
-        self.loader = DataLoader(Windows(windows, states), batch_size=batch_size, collate_fn=collator)
+        self.loader = DataLoader(windows, batch_size=batch_size, collate_fn=collator)
 
     @property
     def querier_ids(self) -> list[int]:
@@ -109,7 +108,7 @@ def _record(example: Example, nll: float, tokens: int, reply: str | None) -> Rec
     scores = rouge(reply, reference) if reply is not None else dict.fromkeys(("rouge1", "rouge2", "rougeL"))
     return {
         "id": example.id,
-        "dialogue": dialogue_of(example),
+        "dialogue": example.dialogue,
         "querier": example.querier,
         "nll_sum": nll,
         "tokens": tokens,
@@ -117,11 +116,6 @@ def _record(example: Example, nll: float, tokens: int, reply: str | None) -> Rec
         "reply": reply,
         **scores,
     }
-
-
-def dialogue_of(example: Example) -> str:
-    """The dialogue that a window was cut from: what is resampled as a whole."""
-    return example.id.rsplit("_part", 1)[0]
 
 
 def _end_mark(window: Encoded) -> int:
@@ -139,11 +133,11 @@ def querier_similarity(model: PreTrainedModel, held_out: HeldOut, count: int = 8
     scored = upper_part(model, held_out.first_layer) if held_out.first_layer else model
     batch = next(iter(held_out.loader))
     text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
-    inputs = {key: batch[key][:count] for key in (text, "attention_mask")}
+    inputs = {key: batch[key][:count].to(model.device) for key in (text, "attention_mask")}
     mask = inputs["attention_mask"].unsqueeze(-1)
     states = []
     for querier_id in range(model.qar.num_queriers):
-        ids = torch.full((len(mask),), querier_id)
+        ids = torch.full((len(mask),), querier_id, device=model.device)
         out = scored.model(**inputs, querier_ids=ids, use_cache=False).last_hidden_state
         states.append((out * mask).flatten())
     stacked = torch.stack(states)

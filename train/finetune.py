@@ -1,6 +1,8 @@
 """Fine-tune on one responder's dialogues.
 
-python -m train.finetune --config train/configs/demo.yaml [key=value ...] [--resume]
+python -m train.finetune --config train/configs/demo.yaml [key=value ...] [--resume] [--dry-run]
+torchrun --nproc-per-node 2 -m train.finetune --config ...
+deepspeed train/finetune.py --config ... deepspeed=train/ds/zero2.json
 """
 
 from __future__ import annotations
@@ -8,29 +10,53 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__" and __package__ is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, as DeepSpeed's launcher does
 
 import torch
 import transformers
+from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from train import checkpoints, ranks
 from train.base_model import load_base
 from train.batches import Collator, Windows
+from train.callbacks import LossProgress, StopOnInterrupt
 from train.cli import run
 from train.config import TrainConfig, load_config
-from train.data.encode import Encoded, encode_all
-from train.data.layout import MQDialog
-from train.data.mqdialog import load_mqdialog
+from train.data.encode import encode_all
+from train.data.layout import Example
+from train.dataset import RunData, load_data
 from train.errors import UserError
 from train.files import write_atomic
 from train.layers import lower_states, upper_part
+from train.packing import PackingCollator, use_packed_attention
 from train.trained import TRAINED, build, first_trained_layer, save_trained
-from train.trainer import LossProgress, QARTrainer, StopOnInterrupt, last_checkpoint
+from train.trainer import QARTrainer
+from train.validation import KeepBest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOG = "log.json"
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model about to be trained: with its adapters, and the part of it that the trainer sees."""
+
+    peft: PeftModel
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    windows: Windows
+    valid: Windows
 
 
 def finetune(config: TrainConfig, resume: bool = False) -> Path:
@@ -39,7 +65,8 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     A finished run with the same configuration is returned as it is.
 
     Raises:
-        UserError: what is wrong with the data, the model or the configuration, before any training.
+        UserError: what is wrong with the data, the model or the configuration, before any training; a
+            loss that is not finite or a checkpoint that cannot be written, while training.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint written that ``resume`` continues.
     """
     output = Path(config.output_dir)
@@ -47,50 +74,83 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     if _is_finished(folder, config):
         logger.info("%s is there already", folder)
         return folder
-    data = load_mqdialog(Path(config.data))
-    checkpoint = last_checkpoint(output)
-    if checkpoint is not None and not resume:
-        raise UserError(
-            f"{output}: holds {checkpoint.name}; --resume continues it, another output_dir starts anew"
-        )
-    transformers.set_seed(config.seed)
-    model, tokenizer = load_base(config.model, DTYPES[config.dtype])
-    windows = encode_windows(data, tokenizer, config, "train")
-    if not windows:
-        raise UserError(f"{config.data}: no training window fits into max_tokens={config.max_tokens}")
-    first = first_trained_layer(config, model.config.num_hidden_layers)
-    states = cached_states(model, windows, first, output) if first else None
-    peft = build(model, config, tuple(data.queriers), data.num_clusters)
-    trained = upper_part(model, first) if first else model
-    trainer = make_trainer(trained, tokenizer, Windows(windows, states), config)
-    stop = StopOnInterrupt()
+    ranks.start(config.deepspeed)
+    found = load_data(config)
+    checkpoint = ranks.from_main(_checkpoint_to_resume(output, resume) if ranks.is_main() else None)
+    prepared = prepare(config, found)
+    trainer = make_trainer(prepared.model, prepared.tokenizer, prepared.windows, config)
+    stop, keep = StopOnInterrupt(), KeepBest(trainer, validation_loader(prepared, config))
     trainer.add_callback(stop)
+    if config.validation:
+        trainer.add_callback(keep)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.interrupted:
         raise KeyboardInterrupt
-    write_atomic(output / LOG, json.dumps(trainer.state.log_history, indent=1))
-    save_trained(peft, config, data.responder, folder)
+    if config.validation:
+        keep.load()
+    with ranks.gathered(value for value in prepared.model.parameters() if value.requires_grad):
+        if ranks.is_main():
+            write_atomic(output / LOG, json.dumps(trainer.state.log_history, indent=1))
+            save_trained(prepared.peft, config, found.data.responder, folder)
+    ranks.wait()
     return folder
 
 
-def encode_windows(
-    data: MQDialog, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, split: str
-) -> list[Encoded]:
-    """The windows of one split (``train`` or ``dev``), as the configuration writes them."""
-    return encode_all(
-        getattr(data, split),
+def prepare(config: TrainConfig, found: RunData) -> Prepared:
+    """Model and windows, ready for :func:`make_trainer`."""
+    data = found.data
+    transformers.set_seed(config.seed)
+    with ranks.main_first():
+        model, tokenizer = load_base(config.model, DTYPES[config.dtype])
+    first = first_trained_layer(config, model.config.num_hidden_layers)
+    with ranks.main_first():
+        windows, valid = (
+            window_set(examples, model, tokenizer, config, first) for examples in (data.train, found.valid)
+        )
+    if not len(windows):
+        raise UserError(f"{config.data}: no training window fits into max_tokens={config.max_tokens}")
+    peft = build(model, config, tuple(data.queriers), data.num_clusters)
+    trained = upper_part(model, first) if first else model
+    return Prepared(peft, trained, tokenizer, windows, valid)
+
+
+def window_set(
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    first_layer: int,
+) -> Windows:
+    """``examples`` as the configuration writes them, with a plain model's states below ``first_layer``.
+
+    Runs side by side under one parent folder share the states.
+    """
+    windows = encode_all(
+        examples,
         tokenizer,
         max_tokens=config.max_tokens,
         names_in_prompt=config.names_in_prompt,
         style=config.style,
     )
+    cache = Path(config.output_dir).parent / "states"
+    return Windows(windows, lower_states(model, windows, first_layer, cache) if first_layer else None)
 
 
-def cached_states(
-    model: PreTrainedModel, windows: list[Encoded], num_layers: int, output: Path
-) -> list[torch.Tensor]:
-    """States below the trained layers; runs side by side under one parent folder share them."""
-    return lower_states(model, windows, num_layers, output.parent / "states")
+def validation_loader(prepared: Prepared, config: TrainConfig) -> DataLoader:
+    """Batches of the validation windows whose labels are their last replies."""
+    collator = Collator(prepared.tokenizer.pad_token_id, label_key="reply_labels")
+    return DataLoader(prepared.valid, batch_size=config.batch_size, collate_fn=collator)
+
+
+def _checkpoint_to_resume(output: Path, resume: bool) -> Path | None:
+    """The newest whole checkpoint; damaged newer ones make room for the steps to come."""
+    checkpoint = checkpoints.last_checkpoint(output)
+    if checkpoint is not None and not resume:
+        raise UserError(
+            f"{output}: holds {checkpoint.name}; --resume continues it, another output_dir starts anew"
+        )
+    checkpoints.remove_newer(output, checkpoint)
+    return checkpoint
 
 
 def _is_finished(folder: Path, config: TrainConfig) -> bool:
@@ -116,25 +176,39 @@ def make_trainer(
         warmup_steps=config.warmup_ratio,
         logging_steps=1,
         save_steps=config.save_steps,
-        save_total_limit=2,
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
         deepspeed=config.deepspeed,
-        report_to=config.report_to,
+        report_to=_available(config.report_to),
         seed=config.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=False,
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # every rank remembers the gathered batch already
+        use_cpu=not torch.cuda.is_available() and config.deepspeed is None,
+        accelerator_config={"use_configured_state": ranks.launched()},
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = QARTrainer(
-        model, arguments, data_collator=Collator(tokenizer.pad_token_id), train_dataset=windows, config=config
-    )
+    if config.batching == "packed":
+        use_packed_attention(model)
+        collator = PackingCollator()
+    else:
+        collator = Collator(tokenizer.pad_token_id)
+    trainer = QARTrainer(model, arguments, data_collator=collator, train_dataset=windows, config=config)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(LossProgress)
     return trainer
+
+
+def _available(report_to: str) -> str:
+    if report_to == "tensorboard" and not is_tensorboard_available():
+        logger.info("tensorboard is not installed: no event files are written")
+        return "none"
+    return report_to
 
 
 def main() -> None:
@@ -142,9 +216,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a YAML file of train/configs")
     parser.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the file")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if ranks.is_main() else logging.ERROR, format="%(message)s")
     finetune(load_config(arguments.config, arguments.overrides), arguments.resume)
 
 

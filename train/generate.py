@@ -43,8 +43,8 @@ def generate_replies(
             {"input_ids": [list(prompts[index]) for index in chosen]},
             padding_side="left",
             return_tensors="pt",
-        )
-        ids = torch.tensor([querier_ids[index] for index in chosen])
+        ).to(model.device)
+        ids = torch.tensor([querier_ids[index] for index in chosen], device=model.device)
         out = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

@@ -75,7 +75,13 @@ def _train(
     if not windows:
         raise UserError(f"no training window fits into max_tokens={config.max_tokens}")
     with tempfile.TemporaryDirectory() as scratch:
-        settings = config.replace(output_dir=scratch, epochs=epochs, expert_learning_rate=learning_rate)
+        settings = config.replace(
+            output_dir=scratch,
+            epochs=epochs,
+            expert_learning_rate=learning_rate,
+            deepspeed=None,
+            report_to="none",
+        )
         trainer = make_trainer(trained.model, trained.tokenizer, Windows(windows), settings)
         trainer.args.save_strategy = SaveStrategy.NO  # minutes of work, and nothing of the others' to lose
         trainer.train()

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qar_models import QARConfig, apply_qar
-from train.base_model import load_base
+from train.base_model import default_device, load_base
 from train.config import TrainConfig, config_from
 from train.errors import UserError
 from train.files import build_directory, read_text
@@ -72,6 +72,8 @@ def build(
     for name, parameter in model.named_parameters():
         if is_querier_part(name):
             parameter.requires_grad_(True)
+            # as PEFT does with LoRA: AdamW in 16 bits would round small updates away
+            parameter.data = parameter.data.float()
     return peft
 
 
@@ -80,7 +82,7 @@ def untrained(config: TrainConfig, responder: str, queriers: tuple[str, ...]) ->
     model, tokenizer = load_base(config.model)
     layers = model.config.num_hidden_layers
     apply_qar(model, _qar_config(config.replace(method="ft"), queriers, 0, layers))
-    return Trained(model.eval(), tokenizer, config, responder, queriers)
+    return Trained(model.to(default_device()).eval(), tokenizer, config, responder, queriers)
 
 
 def first_trained_layer(config: TrainConfig, num_layers: int) -> int:
@@ -102,6 +104,7 @@ def _qar_config(
         tower=config.tower if aware else "residual",
         experts=config.experts if aware else "shared",
         unknown_querier=config.unknown_querier if aware else None,
+        expert_gradients=config.expert_gradients if aware else "dense",
         first_expert_layer=first_expert_layer,
         num_clusters=num_clusters if aware and config.contrastive_weight else 0,
         contrastive_weight=config.contrastive_weight,
@@ -149,7 +152,7 @@ def load_trained(folder: Path) -> Trained:
         peft = PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from error
-    merged = peft.merge_and_unload().eval()
+    merged = peft.merge_and_unload().to(default_device()).eval()
     return Trained(merged, tokenizer, config, about["responder"], qar.querier_names or ())
 
 

@@ -1,26 +1,49 @@
-"""transformers' Trainer, taught three things: two parameter groups, reply-only logits, small checkpoints."""
+"""transformers' Trainer, taught four things: two parameter groups, reply-only logits, small checkpoints that
+are whole or not there, and to stop where a loss is not finite."""
 
 from __future__ import annotations
 
-import json
-import logging
-import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME
 
+from qar_models import RowSparseAdamW, average_row_gradients, clip_grad_norm_, sparse_parameters
+from train import checkpoints, ranks
+from train.batches import Windows
 from train.config import TrainConfig
+from train.errors import UserError
+from train.expert_optimizer import ExpertOptimizer
+from train.packing import LengthGroupedSampler
 from train.trained import is_querier_part
 
 WEIGHTS = "trained_parts.safetensors"
-logger = logging.getLogger(__name__)
+PARTS = ("lm_loss", "contrastive_loss")
+
+
+class Counted:
+    """A collator whose batches also say which windows they hold, and how many tokens."""
+
+    def __init__(self, collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch, with ``window_ids`` and ``num_tokens`` (padding not counted)."""
+        found = {
+            "window_ids": [item["window_ids"] for item in items],
+            "num_tokens": sum(len(item["labels"]) for item in items),
+        }
+        return self.collate(items) | found
 
 
 class QARTrainer(Trainer):
@@ -29,18 +52,40 @@ class QARTrainer(Trainer):
     def __init__(self, *args: Any, config: TrainConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config = config
-        self._parts: dict[str, list[Tensor]] = {"lm_loss": [], "contrastive_loss": []}
+        self.data_collator = Counted(self.data_collator)
+        self._sums: dict[str, float | Tensor] = defaultdict(float)  # since the last log
+        self._clock, self._logged_step = time.perf_counter(), 0
+        self._building: str | None = None
+        self._experts_beside: ExpertOptimizer | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with one group for LoRA and one for the querier-specific parts."""
         if self.optimizer is None:
             model = self.model if model is None else model
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = cls(self._parameter_groups(model), **kwargs)
+            sparse = sparse_parameters(model)
+            if sparse and self.is_deepspeed_enabled:
+                self._train_experts_beside(list(sparse.values()), kwargs)
+            elif sparse:
+                cls = RowSparseAdamW
+            without = sparse if self._experts_beside else ()
+            self.optimizer = cls(self._parameter_groups(model, without), **kwargs)
         return self.optimizer
 
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    def _train_experts_beside(self, experts: list[nn.Parameter], options: dict[str, Any]) -> None:
+        lr, decay = self.config.expert_learning_rate, self.config.expert_weight_decay
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage
+        self._experts_beside = ExpertOptimizer(
+            experts, {**options, "lr": lr, "weight_decay": decay}, stage, self.config.dtype
+        )
+        self.add_callback(self._experts_beside)
+
+    def _parameter_groups(self, model: nn.Module, without: Collection[str]) -> list[dict[str, Any]]:
+        named = [
+            (name, value)
+            for name, value in model.named_parameters()
+            if value.requires_grad and name not in without
+        ]
         querier = [value for name, value in named if is_querier_part(name)]
         general = [value for name, value in named if not is_querier_part(name)]
         groups = [
@@ -53,6 +98,33 @@ class QARTrainer(Trainer):
         ]
         return [group for group in groups if group["params"]]
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """As the base class, also for row-sparse gradients, which DistributedDataParallel leaves to us."""
+        sparse = sparse_parameters(self.model)
+        if not sparse or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients(self.optimizer)
+        average_row_gradients(sparse.values())
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As the base class; a loss that is not finite ends the run before a checkpoint can hold it."""
+        windows = inputs.pop("window_ids")
+        self._sums["tokens"] += inputs.pop("num_tokens")
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            step, named = self.state.global_step + 1, ", ".join(windows)
+            raise UserError(
+                f"step {step}: the loss is {loss.item()} on the windows {named}; no checkpoint holds it, "
+                "--resume continues from the last one (a lower learning rate, or other data, may help)"
+            )
+        return loss
+
+    def _get_train_sampler(self, train_dataset: Windows | None = None) -> Sampler | None:
+        if self.config.batching != "grouped":
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(self.train_dataset.lengths, self.args.train_batch_size, self.args.seed)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
@@ -60,108 +132,125 @@ class QARTrainer(Trainer):
         return_outputs = kwargs.pop("return_outputs", False)
         inputs = {**inputs, "skip_logits": True, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, *args, return_outputs=True, **kwargs)
-        for name, values in self._parts.items():
+        self._sums["micro_batches"] += 1
+        for name in PARTS:
             if outputs.get(name) is not None:
-                values.append(outputs[name].detach())
+                self._sums[name] += outputs[name].detach().double()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the parts of the loss to what is logged."""
-        accumulation = self.args.gradient_accumulation_steps
-        for name, values in self._parts.items():
-            if values and "loss" in logs:
-                scale = accumulation if name == "lm_loss" else 1  # a micro-batch's lm_loss is its share
-                logs[name] = float(torch.stack(values).mean()) * scale
-                values.clear()
+        """Add the parts of the loss, the experts' learning rate and the speed to what is logged."""
+        if "loss" in logs:
+            logs.update(self._since_last_log())
+            if len(self.optimizer.param_groups) > 1:
+                ratio = self.config.expert_learning_rate / self.config.learning_rate
+                logs["expert_learning_rate"] = logs["learning_rate"] * ratio
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _since_last_log(self) -> dict[str, float]:
+        """Means over the micro-batches of all ranks, and tokens per second."""
+        names = sorted(self._sums)
+        mine = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64) for name in names])
+        sums = dict(zip(names, self.accelerator.reduce(mine.to(self.args.device)).tolist(), strict=True))
+        now = time.perf_counter()
+        found = {"tokens_per_second": sums["tokens"] / (now - self._clock)}
+        steps = self.state.global_step - self._logged_step
+        if "lm_loss" in sums:  # a micro-batch's lm_loss is its share of the step's
+            found["lm_loss"] = sums["lm_loss"] / steps
+        if "contrastive_loss" in sums:
+            found["contrastive_loss"] = sums["contrastive_loss"] / sums["micro_batches"]
+        self._sums.clear()
+        self._clock, self._logged_step = now, self.state.global_step
+        return found
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._building or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Build the checkpoint where nobody looks for it, then give it its name."""
+        run = Path(self.args.output_dir)
+        try:
+            if ranks.is_main():
+                checkpoints.fresh_building(run)
+            ranks.wait()
+            self._building = str(run / checkpoints.BUILDING)
+            super()._save_checkpoint(model, trial)
+            ranks.wait()
+            if ranks.is_main():
+                checkpoints.publish(
+                    run / checkpoints.BUILDING / f"checkpoint-{self.state.global_step}",
+                    self.config.save_total_limit,
+                )
+            ranks.wait()
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors wrap the system's error
+            raise checkpoints.write_failure(run, self.state.global_step, error) from error
+        finally:
+            self._building = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What is trained, whole also where ZeRO-3 has it in shards; all ranks call this, one writes."""
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.model.state_dict() if state_dict is None else state_dict
-        kept = {name: state[name].contiguous() for name in trained_names(self.model)}
-        partial = folder / f"{WEIGHTS}.partial"
-        save_file(kept, partial)
-        partial.replace(folder / WEIGHTS)
+        with ranks.gathered(value for value in self.model.parameters() if value.requires_grad):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(self._finite_parts(), folder / WEIGHTS)
+
+    def _finite_parts(self) -> dict[str, Tensor]:
+        parts = trained_parts(self.model)
+        for name, tensor in parts.items():
+            if not tensor.isfinite().all():
+                step = self.state.global_step
+                raise UserError(
+                    f"step {step}: '{name}' is not finite; no checkpoint holds it, --resume goes back"
+                )
+        return parts
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the base class; DeepSpeed's own shards leave the frozen base out too."""
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            if self._experts_beside:
+                self._experts_beside.save(Path(output_dir))
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        """As the base class; DeepSpeed's shards lack the frozen base, so they are not loaded strictly."""
+        self._clock, self._logged_step = time.perf_counter(), self.state.global_step
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            if self._experts_beside:
+                self._experts_beside.load(Path(resume_from_checkpoint))
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        model = self.model if model is None else model
-        stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        expected = set(trained_names(model))
-        if set(stored) != expected:
-            odd = sorted(set(stored) ^ expected)[0]
-            raise ValueError(f"{resume_from_checkpoint}: other trained parts than this model's, e.g. '{odd}'")
-        model.load_state_dict(stored, strict=False)
+        load_parts(self.model if model is None else model, Path(resume_from_checkpoint))
 
 
-def trained_names(model: nn.Module) -> list[str]:
-    """State-dict names of trainable parameters and of the contrastive memory."""
+def trained_parts(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters and the contrastive memory, by their names in the state dict."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    buffers = [name for name, _ in model.named_buffers() if is_querier_part(name)]
-    return names + [name for name in buffers if name in model.state_dict()]
+    state = model.state_dict()
+    names += [name for name, _ in model.named_buffers() if is_querier_part(name) and name in state]
+    return {name: state[name].contiguous() for name in names}
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged newer ones are named in the log and passed over."""
-    found = [path for path in run.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        if _is_whole(path):
-            return path
-        logger.warning("%s is not a whole checkpoint; falling back to the one before", path)
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """The state file is written last, so its presence says that the others were written."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        load_file(checkpoint / WEIGHTS)
-    except (OSError, ValueError, SafetensorError):
-        return False
-    # DeepSpeed keeps the optimizer in a folder of its own, with the scheduler in it
-    return (checkpoint / "optimizer.pt").is_file() or any(checkpoint.glob("global_step*"))
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: dict[int, Any] = {}
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Listen from here."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.interrupted = True
-        signal.signal(number, self._previous[number])
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Ask for a checkpoint and the end."""
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop listening."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-class LossProgress(ProgressCallback):
-    """The progress bar, with the loss on it instead of a line for every log entry."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the newest loss."""
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs.get('lm_loss', logs['loss']):.3f}")
+def load_parts(model: nn.Module, checkpoint: Path) -> None:
+    """Put the trained parts of ``checkpoint`` into ``model``; ``UserError`` if they are another model's."""
+    stored = load_file(checkpoint / WEIGHTS)
+    odd = sorted(set(stored) ^ set(trained_parts(model)))
+    if odd:
+        raise UserError(f"{checkpoint}: other trained parts than this model's, e.g. '{odd[0]}'")
+    model.load_state_dict(stored, strict=False)

@@ -34,7 +34,7 @@ class LaunchConfig:
         group: row tiles that share a column of weights before the next column is read.
         gate_up, down, d_hidden, d_x, weight_grad: the five kernels.
         tma: read dense operands through tensor descriptors.
-        max_splits: parts that the K loop of ``down`` may have where its tiles are too few for the chip.
+        max_splits: parts that the K loops of ``down`` and ``d_x`` may have where tiles are too few.
     """
 
     block_rows: int
@@ -68,7 +68,7 @@ CONFIGS = {
         gate_up=Gemm(64, 128, warps=4, stages=3),
         down=Gemm(64, 128, warps=4, stages=4),
         d_hidden=Gemm(64, 128, warps=4, stages=4),
-        d_x=Gemm(32, 128, warps=4, stages=3),
+        d_x=Gemm(64, 128, warps=4, stages=3),
         weight_grad=Gemm(64, 32, warps=4, stages=3),
         tma=True,
         max_splits=8,

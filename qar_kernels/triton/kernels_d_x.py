@@ -11,40 +11,52 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qar_kernels.triton.tiles import grouped_order, load_dense, load_rows, segment_stages, store_rows
+from qar_kernels.triton.tiles import (
+    grouped_order,
+    load_dense,
+    load_rows,
+    num_slots,
+    segment_stages,
+    split_depth,
+    store_rows,
+)
 
 
 @triton.jit
 def _segment_d_x(
     acc, d_a_ptr, d_u_ptr, gate_ptr, up_ptr, offsets_ptr, experts_ptr, segment, rows, col,
     H: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc + d_a_e · Ag_q + d_u_e · Au_q`` for the rows inside the segment; the others add exact zeros."""
     inside = (rows >= tl.load(offsets_ptr + segment)) & (rows < tl.load(offsets_ptr + segment + 1))
     weights = tl.load(experts_ptr + segment) * RANK * H
-    rank = tl.arange(0, RANK_PAD)
-    d_a = load_rows(d_a_ptr, rows, inside, 0, RANK, RANK_PAD)
-    gate = load_rows(gate_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
-    acc = tl.dot(d_a, gate, acc, input_precision=PRECISION)
-    d_u = load_rows(d_u_ptr, rows, inside, 0, RANK, RANK_PAD)
-    up = load_rows(up_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
-    return tl.dot(d_u, up, acc, input_precision=PRECISION)
+    # In steps, like every K loop: in one piece R 128 spills on sm_80, and R 64 does in exact fp32.
+    part: tl.constexpr = min(RANK_PAD, BLOCK_K)
+    for first in tl.static_range(0, RANK_PAD, part):
+        rank = first + tl.arange(0, part)
+        d_a = load_rows(d_a_ptr, rows, inside, first, RANK, part)
+        gate = load_rows(gate_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
+        acc = tl.dot(d_a, gate, acc, input_precision=PRECISION)
+        d_u = load_rows(d_u_ptr, rows, inside, first, RANK, part)
+        up = load_rows(up_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
+        acc = tl.dot(d_u, up, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def _base_d_x(
-    d_a, d_u, gate, up, row, col, T, H: tl.constexpr, INTER: tl.constexpr,
+    d_a, d_u, gate, up, row, col, start, end, T, H: tl.constexpr, INTER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``d_a · Wg + d_u · Wu`` in one accumulator: first all of K for the gate, then for the up projection."""
+    """``d_a · Wg + d_u · Wu`` over K from start to end: first for the gate, then for the up projection."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, INTER, BLOCK_K):
+    for k in range(start, end, BLOCK_K):
         d_a_tile = load_dense(d_a, row, k, T, INTER, BLOCK_M, BLOCK_K, TMA)
         gate_tile = load_dense(gate, k, col, INTER, H, BLOCK_K, BLOCK_N, TMA)
         acc = tl.dot(d_a_tile, gate_tile, acc, input_precision=PRECISION)
-    for k in range(0, INTER, BLOCK_K):
+    for k in range(start, end, BLOCK_K):
         d_u_tile = load_dense(d_u, row, k, T, INTER, BLOCK_M, BLOCK_K, TMA)
         up_tile = load_dense(up, k, col, INTER, H, BLOCK_K, BLOCK_N, TMA)
         acc = tl.dot(d_u_tile, up_tile, acc, input_precision=PRECISION)
@@ -55,7 +67,7 @@ def _base_d_x(
 def _grouped_d_x_tile(
     d_a_ptr, d_u_ptr, gate_ptr, up_ptr, d_x_ptr, perm_ptr, offsets_ptr, experts_ptr, segment, start, col,
     H: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK rows of one segment, BLOCK_N columns; rows without an expert get zeros."""
     rows = start + tl.arange(0, BLOCK)
@@ -64,9 +76,46 @@ def _grouped_d_x_tile(
     if tl.load(experts_ptr + segment) >= 0:
         acc = _segment_d_x(
             acc, d_a_ptr, d_u_ptr, gate_ptr, up_ptr, offsets_ptr, experts_ptr, segment, rows, col,
-            H, RANK, RANK_PAD, BLOCK_N, PRECISION,
+            H, RANK, RANK_PAD, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     store_rows(d_x_ptr, acc, tl.load(perm_ptr + rows, mask=inside, other=0), inside, col, H, BLOCK_N)
+
+
+@triton.jit
+def _row_tile_d_x(
+    d_a, d_u, gate, up, d_x_ptr, expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr,
+    perm_ptr, offsets_ptr, experts_ptr, first_segment_ptr, last_segment_ptr, tile, T,
+    H: tl.constexpr, INTER: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SPLITS: tl.constexpr, FUSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows, BLOCK_N columns, one slot: a part of K, or (fused) the experts, or all of it."""
+    row_tiles = tl.cdiv(T, BLOCK_M)
+    columns = tl.cdiv(H, BLOCK_N)
+    slot = tile // (row_tiles * columns)
+    row_tile, col_tile = grouped_order(tile % (row_tiles * columns), row_tiles, columns, GROUP)
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = col_tile * BLOCK_N
+    part: tl.constexpr = split_depth(INTER, SPLITS, BLOCK_K)
+    # The experts' slot lies behind the last part, so that its K range is empty.
+    acc = _base_d_x(
+        d_a, d_u, gate, up, row_tile * BLOCK_M, col, slot * part, tl.minimum(slot * part + part, INTER), T,
+        H, INTER, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
+    )  # fmt: skip
+    target = rows
+    if FUSED:
+        if SPLITS == 1 or slot == SPLITS:
+            first = tl.load(first_segment_ptr + row_tile)
+            last = tl.load(last_segment_ptr + row_tile)
+            for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD)):
+                acc = _segment_d_x(
+                    acc, expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr,
+                    offsets_ptr, experts_ptr, segment, rows, col,
+                    H, RANK, RANK_PAD, BLOCK_N, BLOCK_K, PRECISION,
+                )  # fmt: skip
+        if SPLITS == 1:
+            target = tl.load(perm_ptr + rows, mask=rows < T, other=0)
+    store_rows(d_x_ptr + slot.to(tl.int64) * T * H, acc, target, rows < T, col, H, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -75,7 +124,7 @@ def d_x_kernel(
     d_u,  # (T, I)
     gate,  # (I, H)
     up,  # (I, H)
-    d_x_ptr,  # (T, H) out, in the batch's order
+    d_x_ptr,  # (T, H) out, in the batch's order; (slots, T, H) fp32 sums in d_a's order where SPLITS > 1
     expert_d_a_ptr,  # (S, R) sorted
     expert_d_u_ptr,  # (S, R) sorted
     expert_gate_ptr,  # (E, R, H)
@@ -99,6 +148,7 @@ def d_x_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,  # parts of the K loops; where more than 1, the experts have a slot of their own
     TOWER: tl.constexpr,  # "fused", "dual" or "expert"
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -113,7 +163,7 @@ def d_x_kernel(
         grouped_tiles = tl.load(tile_count_ptr + 1) * columns
     tiles = grouped_tiles
     if TOWER != "expert":
-        tiles += tl.cdiv(T, BLOCK_M) * columns
+        tiles += tl.cdiv(T, BLOCK_M) * columns * num_slots(SPLITS, TOWER)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         if tile < grouped_tiles:
             if TOWER != "fused":
@@ -122,37 +172,12 @@ def d_x_kernel(
                     expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr, expert_d_x_ptr,
                     perm_ptr, offsets_ptr, experts_ptr,
                     tl.load(tile_segment_ptr + owner), tl.load(tile_start_ptr + owner),
-                    (tile % columns) * BLOCK_N, H, RANK, RANK_PAD, BLOCK_E, BLOCK_N, PRECISION,
+                    (tile % columns) * BLOCK_N, H, RANK, RANK_PAD, BLOCK_E, BLOCK_N, BLOCK_K, PRECISION,
                 )  # fmt: skip
         elif TOWER != "expert":
-            row_tile, col_tile = grouped_order(tile - grouped_tiles, tl.cdiv(T, BLOCK_M), columns, GROUP)
-            rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            col = col_tile * BLOCK_N
-            acc = _base_d_x(
-                d_a,
-                d_u,
-                gate,
-                up,
-                row_tile * BLOCK_M,
-                col,
-                T,
-                H,
-                INTER,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                TMA,
-                PRECISION,
-            )
-            target = rows
-            if TOWER == "fused":
-                first = tl.load(first_segment_ptr + row_tile)
-                last = tl.load(last_segment_ptr + row_tile)
-                for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD)):
-                    acc = _segment_d_x(
-                        acc, expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr,
-                        offsets_ptr, experts_ptr, segment, rows, col,
-                        H, RANK, RANK_PAD, BLOCK_N, PRECISION,
-                    )  # fmt: skip
-                target = tl.load(perm_ptr + rows, mask=rows < T, other=0)
-            store_rows(d_x_ptr, acc, target, rows < T, col, H, BLOCK_N)
+            _row_tile_d_x(
+                d_a, d_u, gate, up, d_x_ptr, expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr,
+                perm_ptr, offsets_ptr, experts_ptr, first_segment_ptr, last_segment_ptr,
+                tile - grouped_tiles, T, H, INTER, RANK, RANK_PAD, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+                SPLITS, TOWER == "fused", TMA, PRECISION,
+            )  # fmt: skip

@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201, ANN202
-"""Forward, second half: the extended down GEMM, and the reduction of a split K loop.
+"""Forward, second half: the extended down GEMM.
 
 T rows, S rows that have experts (the same T rows in the fused tower, other rows in the dual tower),
 H hidden, I intermediate (``INTER``), R expert rank (``RANK``), E experts, C segments. "Sorted" means in
@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qar_kernels.triton.tiles import grouped_order, load_dense, load_rows, segment_stages, store_rows
+from qar_kernels.triton.tiles import (
+    grouped_order,
+    load_dense,
+    load_rows,
+    num_slots,
+    segment_stages,
+    split_depth,
+    store_rows,
+)
 
 
 @triton.jit
@@ -76,7 +84,7 @@ def _row_tile_down(
     row_tile, col_tile = grouped_order(tile % (row_tiles * columns), row_tiles, columns, GROUP)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     col = col_tile * BLOCK_N
-    part: tl.constexpr = (INTER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+    part: tl.constexpr = split_depth(INTER, SPLITS, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # The experts' slot lies behind the last part, so that its K range is empty.
     for k in range(slot * part, tl.minimum(slot * part + part, INTER), BLOCK_K):
@@ -144,8 +152,7 @@ def down_kernel(
         grouped_tiles = tl.load(tile_count_ptr + 1) * columns
     tiles = grouped_tiles
     if TOWER != "expert":
-        slots: tl.constexpr = SPLITS + 1 if TOWER == "fused" and SPLITS > 1 else SPLITS
-        tiles += tl.cdiv(T, BLOCK_M) * columns * slots
+        tiles += tl.cdiv(T, BLOCK_M) * columns * num_slots(SPLITS, TOWER)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         if tile < grouped_tiles:
             if TOWER != "fused":
@@ -163,31 +170,3 @@ def down_kernel(
                 H, INTER, RANK, RANK_PAD, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
                 SPLITS, TOWER == "fused", TMA, PRECISION,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["T"])
-def reduce_kernel(
-    parts_ptr,  # (SLOTS, T, H) fp32
-    y_ptr,  # (T, H) out
-    perm_ptr,  # (T,) row of each position where SORTED
-    T,
-    H: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SORTED: tl.constexpr,
-):
-    """``y = sum of the slots``, always from the first to the last.
-
-    Grid: (T, ceil(H / BLOCK_N)). A program owns BLOCK_N columns of one row.
-    """
-    row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < H
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    for slot in range(SLOTS):
-        offset = (tl.cast(slot, tl.int64) * T + row) * H
-        acc += tl.load(parts_ptr + offset + column, mask=inside, other=0.0)
-    target = row.to(tl.int64)
-    if SORTED:
-        target = tl.load(perm_ptr + row)
-    tl.store(y_ptr + target * H + column, acc.to(y_ptr.dtype.element_ty), mask=inside)

@@ -16,10 +16,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qar_kernels.tile_plan import TilePlan
+from qar_kernels.triton import split_k
 from qar_kernels.triton.configs import Gemm, LaunchConfig
 from qar_kernels.triton.kernels_d_hidden import d_hidden_kernel
 from qar_kernels.triton.kernels_d_x import d_x_kernel
-from qar_kernels.triton.kernels_down import down_kernel, reduce_kernel
+from qar_kernels.triton.kernels_down import down_kernel
 from qar_kernels.triton.kernels_gate_up import gate_up_kernel
 from qar_kernels.triton.kernels_weight_grad import expert_weight_grad_kernel
 from qar_kernels.triton.runner import run_kernel
@@ -27,7 +28,6 @@ from qar_kernels.triton.runner import run_kernel
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
 _RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded instead of run
-_REDUCE_COLUMNS = 1024
 
 
 # Whether the kernels were decorated under TRITON_INTERPRET=1.
@@ -112,14 +112,13 @@ def down(
 ) -> tuple[Tensor, Tensor]:
     """Outputs of the base rows and of the expert rows (in the fused tower all is in the first)."""
     gemm, tma = call.config.down, _use_tma(call, h, call.base.down)
-    rows, hidden, fused = h.shape[0], like.shape[1], call.tower == "fused"
+    rows, hidden = h.shape[0], like.shape[1]
     y = like.new_empty(rows, hidden)
-    expert_y = like.new_empty(0 if fused else call.perm.shape[0], hidden)
-    splits = _splits(call, like, _base_tiles(call, rows, hidden, gemm))
-    slots = splits + fused if splits > 1 else 1
-    parts = like.new_empty(slots, rows, hidden, dtype=torch.float32) if slots > 1 else y
+    expert_y = like.new_empty(0 if call.tower == "fused" else call.perm.shape[0], hidden)
+    splits = _splits(call, like, hidden, gemm)
+    parts = split_k.partial_sums(y, splits, call.tower)
     run_kernel(
-        down_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm) * slots),
+        down_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm) * len(parts)),
         _operand(h, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_n, gemm.block_k),
         parts, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
@@ -127,11 +126,8 @@ def down(
         **_shape(call, like), **_blocks(call, gemm), SPLITS=splits, TOWER=call.tower,
         ADD=base_y is not None, TMA=tma,
     )  # fmt: skip
-    if slots > 1:
-        run_kernel(
-            reduce_kernel, (rows, triton.cdiv(hidden, _REDUCE_COLUMNS)), parts, y, call.perm, rows,
-            H=hidden, SLOTS=slots, BLOCK_N=_REDUCE_COLUMNS, SORTED=fused, num_warps=4, num_stages=1,
-        )  # fmt: skip
+    if splits > 1:
+        split_k.reduce(parts, y, call.perm, call.tower)
     return y, expert_y
 
 
@@ -164,16 +160,20 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
     rows, expert_rows = d_base.a.shape[0], call.perm.shape[0]
     d_x = like.new_empty(rows, hidden)
     d_x_expert = like.new_empty(0 if call.tower == "fused" else expert_rows, hidden)
+    splits = _splits(call, like, hidden, gemm)
+    parts = split_k.partial_sums(d_x, splits, call.tower)
     run_kernel(
-        d_x_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm)),
+        d_x_kernel, _grid(like, _row_tiles(call, rows, hidden, gemm) * len(parts)),
         _operand(d_base.a, tma, call.config.block_rows, gemm.block_k),
         _operand(d_base.u, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_k, gemm.block_n),
         _operand(call.base.up, tma, gemm.block_k, gemm.block_n),
-        d_x, d_expert.a, d_expert.u, call.experts.gate, call.experts.up, d_x_expert,
+        parts, d_expert.a, d_expert.u, call.experts.gate, call.experts.up, d_x_expert,
         call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment, rows,
-        **_shape(call, like), **_blocks(call, gemm), TOWER=call.tower, TMA=tma,
+        **_shape(call, like), **_blocks(call, gemm), SPLITS=splits, TOWER=call.tower, TMA=tma,
     )  # fmt: skip
+    if splits > 1:
+        split_k.reduce(parts, d_x, call.perm, call.tower)
     return d_x, d_x_expert
 
 
@@ -252,15 +252,10 @@ def _programs(x: Tensor) -> int:
     return _INTERPRETER_PROGRAMS if x.device.type == "cpu" else _RECORDED_PROGRAMS
 
 
-def _splits(call: Call, x: Tensor, tiles: int) -> int:
-    """Parts of the down K loop: a power of two that gives each program up to two tiles.
-
-    Depends on T, H and the device only, never on the ids: a row's sum has one order in all company.
-    """
-    splits = 1
-    while call.tower != "expert" and 2 * splits <= call.config.max_splits and splits * tiles < _programs(x):
-        splits *= 2
-    return splits
+def _splits(call: Call, x: Tensor, columns: int, gemm: Gemm) -> int:
+    if call.tower == "expert":
+        return 1
+    return split_k.count(_base_tiles(call, x.shape[0], columns, gemm), _programs(x), call.config.max_splits)
 
 
 def _use_tma(call: Call, *operands: Tensor) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from triton.errors import TritonError
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -31,8 +33,19 @@ def recording() -> Iterator[list[Recorded]]:
 
 
 def run_kernel(kernel: object, grid: tuple[int, ...], *args: object, **meta: object) -> None:
-    """Launch ``kernel`` over ``grid``; inside :func:`recording`, only note it down."""
+    """Launch ``kernel`` over ``grid``; inside :func:`recording`, only note it down.
+
+    Raises:
+        RuntimeError: if the kernel cannot be compiled for this device or launched on it.
+    """
     if _recorded is not None:
         _recorded.append(Recorded(kernel, args, meta))
-    else:
+        return
+    try:
         kernel[grid](*args, **meta)
+    except (TritonError, RuntimeError) as error:  # the driver and the compiler's passes raise the latter
+        raise RuntimeError(
+            f"{kernel.__name__}: got a failure to compile or launch ({type(error).__name__}: {error}); "
+            'expected an NVIDIA device of compute capability 8.0, 9.0 or 10.0. Pass backend="torch", or set '
+            "QAR_KERNELS_PATH=grouped to leave at least the base MLP to the vendor library"
+        ) from error

@@ -84,6 +84,18 @@ def segment_stages(rank_pad):
     return 1 if rank_pad > 64 else 2
 
 
+@triton.constexpr_function
+def split_depth(depth, splits, block_k):
+    """Length of each part of a K loop over ``depth``, whole steps of ``block_k``."""
+    return triton.cdiv(depth, splits * block_k) * block_k
+
+
+@triton.constexpr_function
+def num_slots(splits, tower):
+    """Partial sums per output element: one per part of K and, fused, one for the experts."""
+    return splits + 1 if splits > 1 and tower == "fused" else splits
+
+
 @triton.jit
 def swiglu(a, u):
     """``silu(a) * u`` in fp32."""

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers import Case
+from triton.runtime.errors import OutOfResources
 
 from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
+from qar_kernels.triton.runner import run_kernel
 
 NAMES = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
 BASE = NAMES[1:4]
@@ -92,3 +94,18 @@ def test_triton_missing(monkeypatch):
     monkeypatch.setattr(op, "_HAS_TRITON", False)
     with pytest.raises(ValueError, match="Triton is not installed"):
         call(fused_mlp, arguments(), backend="triton")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("PassManager::run failed"), OutOfResources(300, 99, "shared")]
+)
+def test_a_chip_that_the_kernels_do_not_fit(monkeypatch, error):
+    class Kernel:
+        __name__ = "some_kernel"
+
+        def __getitem__(self, grid):
+            raise error
+
+    with pytest.raises(RuntimeError, match=r'some_kernel: got .*backend="torch".*QAR_KERNELS_PATH') as raised:
+        run_kernel(Kernel(), (1,))
+    assert raised.value.__cause__ is error

@@ -1,14 +1,99 @@
-"""The choice between the two Triton paths."""
+"""The dispatcher: overridable, never a path that the table says loses, a rule where nothing was measured."""
 
-from qar_kernels.dispatch import default_path, measured_path
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import Case
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qar_kernels import Segments, dispatch, fused_mlp
+from qar_kernels.dispatch import Shape, choose_path, default_path, measured_path
+
+CARD = "card"
+SHAPE = Shape(4096, 64, 4096, 14336, 64, "bfloat16", training=False)
 
 
-def test_dispatch():
-    assert default_path(rows=4096, segments=64) == "fused"
-    assert default_path(rows=256, segments=256) == "grouped"
-    cell = {"device": "card", "H": 4096, "I": 14336, "T": 4096, "Q": 64, "fused_over_grouped": 1.1}
-    table = [cell, cell | {"T": 256, "fused_over_grouped": 0.9}]
-    assert measured_path(table, "card", 4096, 14336, rows=3000, segments=60) == "grouped"
-    assert measured_path(table, "card", 4096, 14336, rows=200, segments=60) == "fused"
-    assert measured_path(table, "card", 4096, 14336, rows=1024, segments=60) is None
-    assert measured_path(table, "other", 4096, 14336, rows=4096, segments=64) is None
+def cell(ratio, shape=SHAPE, device=CARD):
+    return {
+        "device": device,
+        "pass": "fwd+bwd" if shape.training else "fwd",
+        "dtype": shape.dtype,
+        "T": shape.rows,
+        "Q": shape.segments,
+        "R": shape.rank,
+        "H": shape.hidden,
+        "I": shape.intermediate,
+        "fused_over_grouped": ratio,
+    }
+
+
+sizes = st.sampled_from([1, 2, 16, 100, 256, 4096])
+shapes = st.builds(
+    Shape,
+    rows=sizes,
+    segments=sizes,
+    hidden=st.just(4096),
+    intermediate=st.just(14336),
+    rank=st.sampled_from([8, 64, 128]),
+    dtype=st.sampled_from(["bfloat16", "float16"]),
+    training=st.booleans(),
+)
+
+
+@given(st.dictionaries(shapes, st.floats(0.5, 2), min_size=1, max_size=12))
+def test_a_measured_cell_always_decides_for_itself(ratios):
+    table = [cell(ratio, shape) for shape, ratio in ratios.items()]
+    for shape, ratio in ratios.items():
+        assert measured_path(table, CARD, shape) == ("fused" if ratio <= 1 else "grouped")
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(3000, "grouped"), (200, "fused"), (1024, None)])
+def test_the_nearest_cell_within_a_factor_of_two_decides(rows, expected):
+    table = [cell(1.1), cell(0.9, replace(SHAPE, rows=256))]
+    assert measured_path(table, CARD, replace(SHAPE, rows=rows)) == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"hidden": 3584}, {"intermediate": 512}, {"dtype": "float16"}, {"training": True}, {"rank": 8}],
+)
+def test_a_cell_speaks_only_for_its_kind(other):
+    assert measured_path([cell(1.1)], CARD, replace(SHAPE, **other)) is None
+    assert measured_path([cell(1.1)], "another card", SHAPE) is None
+
+
+@pytest.mark.parametrize("order", [(0.9, 1.1), (1.1, 0.9)])
+def test_of_equally_near_cells_the_safe_one_decides(order):
+    rows = (2048, 8192)
+    table = [cell(ratio, replace(SHAPE, rows=r)) for ratio, r in zip(order, rows, strict=True)]
+    assert measured_path(table, CARD, SHAPE) == "grouped"
+
+
+@pytest.mark.parametrize(
+    ("rows", "segments", "path"),
+    [(4096, 64, "fused"), (256, 256, "grouped"), (1, 1, "fused"), (16, 16, "fused"), (16, 17, "grouped")],
+)
+def test_the_rule_where_nothing_was_measured(rows, segments, path):
+    assert default_path(replace(SHAPE, rows=rows, segments=segments)) == path
+
+
+def test_table_before_rule_and_environment_before_both(monkeypatch):
+    device = torch.device("cpu")
+    assert choose_path(device, SHAPE) == "fused"
+    monkeypatch.setattr(dispatch, "MEASUREMENTS", [cell(1.1, device="cpu")])
+    assert choose_path(device, SHAPE) == "grouped"
+    monkeypatch.setenv("QAR_KERNELS_PATH", "fused")
+    assert choose_path(device, SHAPE) == "fused"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_the_operation_asks_for(monkeypatch, training):
+    asked = []
+    monkeypatch.setattr(dispatch, "choose_path", lambda device, shape: asked.append(shape) or "fused")
+    case = Case([0, 1, 1, -1])
+    leaves = case.leaves(torch.float32, requires_grad=training)
+    names = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
+    fused_mlp(*(leaves[n] for n in names), Segments.from_ids(case.ids), backend="triton")
+    assert asked == [Shape(4, 4, case.H, case.I, case.R, "float32", training)]

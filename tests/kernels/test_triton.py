@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from qar_kernels import Segments, fused_mlp
 from qar_kernels.triton import backend as triton_backend
+from qar_kernels.triton import launch, ops, split_k
 from qar_kernels.triton.configs import CONFIGS, Gemm
+from qar_kernels.triton.runner import recording
 
 
 def ids(rows, experts, seed=0, none=True):
@@ -76,10 +78,35 @@ def test_shipped_configurations(use_config, name):
     check(Case(ids(150, 5), H=144, I=272, R=64, E=5), "fused", "triton", torch.float16)
 
 
+def split_config(**changed):
+    """Few tiles and many parts, one of them empty: H 48 and I 80 in steps of 16."""
+    short = Gemm(64, 16, warps=4, stages=1)
+    return replace(CONFIGS["tiny"], block_rows=64, down=short, d_x=short, max_splits=4, **changed)
+
+
+@pytest.fixture
+def slots_used(monkeypatch):
+    """Number of slots of every split launch, on a chip of 8 multiprocessors."""
+    used = []
+    monkeypatch.setattr(launch, "_INTERPRETER_PROGRAMS", 8)
+    real = split_k.reduce
+    monkeypatch.setattr(split_k, "reduce", lambda parts, *rest: used.append(len(parts)) or real(parts, *rest))
+    return used
+
+
+@pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_split_k(use_config, tower):
-    use_config(replace(CONFIGS["tiny"], block_rows=64, down=Gemm(64, 16, warps=4, stages=1), max_splits=4))
-    check(Case(ids(37, 4)), tower, "triton", torch.float32)
+def test_split_k(use_config, slots_used, tower, tma):
+    use_config(split_config(tma=tma))
+    check(Case(ids(37, 4)), tower, "triton", torch.float16 if tma else torch.float32)
+    assert slots_used == {"fused": [5, 5], "dual": [4, 4], "expert": []}[tower]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "programs", "splits"), [(64, 132, 4), (66, 132, 2), (132, 132, 1), (1, 132, 8), (9, 2, 1)]
+)
+def test_number_of_splits(tiles, programs, splits):
+    assert split_k.count(tiles, programs, max_splits=8) == splits
 
 
 @settings(max_examples=8, deadline=None)
@@ -112,10 +139,15 @@ def test_two_runs_are_bitwise_equal(tower):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "split"), [(torch.float32, False), (torch.float16, False), (torch.float32, True)]
+)
 @pytest.mark.parametrize("tower", TOWERS)
-def test_isolation(tower, dtype):
+def test_isolation(use_config, slots_used, tower, dtype, split):
     """Expert 1's rows and gradients do not change with the company it keeps."""
+    if split and tower == "expert":
+        pytest.skip("no base, so no K to split")
+    use_config(split_config() if split else CONFIGS["tiny"])
     mine = [row % 3 == 1 for row in range(40)]
     results = []
     for company in (0, 2, 3, 7):
@@ -148,7 +180,6 @@ def test_only_what_needs_a_gradient_is_computed(wanted, monkeypatch):
     for name in wanted:
         leaves[name].requires_grad_()
     launched = []
-    launch = triton_backend.launch
     for step in ("d_input", "expert_weight_grads"):
         real = getattr(launch, step)
         monkeypatch.setattr(launch, step, lambda *a, step=step, real=real: launched.append(step) or real(*a))
@@ -187,3 +218,28 @@ def test_non_contiguous_rows():
     seg = Segments.from_ids(case.ids)
     y = fused_mlp(x, *weights, seg, backend="triton")
     assert torch.equal(y, fused_mlp(leaves["x"], *weights, seg, backend="triton"))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_nothing_is_read_back_from_the_device(tower):
+    """On "meta" tensors reading a value or copying it to the host raises: what a CUDA graph needs."""
+    ids = torch.empty(300, dtype=torch.int64, device="meta")
+    leaves = {name: t.to("meta", torch.float16) for name, t in Case([0] * 300, R=64).tensors.items()}
+    segments = Segments.from_ids(ids)
+    plan = triton_backend.plan_tensors(segments.tile_plan(16, 16))
+    base = [leaves[n] for n in ("gate", "up", "down")] if tower != "expert" else [None] * 3
+    x = leaves["x"] if tower != "expert" else None
+    x_expert = leaves["x_specific"] if tower != "fused" else None
+    experts = [leaves[n] for n in ("expert_gate", "expert_up", "expert_down")]
+    tensors = x, *base, x_expert, *experts
+    d_y = leaves["d_y"] if x is not None else None
+    d_y_expert = leaves["d_y_specific"] if x_expert is not None else None
+    with recording() as recorded:
+        outputs = ops.swiglu_experts._init_fn(
+            tower, *tensors, None, segments.perm, plan, 1.0, "sm90_large", True
+        )
+        ops.swiglu_experts_backward._init_fn(
+            tower, d_y, d_y_expert, *tensors, *outputs[2:], segments.perm, plan, 1.0, "sm90_large",
+            x is not None, x is not None, x_expert is not None, True,
+        )  # fmt: skip
+    assert len(recorded) == 5

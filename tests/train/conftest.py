@@ -8,6 +8,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from train.base_model import load_tokenizer
 from train.config import TrainConfig
 from train.data.mqdialog import write_mqdialog
 from train.data.planted import HABITS, planted
@@ -88,3 +89,9 @@ def config(tmp_path, tiny_data, tiny_model_dir) -> TrainConfig:
         save_steps=2,
         names_in_prompt=False,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model_dir) -> PreTrainedTokenizerFast:
+    """The tiny model's tokenizer."""
+    return load_tokenizer(str(tiny_model_dir))

@@ -6,7 +6,6 @@ from train.chat import Chat
 from train.comparison import Comparison
 from train.data.transcript import Turn
 from train.errors import UserError
-from train.evaluate import dialogue_of
 from train.finetune import finetune
 from train.generate import answer
 
@@ -76,7 +75,7 @@ def test_windows_of_one_dialogue_are_resampled_together(tiny_data):
     from dataclasses import replace
 
     first = replace(tiny_data.train[0], id="scene_1_dialogue_2_part3")
-    assert dialogue_of(first) == "scene_1_dialogue_2"
+    assert first.dialogue == "scene_1_dialogue_2"
 
 
 def test_chat_switches_who_asks_and_survives_slips(comparison, tiny_data, capsys):

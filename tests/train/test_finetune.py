@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from train import finetune as module
+from train.callbacks import StopOnInterrupt
+from train.checkpoints import last_checkpoint
 from train.data.encode import IGNORE
 from train.errors import UserError
 from train.finetune import finetune
 from train.trained import EXPERTS, load_trained
-from train.trainer import WEIGHTS, StopOnInterrupt, last_checkpoint
+from train.trainer import WEIGHTS
 
 
 def losses(config):

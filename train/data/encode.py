@@ -44,6 +44,8 @@ class Encoded:
     querier_id: int
     cluster_id: int
     prompt_length: int
+    id: str = ""
+    dropped_turns: int = 0
 
     @property
     def reply_labels(self) -> list[int]:
@@ -71,11 +73,12 @@ def encode(
         raise UserError(f"supervise is '{supervise}', expected 'all' or 'last'")
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, example.responder, names_in_prompt)
-    found = _fit(
+    fitted = _fit(
         example.turns, example.responder, render, _least_turns(style), lambda r: len(r.ids), max_tokens
     )
-    if found is None:
+    if fitted is None:
         raise TooLongError(f"example '{example.id}': the reply does not fit into {max_tokens} tokens")
+    dropped, found = fitted
     first = found.prompt_length if supervise == "last" else 0
     return Encoded(
         found.ids,
@@ -84,6 +87,8 @@ def encode(
         example.querier_id,
         example.cluster_id,
         found.prompt_length,
+        example.id,
+        dropped,
     )
 
 
@@ -117,9 +122,10 @@ def encode_prompt(
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, responder, names_in_prompt)
     with_reply = (*turns, Turn(responder, "."))
-    found = _fit(with_reply, responder, render, 2, lambda r: r.prompt_length, max_tokens)
-    if found is None:
+    fitted = _fit(with_reply, responder, render, 2, lambda r: r.prompt_length, max_tokens)
+    if fitted is None:
         raise TooLongError(f"the last query does not fit into {max_tokens} tokens")
+    _, found = fitted
     return found.ids[: found.prompt_length]
 
 
@@ -156,14 +162,17 @@ def _fit(
     least: int,
     length: Callable[[Rendered], int],
     max_tokens: int,
-) -> Rendered | None:
-    """The longest end of ``turns``, of at least ``least`` turns, that fits and does not lead with a reply."""
+) -> tuple[int, Rendered] | None:
+    """Where the longest end of ``turns`` starts that fits and does not lead with a reply, and its tokens.
+
+    It has at least ``least`` turns.
+    """
     for start in range(len(turns) - least + 1):
         if turns[start].speaker == responder and start < len(turns) - 1:
             continue
         rendered = render(turns[start:])
         if length(rendered) <= max_tokens:
-            return rendered
+            return start, rendered
     return None
 
 

@@ -29,6 +29,11 @@ class Example:
     cluster_id: int
 
     @property
+    def dialogue(self) -> str:
+        """The dialogue that the window was cut from; ids are ``<dialogue>_part<number>``."""
+        return self.id.rpartition("_part")[0] or self.id
+
+    @property
     def query(self) -> str:
         """The last turn before the reply."""
         return self.turns[-2].text

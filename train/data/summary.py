@@ -25,10 +25,8 @@ def summary_table(data: MQDialog) -> Table:
 
 
 def num_dialogues(examples: Sequence[Example]) -> int:
-    """Number of different dialogues that ``examples`` are windows of; ids are ``<dialogue>_part<number>``."""
-    return len(
-        {(example.querier_id, example.id.rpartition("_part")[0] or example.id) for example in examples}
-    )
+    """Number of different dialogues that ``examples`` are windows of."""
+    return len({(example.querier_id, example.dialogue) for example in examples})
 
 
 def _figures(train: Sequence[Example], dev: Sequence[Example]) -> list[str]:

@@ -1,0 +1,101 @@
+"""Compile a recorded launch for a chip that need not be there, and read the machine code.
+
+Triton's wheel carries the assembler and the disassembler, so this works without a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from qar_kernels.triton.runner import Recorded
+
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+# Largest shared memory of one block: CUDA C++ Programming Guide, "Compute Capabilities".
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What one kernel became.
+
+    Attributes:
+        registers: per thread.
+        shared_bytes: of one block.
+        mma: matrix instructions with their shapes: HGMMA (sm_90), HMMA (sm_80), UTCHMMA (sm_100).
+        tma_loads: bulk copies from global to shared memory.
+        spills: loads from and stores to local memory.
+    """
+
+    registers: int
+    shared_bytes: int
+    mma: list[str]
+    tma_loads: int
+    spills: int
+
+
+def specialisation(recorded: Recorded) -> tuple:
+    """Everything the compiled code depends on: launches with equal ones share a kernel."""
+    return recorded.kernel.__name__, *_signature(recorded).items(), *recorded.meta.items()
+
+
+def compile_launch(recorded: Recorded, arch: str) -> triton.compiler.CompiledKernel:
+    """The kernel as the just-in-time compiler would build it for these arguments."""
+    meta = dict(recorded.meta)
+    options = {name: meta.pop(name) for name in ("num_warps", "num_stages")}
+    signature = _signature(recorded) | dict.fromkeys(meta, "constexpr")
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, arg in enumerate(recorded.args) if isinstance(arg, Tensor)
+    }
+    source = ASTSource(recorded.kernel, signature, constexprs=meta, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[arch], 32), options=options)
+
+
+def read(compiled: triton.compiler.CompiledKernel) -> MachineCode:
+    """Count what matters in the disassembly."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run(
+            [_disassembler(), "-sass", "-res-usage", cubin.name], check=True, capture_output=True, text=True
+        ).stdout
+    return MachineCode(
+        registers=int(re.search(r"REG:(\d+)", text).group(1)),
+        shared_bytes=compiled.metadata.shared,
+        mma=sorted(set(re.findall(r"\b(?:HG|H|UTC\w*)MMA(?:\.\d\w*)?", text))),
+        tma_loads=len(re.findall(r"\bUTMALDG\b", text)),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", text)),
+    )
+
+
+@cache
+def _disassembler() -> Path:
+    return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def _signature(recorded: Recorded) -> dict[str, str]:
+    names = recorded.kernel.arg_names[: len(recorded.args)]
+    return dict(zip(names, map(_type_of, recorded.args), strict=True))
+
+
+def _type_of(arg: object) -> str:
+    if isinstance(arg, TensorDescriptor):
+        return f"tensordesc<{_TYPES[arg.base.dtype]}{list(arg.block_shape)}>"
+    if isinstance(arg, Tensor):
+        return "*" + _TYPES[arg.dtype]
+    return "fp32" if isinstance(arg, float) else "i32"

@@ -1,0 +1,114 @@
+"""What is shipped: every launch that the configurations lead to, on tensors without storage.
+
+T rows, H hidden, I intermediate, R expert rank, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qar_kernels.segments import Segments
+from qar_kernels.triton import launch
+from qar_kernels.triton.configs import CONFIGS
+from qar_kernels.triton.launch import Call, Hidden, Weights
+from qar_kernels.triton.runner import Recorded, recording
+
+SHAPES = {"Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
+RANKS = (8, 16, 32, 64, 128)
+TOWERS = ("fused", "dual", "expert")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Each of them gives the split K loops another number of parts at the shapes above.
+_DECODE_ROWS = (64, 128, 256)
+_PREFILL_ROWS = (512,)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration at one model's shape."""
+
+    config: str
+    shape: str
+    rank: int
+    dtype: str
+    tower: str
+
+
+def matrix(arch: str) -> Iterator[Case]:
+    """Every case of ``arch``; exact fp32, which no model is served in, at one shape and three ranks."""
+    for config in _configs(arch):
+        for shape in SHAPES:
+            for rank in RANKS:
+                for dtype in ("bf16", "fp16"):
+                    yield from (Case(config, shape, rank, dtype, tower) for tower in TOWERS)
+    for rank in (8, 64, 128):
+        yield from (Case("fp32", "Llama-3-8B", rank, "fp32", tower) for tower in TOWERS)
+
+
+def representative(arch: str) -> Iterator[Case]:
+    """Few cases that meet every configuration, tower, shape and dtype, and ranks from 8 to 128."""
+    large, decode = _configs(arch)
+    yield Case(large, "Llama-3-8B", 64, "bf16", "fused")
+    yield Case(large, "Qwen2.5-7B", 128, "fp16", "dual")
+    yield Case(decode, "Qwen2.5-7B", 32, "bf16", "fused")
+    yield Case(decode, "Llama-3-8B", 8, "fp16", "dual")
+    yield Case(decode, "Qwen2.5-7B", 128, "bf16", "expert")
+    yield Case("fp32", "Llama-3-8B", 16, "fp32", "fused")
+
+
+def training_step(case: Case) -> list[Recorded]:
+    """The launches of a step with the base frozen, as ``make test`` compiles them."""
+    return _launches(case, _rows(case)[:1], keep_h=(False,), save=(True,))
+
+
+def every_launch(case: Case) -> list[Recorded]:
+    """Also those of inference, of a base that is trained, and of every number of K splits."""
+    return _launches(case, _rows(case), keep_h=(False, True), save=(True, False))
+
+
+def _configs(arch: str) -> tuple[str, str]:
+    prefix = "sm80" if arch == "sm_80" else "sm90"
+    return f"{prefix}_large", f"{prefix}_decode"
+
+
+def _rows(case: Case) -> tuple[int, ...]:
+    return _DECODE_ROWS if case.config.endswith("decode") else _PREFILL_ROWS
+
+
+def _launches(
+    case: Case, row_counts: tuple[int, ...], keep_h: tuple[bool, ...], save: tuple[bool, ...]
+) -> list[Recorded]:
+    with recording() as recorded:
+        for rows in row_counts:
+            call, x = _call(case, rows)
+            for saved in save:
+                base, expert = launch.gate_up(call, x, x, saved)
+            base, expert = Hidden(base.h, base.h, base.h), Hidden(expert.h, expert.h, expert.h)
+            launch.down(call, base.h, expert.h, x, None)
+            if case.tower == "expert":
+                launch.down(call, base.h, expert.h, x, x)
+            for kept in keep_h:
+                grads = launch.d_hidden(call, x, x, base, expert, kept)
+            launch.d_input(call, *grads, x)
+            launch.expert_weight_grads(call, x, x, grads[1])
+    return recorded
+
+
+def _call(case: Case, rows: int) -> tuple[Call, Tensor]:
+    """A batch of ``rows`` rows and four experts."""
+    hidden, inter = SHAPES[case.shape]
+    experts = 4
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=DTYPES[case.dtype], device="meta")
+
+    blocks = CONFIGS[case.config]
+    segments = Segments.from_ids([0, 1, 2, 3] * (rows // 4))
+    base = Weights(empty(inter, hidden), empty(inter, hidden), empty(hidden, inter))
+    stacked = (empty(experts, case.rank, hidden), empty(experts, case.rank, hidden))
+    expert = Weights(*stacked, empty(experts, hidden, case.rank))
+    plan = segments.tile_plan(blocks.block_rows, blocks.block_expert)
+    return Call(case.tower, base, expert, segments.perm, plan, 1.0, blocks), empty(rows, hidden)

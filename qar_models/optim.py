@@ -1,0 +1,102 @@
+"""AdamW for models with row-sparse expert gradients.
+
+E experts, n experts present in the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qar_models.row_sparse import rows_of
+
+
+class RowSparseAdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) that leaves absent rows alone.
+
+    Of a parameter with a row-sparse gradient only the rows present in it are touched: weights, moments, weight
+    decay and the step count of the bias correction, which every row has of its own. A querier is thus
+    trained as by AdamW on the steps in which they occur. Dense gradients are treated as PyTorch does.
+
+    State of such a parameter ``(E, ...)``: ``step`` (E,) float32, ``exp_avg`` and ``exp_avg_sq`` ``(E, ...)``, at
+    least float32, and where the parameter is of 16 bits ``master``, its float32 weights.
+
+    Args:
+        params: parameters or groups, dense ones too.
+        options: as :class:`torch.optim.AdamW`, except ``amsgrad``; ``fused`` is on unless given.
+    """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        if options.get("amsgrad"):
+            raise ValueError("amsgrad: got True, which row-sparse gradients do not have; expected False")
+        super().__init__(params, **{"fused": not options.get("foreach"), **options})
+        self._watch_steps()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_rounded" not in self.__dict__:  # a copy, which comes without hooks
+            self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        self._rounded: list[tuple[nn.Parameter, Tensor]] = []
+        self.register_step_post_hook(RowSparseAdamW._round_masters)
+
+    # AdamW.step calls this once per group and then updates what it put into the lists. It refuses sparse
+    # gradients; their rows join the lists as views, so that one fused kernel runs for everything.
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> bool:
+        lists = (params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+        sparse = [p for p in group["params"] if p.grad is not None and p.grad.is_sparse]
+        others = [p for p in group["params"] if p.grad is None or not p.grad.is_sparse]
+        has_complex = super()._init_group({**group, "params": others}, *lists)
+        for parameter in sparse:
+            ids, d_rows = rows_of(parameter.grad)
+            state = self._state_of(parameter, group)
+            weights = state.get("master", parameter)
+            if weights is not parameter:
+                self._rounded.append((parameter, ids))
+            for d_row, row in zip(d_rows.to(weights.dtype), ids.tolist(), strict=True):
+                params_with_grad.append(weights[row])
+                grads.append(d_row)
+                exp_avgs.append(state["exp_avg"][row])
+                exp_avg_sqs.append(state["exp_avg_sq"][row])
+                state_steps.append(state["step"][row])
+        return has_complex
+
+    def _state_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            weights = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+            device = parameter.device if group["fused"] or group["capturable"] else "cpu"
+            state["step"] = torch.zeros(len(parameter), device=device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
+            if weights.dtype != parameter.dtype:
+                state["master"] = weights
+        return state
+
+    @torch.no_grad()
+    def _round_masters(self, *_: Any) -> None:
+        for parameter, ids in self._rounded:
+            parameter[ids] = self.state[parameter]["master"][ids].to(parameter.dtype)
+        self._rounded.clear()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the base class, which would round the float32 state of 16-bit parameters to 16 bits."""
+        super().load_state_dict(state_dict)
+        saved = (index for group in state_dict["param_groups"] for index in group["params"])
+        own = (parameter for group in self.param_groups for parameter in group["params"])
+        for index, parameter in zip(saved, own, strict=True):
+            values = state_dict["state"].get(index, {})
+            if "master" in values:
+                self.state[parameter] = {name: value.to(parameter.device) for name, value in values.items()}

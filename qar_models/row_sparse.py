@@ -1,0 +1,108 @@
+"""Row-sparse gradients of stacked experts: rows for the queriers present, nothing for the others.
+
+E experts, n experts present, R expert rank, H hidden. A gradient is a sparse COO tensor over dimension 0
+as ``nn.Embedding(sparse=True)`` makes them: indices ``(1, n)``, values ``(n, ...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qar_kernels import Segments
+from qar_models.distributed import gather_batch
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+# a graph break under torch.compile: compiled graphs have neither sparse tensors nor sizes that ids decide
+@torch.compiler.disable
+def present_rows(bank: Three, segments: Segments) -> tuple[Three, Segments]:
+    """Copies ``(n, ...)`` of the weights of the experts present, and the segments that index them.
+
+    Kernels, autocast and autograd then see n experts, so that no step of theirs costs anything for the
+    others. Gradients arrive at ``bank`` row-sparse.
+    """
+    ids, renumbered = segments.present
+    gate, up, down = (_TakeRows.apply(weight, ids) for weight in bank)
+    return (gate, up, down), renumbered
+
+
+class _TakeRows(torch.autograd.Function):
+    """``weight[ids]`` for different ids."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return weight.index_select(0, ids)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        return _row_sparse(ids, d_rows, ctx.shape), None
+
+
+def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids ``(n,)``, each once, and rows ``(n, ...)`` of a row-sparse gradient; repeated rows are added."""
+    ids = gradient._indices()[0]
+    # accumulating a gradient drops the mark that says so, but ids are nearly always different already
+    if not gradient.is_coalesced() and ids.unique().shape[0] < ids.shape[0]:
+        gradient = gradient.coalesce()
+    return gradient._indices()[0], gradient._values()
+
+
+def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters whose gradients are row-sparse, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter
+        for prefix, module in model.named_modules()
+        for name, parameter in getattr(module, "sparse_parameters", {}).items()
+    }
+
+
+@torch.no_grad()
+def average_row_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average row-sparse gradients over all ranks, in place; only rows that some rank has are exchanged.
+
+    Every rank calls it with the same parameters, after the backward pass and before the optimizer. A
+    rank without a gradient counts as zeros. Does nothing in a single process.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            ids, rows = (
+                parameter.new_empty(0, dtype=torch.int64),
+                parameter.new_empty(0, *parameter.shape[1:]),
+            )
+        else:
+            ids, rows = rows_of(parameter.grad)
+        rows, ids = gather_batch(rows[None] / dist.get_world_size(), ids)
+        parameter.grad = _row_sparse(ids, rows[0], parameter.shape).coalesce() if ids.shape[0] else None
+
+
+def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """As :func:`torch.nn.utils.clip_grad_norm_` (2-norm), which refuses sparse gradients."""
+    values = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient.is_sparse:
+            ids, gradient = rows_of(gradient)
+            parameter.grad = _row_sparse(ids, gradient, parameter.shape)
+        values.append(gradient)
+    total = torch.nn.utils.get_total_norm(values)
+    for value in values:
+        value.mul_((max_norm / (total + 1e-6)).clamp(max=1.0).to(value.device))
+    return total
+
+
+def _row_sparse(ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    return torch.sparse_coo_tensor(ids.unsqueeze(0), rows, shape, check_invariants=False)

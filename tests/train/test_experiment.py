@@ -1,0 +1,119 @@
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from train.errors import UserError
+from train.experiment import __main__ as command
+from train.experiment.cell import result_of
+from train.experiment.plan import load_experiment
+from train.experiment.results import pool
+from train.experiment.table import interval
+from train.metrics import compare
+
+
+@pytest.fixture
+def plan(config, tmp_path):
+    """A file of three methods under two seeds, four steps each."""
+    train = {key: value for key, value in config.to_dict().items() if key not in ("output_dir", "seed")}
+    values = {
+        "output_dir": str(tmp_path / "experiment"),
+        "train": {**train, "lora_targets": list(train["lora_targets"]), "epochs": 1},
+        "methods": {
+            "zero_shot": {"trained": False},
+            "ft": {"method": "ft"},
+            "qar": {"experts": "per_querier"},
+        },
+        "seeds": [0, 1],
+        "generated": 3,
+        "max_new_tokens": 4,
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def test_cells_survive_a_stop_and_end_in_a_table(plan, tmp_path, monkeypatch):
+    experiment = load_experiment(plan)
+    ran = []
+
+    def run_some(experiment, cell):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(cell.name)
+        return run_cell(experiment, cell)
+
+    run_cell = command.run_cell
+    monkeypatch.setattr(command, "run_cell", run_some)
+    with pytest.raises(KeyboardInterrupt):
+        command.run_experiment(experiment, tmp_path, "tiny")
+    assert ran == ["zero_shot-seed0", "ft-seed0", "qar-seed0"]
+    assert json.loads((tmp_path / "tiny.json").read_text())["missing"] == ["ft-seed1", "qar-seed1"]
+    before = result_of(experiment, experiment.cells()[0])
+
+    monkeypatch.setattr(command, "run_cell", lambda *cell: ran.append(cell[1].name) or run_cell(*cell))
+    command.run_experiment(experiment, tmp_path, "tiny")
+    assert ran[3:] == ["ft-seed1", "qar-seed1"]
+    assert result_of(experiment, experiment.cells()[0]) == before
+
+    results = json.loads((tmp_path / "tiny.json").read_text())
+    assert results["missing"] == [] and list(results["methods"]) == ["zero_shot", "ft", "qar"]
+    per_seed = results["methods"]["qar"]["per_seed"]
+    assert [one["seed"] for one in per_seed] == [0, 1]
+    assert results["methods"]["qar"]["nll"] == pytest.approx(sum(one["nll"] for one in per_seed) / 2)
+    difference = results["methods"]["qar"]["nll"] - results["methods"]["ft"]["nll"]
+    assert results["paired"]["qar_vs_ft"]["nll"]["diff"] == pytest.approx(difference)
+    assert set(results["swap"]) == {"qar"}
+    assert "| qar - ft |" in (tmp_path / "tiny.md").read_text()
+    assert (tmp_path / "tiny.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_a_cell_of_other_settings_is_not_taken(plan):
+    experiment = load_experiment(plan)
+    cell = experiment.cells()[0]
+    command.run_cell(experiment, cell)
+    assert result_of(experiment, cell) is not None
+    assert result_of(dataclasses.replace(experiment, generated=2), cell) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("seed=1", "unknown key 'seed'; did you mean 'seeds'?"),
+        ("seeds=3", "key 'seeds': got 3"),
+        ("generated=0", "key 'generated': got 0"),
+        ("pairs=[[qar, control]]", "'control' is none of the methods"),
+        ("methods={ft: {methd: ft}, qar: {}}", "method 'ft': unknown key 'methd'; did you mean 'method'?"),
+        ("methods={ft: {seed: 3}}", "'seed' is set for each cell"),
+        ("train.epochs=no", "method 'zero_shot': key 'epochs'"),
+        ("other.epochs=1", "expected key=value or train.key=value"),
+        ("epochs", "expected key=value"),
+    ],
+)
+def test_a_wrong_plan_is_refused_before_anything_runs(plan, override, complaint):
+    with pytest.raises(UserError, match=complaint.replace("?", r"\?").replace("[", r"\[")):
+        load_experiment(plan, [override])
+
+
+def record(name, nll, rouge):
+    rouges = dict.fromkeys(("rouge1", "rouge2", "rougeL"), rouge)
+    return {
+        "id": name, "dialogue": name, "querier": "q", "nll_sum": nll, "tokens": 2, "empty": False, **rouges
+    }  # fmt: skip
+
+
+def test_seeds_are_averaged_within_a_window():
+    runs = [[record("a", 2.0, 0.5), record("b", 4.0, None)], [record("a", 4.0, 0.0), record("b", 8.0, None)]]
+    pooled = pool(runs)
+    assert [one["nll_sum"] for one in pooled] == [3.0, 6.0]
+    assert [one["rougeL"] for one in pooled] == [0.25, None]
+    assert compare(pooled, runs[0])["nll"]["diff"] == pytest.approx(3.0 / 4)
+    with pytest.raises(ValueError, match="same windows"):
+        pool([runs[0], runs[1][::-1]])
+
+
+def test_intervals_are_written_with_their_sign():
+    assert interval("nll", {"diff": -0.01, "ci95": [-0.02, 0.001]}) == "-0.010 [-0.020, +0.001]"
+    assert interval("rougeL", {"diff": 0.012, "ci95": None}) == "+1.2"
+    assert interval("rougeL", None) == "not measured"

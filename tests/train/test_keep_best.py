@@ -1,0 +1,50 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.finetune import finetune
+from train.trained import EXPERTS
+from train.trainer import WEIGHTS
+from train.validation import BEST, SCORE, KeepBest
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """The validation scores of the epochs, chosen by the test."""
+    chosen: list[float] = []
+    monkeypatch.setattr(KeepBest, "_score", lambda self, model: chosen.pop(0))
+    return chosen
+
+
+def experts_of(folder):
+    return load_file(Path(folder) / EXPERTS)
+
+
+def final(config, tmp_path, name, **changes):
+    return finetune(config.replace(output_dir=str(tmp_path / "runs" / name), validation=0.2, **changes))
+
+
+def test_the_best_epoch_is_kept_not_the_last(config, tmp_path, scores):
+    scores[:] = [2.0, 1.0, 3.0]
+    kept = experts_of(final(config, tmp_path, "best", epochs=3))
+    scores[:] = [3.0, 2.0, 1.0]
+    last = experts_of(final(config, tmp_path, "last", epochs=3))
+    stored = json.loads((tmp_path / "runs" / "best" / BEST / SCORE).read_text())
+    assert stored["nll"] == 1.0 and stored["epoch"] == 2.0
+    best = load_file(tmp_path / "runs" / "best" / BEST / WEIGHTS)
+    moved = [name for name in kept if "down" in name and not torch.equal(kept[name], last[name])]
+    assert moved
+    for name in moved:  # the trained layers alone are numbered from 0 there
+        assert any(torch.equal(kept[name], tensor) for tensor in best.values())
+
+
+def test_the_score_is_that_of_the_validation_windows(config, tmp_path):
+    final(config, tmp_path, "run", epochs=2)
+    log = json.loads((tmp_path / "runs" / "run" / "log.json").read_text())
+    found = [row["valid_nll"] for row in log if "valid_nll" in row]
+    assert len(found) == 2 and found[1] < found[0]
+    stored = json.loads((tmp_path / "runs" / "run" / BEST / SCORE).read_text())
+    assert stored["nll"] == min(found)

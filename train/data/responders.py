@@ -1,0 +1,62 @@
+"""Dialogues of several responders as one data set, in which every (querier, responder) pair has its own id.
+
+One model then answers for all responders: the prompt names who answers, the pair's id chooses the expert.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from train.data.layout import PAIR_IDS, Example, MQDialog
+from train.data.mqdialog import load_mqdialog
+from train.errors import UserError
+
+ARROW = " > "
+
+
+def load_dialogues(folder: Path) -> MQDialog:
+    """The data in ``folder``: of one responder, or of all responders whose folders lie in it.
+
+    Raises ``UserError`` as :func:`train.data.mqdialog.load_mqdialog` does.
+    """
+    found = sorted(path.parent.parent for path in Path(folder).glob(f"*/{PAIR_IDS}"))
+    if (Path(folder) / PAIR_IDS).is_file() or not found:
+        return load_mqdialog(folder)
+    return merge([load_mqdialog(path) for path in found])
+
+
+def merge(parts: Sequence[MQDialog]) -> MQDialog:
+    """One data set of ``parts``: queriers are pairs, ids and clusters are numbered through.
+
+    Raises ``UserError`` where two parts have the same responder.
+    """
+    responders = [part.responder for part in parts]
+    twice = {name for name in responders if responders.count(name) > 1}
+    if twice:
+        raise UserError(f"two folders hold replies of the same responder: {', '.join(sorted(twice))}")
+    queriers: list[str] = []
+    halves: tuple[list[Example], list[Example]] = ([], [])
+    clusters = 0
+    for part in parts:
+        names = [pair_name(querier, part.responder) for querier in part.queriers]
+        for half, examples in zip(halves, (part.train, part.dev), strict=True):
+            half += [_numbered(example, names, len(queriers), clusters) for example in examples]
+        queriers += names
+        clusters += part.num_clusters
+    return MQDialog(", ".join(responders), queriers, clusters, *halves)
+
+
+def pair_name(querier: str, responder: str) -> str:
+    """What a pair is called among the queriers of a data set of several responders."""
+    return f"{querier}{ARROW}{responder}"
+
+
+def _numbered(example: Example, names: Sequence[str], first_id: int, first_cluster: int) -> Example:
+    name = names[example.querier_id]
+    return replace(
+        example,
+        id=f"{name}/{example.id}",
+        querier=name,
+        querier_id=first_id + example.querier_id,
+        cluster_id=first_cluster + example.cluster_id,
+    )

@@ -1,0 +1,38 @@
+"""A validation part out of the training dialogues, so that choices never look at the test split."""
+
+import dataclasses
+import random
+from collections import defaultdict
+
+from train.data.layout import Example, MQDialog
+from train.errors import UserError
+
+
+def split_validation(data: MQDialog, share: float, seed: int = 0) -> tuple[MQDialog, list[Example]]:
+    """``data`` with fewer training windows, and the windows that were taken out, whole dialogues of them.
+
+    Of every querier with at least two training dialogues ``share`` of them are taken, at least one; the same
+    ones for the same ``seed``. Raises ``UserError`` unless ``0 < share < 1``, and where nothing can be taken.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"validation: got {share}, expected a share between 0 and 1")
+    dialogues: dict[int, dict[str, None]] = defaultdict(dict)
+    for example in data.train:
+        dialogues[example.querier_id][example.dialogue] = None
+    taken = {
+        (querier_id, dialogue)
+        for querier_id, found in dialogues.items()
+        for dialogue in _draw(list(found), share, f"{seed}/{data.queriers[querier_id]}")
+    }
+    if not taken:
+        raise UserError("validation: no querier has two training dialogues, so none can be spared")
+    valid = [example for example in data.train if (example.querier_id, example.dialogue) in taken]
+    train = [example for example in data.train if (example.querier_id, example.dialogue) not in taken]
+    return dataclasses.replace(data, train=train), valid
+
+
+def _draw(dialogues: list[str], share: float, seed: str) -> list[str]:
+    if len(dialogues) < 2:
+        return []
+    count = min(len(dialogues) - 1, max(1, round(share * len(dialogues))))
+    return random.Random(seed).sample(sorted(dialogues), count)

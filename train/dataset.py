@@ -1,0 +1,36 @@
+"""The dialogues of a run, as its configuration asks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from train.config import TrainConfig
+from train.data.covering import covering
+from train.data.layout import Example, MQDialog
+from train.data.responders import load_dialogues
+from train.data.validation import split_validation
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run trains on (``data.train``), is chosen by (``valid``) and is scored on (``data.dev``)."""
+
+    data: MQDialog
+    valid: list[Example]
+
+
+def load_data(config: TrainConfig) -> RunData:
+    """The run's windows.
+
+    The validation part depends on the data alone, not on the run's seed: runs of several seeds share it.
+
+    Raises:
+        UserError: what is wrong with the files, naming file, record and key.
+    """
+    data, valid = load_dialogues(Path(config.data)), []
+    if config.validation:
+        data, valid = split_validation(data, config.validation)
+    if config.windows == "covering":
+        data = dataclasses.replace(data, train=covering(data.train))
+    return RunData(data, valid)

@@ -1,0 +1,1 @@
+"""Methods side by side under one budget: the paper's table, in one command."""

@@ -1,0 +1,105 @@
+"""One cell of an experiment: train a method under a seed, score it on the held-out windows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from train.base_model import load_base
+from train.config import TrainConfig
+from train.data.layout import MQDialog
+from train.dataset import load_data
+from train.evaluate import HeldOut
+from train.experiment.plan import Cell, Experiment
+from train.files import read_text, write_atomic
+from train.finetune import finetune, window_set
+from train.metrics import Record
+from train.trained import Trained, first_trained_layer, load_trained, untrained
+
+RESULT = "result.json"
+SAMPLE_SEED = 0
+"""Every cell answers the same windows, whatever its own seed."""
+
+
+def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
+    """What the cell gave, if it is finished under the same settings."""
+    path = _folder(experiment, cell) / RESULT
+    if not path.is_file():
+        return None
+    stored = json.loads(read_text(path))
+    return stored if stored["key"] == _key(experiment, cell) else None
+
+
+def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
+    """Train (or continue, or reuse) and evaluate; the result is on disk when this returns.
+
+    Returns:
+        ``records`` of all held-out windows, ``swapped`` (the same windows asked under other queriers' ids;
+        None without per-querier experts) and ``seconds``.
+
+    Raises:
+        UserError: what is wrong with the data, the model or the configuration.
+    """
+    start = time.perf_counter()
+    config = experiment.config(cell)
+    data = load_data(config).data
+    trained = _model(config, data, cell.method.trained)
+    held_out = _held_out(config, data)
+    generated = held_out.sample(experiment.generated, SAMPLE_SEED)
+    scores = held_out.nll(trained.model, held_out.querier_ids)
+    replies = held_out.generate(
+        trained.model,
+        generated,
+        [held_out.querier_ids[index] for index in generated],
+        experiment.max_new_tokens,
+    )
+    result = {
+        "key": _key(experiment, cell),
+        "method": cell.method.name,
+        "seed": cell.seed,
+        "records": held_out.records(scores, dict(zip(generated, replies, strict=True))),
+        "swapped": _swapped(trained, held_out) if _knows_who_asks(config, cell) else None,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    write_atomic(_folder(experiment, cell) / RESULT, json.dumps(result, ensure_ascii=False))
+    return result
+
+
+def _folder(experiment: Experiment, cell: Cell) -> Path:
+    return Path(experiment.config(cell).output_dir)
+
+
+def _key(experiment: Experiment, cell: Cell) -> str:
+    settings = {
+        "config": experiment.config(cell).to_dict(),
+        "trained": cell.method.trained,
+        "generated": experiment.generated,
+        "max_new_tokens": experiment.max_new_tokens,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _model(config: TrainConfig, data: MQDialog, is_trained: bool) -> Trained:
+    if is_trained:
+        return load_trained(finetune(config, resume=True))
+    return untrained(config, data.responder, tuple(data.queriers))
+
+
+def _held_out(config: TrainConfig, data: MQDialog) -> HeldOut:
+    model, tokenizer = load_base(config.model)
+    first = first_trained_layer(config, model.config.num_hidden_layers)
+    windows = window_set(data.dev, model, tokenizer, config, first)
+    return HeldOut(data.dev, windows, tokenizer, first)
+
+
+def _knows_who_asks(config: TrainConfig, cell: Cell) -> bool:
+    return cell.method.trained and config.method == "qar" and config.experts != "shared"
+
+
+def _swapped(trained: Trained, held_out: HeldOut) -> list[Record]:
+    """The NLL of every window under somebody else's id."""
+    asked_by = held_out.swapped_ids(len(trained.queriers), SAMPLE_SEED)
+    return held_out.records(held_out.nll(trained.model, asked_by), {})

@@ -1,0 +1,57 @@
+"""The results as a picture: differences with their intervals, and every method's ROUGE-L."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+ACCENT, MUTED = "#e2570b", "#4f7a9e"
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "qar", "font.size": 9.5, "axes.spines.top": False}
+
+
+def figure(results: Mapping[str, Any]) -> str:
+    """SVG of paired NLL differences (left) and ROUGE-L with intervals (right)."""
+    rows = max(len(results["paired"]), len(results["methods"]))
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(9, 1.2 + 0.32 * rows), layout="constrained")
+        left, right = drawing.subplots(1, 2)
+        _differences(left, results["paired"])
+        _rouge(right, results["methods"])
+        buffer = io.StringIO()
+        drawing.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _differences(axes: Axes, paired: Mapping[str, Any]) -> None:
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    for row, difference in enumerate(paired.values()):
+        _point(axes, row, difference["nll"]["diff"], difference["nll"]["ci95"])
+    _name(axes, [name.replace("_vs_", " - ").replace("_", " ") for name in paired])
+    axes.set_xlabel("difference in NLL per reply token (left is better)")
+
+
+def _rouge(axes: Axes, methods: Mapping[str, Any]) -> None:
+    measured = {name: scores for name, scores in methods.items() if scores["rougeL"] is not None}
+    for row, scores in enumerate(measured.values()):
+        ends = scores["ci95"]["rougeL"]
+        _point(axes, row, 100 * scores["rougeL"], ends and [100 * end for end in ends])
+    _name(axes, [name.replace("_", " ") for name in measured])
+    axes.set_xlabel("ROUGE-L of generated replies (right is better)")
+
+
+def _point(axes: Axes, row: int, value: float, ends: list[float] | None) -> None:
+    if ends:
+        axes.plot(ends, [row, row], color=MUTED, linewidth=2, solid_capstyle="round")
+    axes.plot([value], [row], "o", color=ACCENT, markersize=5)
+
+
+def _name(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.spines["right"].set_visible(False)
+    axes.tick_params(axis="y", length=0)

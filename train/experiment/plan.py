@@ -1,0 +1,184 @@
+"""What an experiment compares: a YAML file of shared settings, seeds and methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.config import TrainConfig, config_from
+from train.data.dialogue import PLAY_THRESHOLDS
+from train.data.prepare import PLAYS, PrepareConfig, prepare
+from train.errors import UserError
+from train.files import read_text
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: the row's key in results.
+        trained: False for prompting the base model.
+        changes: keys of :class:`train.config.TrainConfig` that this method sets.
+    """
+
+    name: str
+    trained: bool
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method under one seed; what an experiment computes, keeps and resumes."""
+
+    method: Method
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The cell's name in files and logs."""
+        return f"{self.method.name}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole comparison.
+
+    Attributes:
+        output_dir: where cells and results go.
+        train: what all methods share, as keys of :class:`train.config.TrainConfig`.
+        methods: rows of the table, in order.
+        seeds: every trained method runs once under each; prompting runs under the first.
+        generated: held-out windows that are answered for ROUGE and BLEU (all are scored for NLL).
+        max_new_tokens: of a generated reply.
+        pairs: (method, compared with) of the paired differences.
+        responders: of Shakespeare's plays, whose dialogues are prepared first; without them ``train`` names
+            the ``data``.
+        min_dialogues: that a querier must have with a responder to be one.
+    """
+
+    output_dir: str
+    train: dict[str, Any]
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    generated: int = 64
+    max_new_tokens: int = 32
+    pairs: tuple[tuple[str, str], ...] = (("qar", "ft"),)
+    responders: tuple[str, ...] = ()
+    min_dialogues: int = PLAY_THRESHOLDS.min_dialogues
+
+    @property
+    def prepared(self) -> Path:
+        """Where the data of ``responders`` goes."""
+        return Path(self.output_dir) / "data"
+
+    def prepare(self) -> None:
+        """Build the data of ``responders``, or find it built."""
+        thresholds = dataclasses.replace(PLAY_THRESHOLDS, min_dialogues=self.min_dialogues)
+        for responder in self.responders:
+            prepare(PrepareConfig(PLAYS, responder, self.prepared, thresholds=thresholds))
+
+    def cells(self) -> list[Cell]:
+        """Every cell, seed by seed, so that a stopped experiment holds whole comparisons."""
+        return [
+            Cell(method, seed)
+            for seed in self.seeds
+            for method in self.methods
+            if method.trained or seed == self.seeds[0]
+        ]
+
+    def config(self, cell: Cell) -> TrainConfig:
+        """The training run of a cell."""
+        values = {**self.train, **cell.method.changes, "seed": cell.seed}
+        if self.responders:
+            values["data"] = str(self.prepared / PLAYS)
+        values["output_dir"] = str(Path(self.output_dir) / "cells" / cell.name)
+        return config_from(values, f"method '{cell.method.name}'")
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment's YAML file; ``overrides`` are ``key=value``, or ``train.key=value`` (shared keys).
+
+    Raises:
+        UserError: naming the file and the key that is unknown, missing or wrong, for every method.
+    """
+    try:
+        values = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: got {type(values).__name__}, expected a mapping of keys to values")
+    for override in overrides:
+        _override(values, override)
+    experiment = _checked(values, path)
+    for cell in experiment.cells():
+        experiment.config(cell)
+    return experiment
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"override '{override}': expected key=value")
+    group, dot, inner = key.partition(".")
+    if dot and group != "train":
+        raise UserError(f"override '{override}': expected key=value or train.key=value")
+    target = values.setdefault("train", {}) if dot else values
+    target[inner or group] = yaml.safe_load(value)
+
+
+def _checked(values: dict[str, Any], path: Path) -> Experiment:
+    known = [field.name for field in fields(Experiment)]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise UserError(f"{path}: unknown key '{key}'{hint}")
+    for key in ("output_dir", "train", "methods"):
+        if key not in values:
+            raise UserError(f"{path}: key '{key}' is missing")
+    for key in ("train", "methods"):
+        if not isinstance(values[key], dict) or not values[key]:
+            raise UserError(f"{path}: key '{key}': got {values[key]!r}, expected a mapping")
+    seeds = values.get("seeds", Experiment.seeds)
+    if not isinstance(seeds, list | tuple) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise UserError(f"{path}: key 'seeds': got {seeds!r}, expected a list of whole numbers")
+    for key in ("generated", "max_new_tokens", "min_dialogues"):
+        if type(values.get(key, 1)) is not int or values.get(key, 1) < 1:
+            raise UserError(f"{path}: key '{key}': got {values[key]!r}, expected a whole number above 0")
+    methods = tuple(_method(name, changes, path) for name, changes in values["methods"].items())
+    responders = values.get("responders", ())
+    if not isinstance(responders, list | tuple) or not all(isinstance(name, str) for name in responders):
+        raise UserError(f"{path}: key 'responders': got {responders!r}, expected a list of names")
+    pairs = tuple(_pair(pair, values["methods"], path) for pair in values.get("pairs", Experiment.pairs))
+    checked = {"methods": methods, "seeds": tuple(seeds), "pairs": pairs, "responders": tuple(responders)}
+    return Experiment(**{**values, **checked})
+
+
+def _pair(pair: Any, methods: dict[str, Any], path: Path) -> tuple[str, str]:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise UserError(f"{path}: key 'pairs': got {pair!r}, expected two methods")
+    for name in pair:
+        if name not in methods:
+            raise UserError(f"{path}: key 'pairs': '{name}' is none of the methods ({', '.join(methods)})")
+    return pair[0], pair[1]
+
+
+def _method(name: str, changes: Any, path: Path) -> Method:
+    changes = {} if changes is None else changes
+    if not isinstance(changes, dict):
+        raise UserError(f"{path}: method '{name}': got {changes!r}, expected a mapping of keys to values")
+    changes = dict(changes)
+    trained = changes.pop("trained", True)
+    if not isinstance(trained, bool):
+        raise UserError(f"{path}: method '{name}': trained is {trained!r}, expected true or false")
+    for key in ("seed", "output_dir"):
+        if key in changes:
+            raise UserError(f"{path}: method '{name}': '{key}' is set for each cell, not by a method")
+    return Method(str(name), trained, changes)

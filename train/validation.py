@@ -1,0 +1,81 @@
+"""Which of a run's states is kept: that of the epoch with the lowest loss on a part of the training data.
+
+The test split has no say in it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from train import ranks
+from train.evaluate import reply_nll
+from train.files import build_directory, read_text
+from train.trainer import QARTrainer, load_parts
+
+BEST, SCORE = "best", "validation.json"
+logger = logging.getLogger(__name__)
+
+
+class KeepBest(TrainerCallback):
+    """After every epoch: score the validation windows, keep the trained parts if they are the best so far.
+
+    The best so far lies in ``<output_dir>/best``, so that a resumed run knows it.
+
+    Args:
+        trainer: the run's; gives the model and writes its trained parts.
+        loader: batches of the validation windows, with labels of their last replies.
+    """
+
+    def __init__(self, trainer: QARTrainer, loader: DataLoader) -> None:
+        self.trainer, self.loader = trainer, loader
+        self.folder = Path(trainer.args.output_dir) / BEST
+        self.best = self._stored()  # read once, before any rank writes
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: object,
+    ) -> None:
+        """Every rank scores the same windows, and rank 0 writes."""
+        nll = self._score(model)
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "valid_nll": nll})
+        logger.info("epoch %g: validation NLL %.4f", state.epoch, nll)
+        if nll >= self.best:
+            return
+        self.best = nll
+        if ranks.is_main():
+            with build_directory(self.folder) as building:
+                self._write(building, nll, state)
+        else:
+            self.trainer.save_model(str(self.folder))
+        ranks.wait()
+
+    def _write(self, folder: Path, nll: float, state: TrainerState) -> None:
+        self.trainer.save_model(str(folder))
+        score = {"nll": nll, "epoch": state.epoch, "step": state.global_step}
+        (folder / SCORE).write_text(json.dumps(score), encoding="utf-8")
+
+    def _stored(self) -> float:
+        path = self.folder / SCORE
+        return json.loads(read_text(path))["nll"] if path.is_file() else float("inf")
+
+    def _score(self, model: nn.Module) -> float:
+        was_training = model.training
+        model.eval()
+        with self.trainer.compute_loss_context_manager():  # mixed precision, as in training
+            scored = [reply_nll(model, batch) for batch in self.loader]
+        model.train(was_training)
+        return float(sum(nll.sum() for nll, _ in scored) / sum(tokens.sum() for _, tokens in scored))
+
+    def load(self) -> None:
+        """Put the best state back into the model."""
+        load_parts(self.trainer.model, self.folder)
