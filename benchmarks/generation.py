@@ -83,8 +83,8 @@ def _step(provider: str, op: str, new_tokens: int, plain: PreTrainedModel, cell:
 
 def jobs(device: str, quick: bool) -> Iterator[Job]:
     """The suite of a device."""
-    layers, context, new_tokens, owned = (2, 256, 32, 256) if device == "cuda" else (4, 32, 16, 64)
-    sizes = (8, 64) if device == "cuda" else (4, 16)
+    layers, context, new_tokens, owned = (2, 256, 32, 256) if device == "cuda" else (2, 16, 8, 64)
+    sizes = (8, 64) if device == "cuda" else (4, 8)
     if quick:
         layers, context, new_tokens, owned, sizes = 1, 8, 4, 4, (2,)
     hidden, inter = model_shape(device)[1]
