@@ -46,6 +46,9 @@ class TrainConfig:
             answers them best; 0 trains on all and keeps the last state.
         batching: ``packed`` puts a batch's windows one behind the other (no padding, the same loss);
             ``padded`` pads them to the longest; ``grouped`` draws windows of like length, and pads them.
+        context: what stands before the turns: ``none``, the written profile of the responder or of the one
+            who asks, or similar training dialogues, see :mod:`train.baselines`.
+        profiles: YAML file of the profiles.
         max_tokens: longest window; older turns are dropped to fit.
         names_in_prompt: whether the querier's name is part of the prompt.
         style: how turns become text, see :mod:`train.data.encode`.
@@ -86,6 +89,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     windows: Literal["every_reply", "covering"] = "every_reply"
     validation: float = 0.0
+    context: Literal["none", "role_profile", "querier_profile", "few_shot"] = "none"
+    profiles: str | None = None
     max_tokens: int = 592
     names_in_prompt: bool = True
     style: Style = "auto"
@@ -106,6 +111,10 @@ class TrainConfig:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected a positive number")
         if self.expert_gradients == "sparse" and self.experts == "shared":
             raise UserError("expert_gradients: got 'sparse' with experts=shared, expected 'dense'")
+        if self.context.endswith("profile") and self.profiles is None:
+            raise UserError(
+                f"context: got '{self.context}' without profiles, expected the path of a YAML file"
+            )
         if self.trainable_layers is not None and self.trainable_layers < 1:
             raise UserError(
                 f"trainable_layers: got {self.trainable_layers}, expected at least 1, or null for all"
@@ -114,6 +123,11 @@ class TrainConfig:
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
+
+    def changed(self) -> dict[str, Any]:
+        """The values that are not the defaults, for JSON: what makes this run this run."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {key: value for key, value in self.to_dict().items() if value != defaults[key]}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

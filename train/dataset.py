@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from train.baselines import few_shot, load_profiles, querier_profile, role_profile
 from train.config import TrainConfig
 from train.data.covering import covering
 from train.data.layout import Example, MQDialog
@@ -28,9 +29,17 @@ def load_data(config: TrainConfig) -> RunData:
     Raises:
         UserError: what is wrong with the files, naming file, record and key.
     """
-    data, valid = load_dialogues(Path(config.data)), []
+    data, valid = _with_context(load_dialogues(Path(config.data)), config), []
     if config.validation:
         data, valid = split_validation(data, config.validation)
     if config.windows == "covering":
         data = dataclasses.replace(data, train=covering(data.train))
     return RunData(data, valid)
+
+
+def _with_context(data: MQDialog, config: TrainConfig) -> MQDialog:
+    if config.context == "role_profile":
+        return role_profile(data, load_profiles(Path(config.profiles)))
+    if config.context == "querier_profile":
+        return querier_profile(data, load_profiles(Path(config.profiles)))
+    return few_shot(data) if config.context == "few_shot" else data

@@ -2,6 +2,7 @@ import pytest
 
 from train.config import TrainConfig, load_config
 from train.errors import UserError
+from train.experiment.plan import load_experiment
 
 
 def write(tmp_path, text):
@@ -55,7 +56,10 @@ def test_missing_file_and_bad_override(tmp_path):
 
 def test_every_shipped_config_is_valid(request):
     folder = request.config.rootpath / "train" / "configs"
-    found = sorted(folder.rglob("*.yaml"))
-    assert found
-    for path in found:
+    experiments = sorted((folder / "experiments").glob("*.yaml"))
+    runs = sorted(folder.glob("*.yaml"))
+    assert runs and experiments
+    for path in runs:
         assert isinstance(load_config(path), TrainConfig)
+    for path in experiments:
+        assert load_experiment(path).cells()

@@ -117,3 +117,20 @@ def test_intervals_are_written_with_their_sign():
     assert interval("nll", {"diff": -0.01, "ci95": [-0.02, 0.001]}) == "-0.010 [-0.020, +0.001]"
     assert interval("rougeL", {"diff": 0.012, "ci95": None}) == "+1.2"
     assert interval("rougeL", None) == "not measured"
+
+
+def test_prompt_baselines_are_rows_of_the_table(plan, tmp_path):
+    profiles = tmp_path / "profiles.yaml"
+    names = ("Wren", "Ada", "Bram", "Cleo")
+    profiles.write_text("\n".join(f"{name}: somebody who asks" for name in names))
+    methods = {
+        name: {"trained": False, "context": name, "profiles": str(profiles)}
+        for name in ("role_profile", "querier_profile", "few_shot")
+    }
+    overrides = [f"methods={json.dumps(methods)}", "pairs=[[few_shot, role_profile]]", "train.max_tokens=300"]
+    experiment = load_experiment(plan, overrides)
+    command.run_experiment(experiment, tmp_path, "tiny")
+    results = json.loads((tmp_path / "tiny.json").read_text())
+    assert len({scores["nll"] for scores in results["methods"].values()}) == 3  # contexts reach the model
+    with pytest.raises(UserError, match="without profiles"):
+        load_experiment(plan, ["methods={ft: {context: role_profile}, qar: {}}"])

@@ -74,7 +74,7 @@ def _folder(experiment: Experiment, cell: Cell) -> Path:
 
 def _key(experiment: Experiment, cell: Cell) -> str:
     settings = {
-        "config": experiment.config(cell).to_dict(),
+        "config": experiment.config(cell).changed(),  # a setting that is new since then undoes no result
         "trained": cell.method.trained,
         "generated": experiment.generated,
         "max_new_tokens": experiment.max_new_tokens,
