@@ -1,7 +1,7 @@
 """From a card's results to the kernels' dispatch table.
 
 ``python -m benchmarks.dispatch_cells FILE... > qar_kernels/dispatch_table.py``. A cell is where both paths
-were timed forward; the ratio is of their medians.
+were timed; the ratio is of their medians.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ _HEAD = '''"""What was measured of the two Triton paths. Written by ``benchmarks
 
 from __future__ import annotations
 
-# Cells {"device", "H", "I", "T", "Q", "fused_over_grouped"}; the last is a ratio of times, under 1 the
-# fused path wins. The device is torch.cuda.get_device_name's.
+# Cells {"device", "H", "I", "T", "Q", "R", "dtype", "pass", "fused_over_grouped"}, named as in a result file
+# of the benchmarks ("pass" is "fwd" or "fwd+bwd"); the last is a ratio of median times, under 1 the fused
+# path wins. The device is torch.cuda.get_device_name's.
 MEASUREMENTS: list[dict] = [
 '''
-_RANK = 64  # the table has no rank; this is the recommended one
+_KEYS = ("H", "I", "T", "Q", "R", "dtype", "pass")
 
 
 def dispatch_cells(result: dict) -> list[dict]:
     """The cells of one result file, in the form of ``qar_kernels.dispatch_table``."""
     device = result["machine"].get("accelerator")
-    rows = [r for r in result["rows"] if (r["op"], r["pass"], r["R"]) == ("fused_mlp", "fwd", _RANK)]
     found = []
-    for providers in by_cell(rows).values():
+    for providers in by_cell(row for row in result["rows"] if row["op"] == "fused_mlp").values():
         if device and {_FUSED, _GROUPED} <= set(providers):
             fused, grouped = providers[_FUSED], providers[_GROUPED]
             ratio = round(fused["ms"]["p50"] / grouped["ms"]["p50"], 4)
-            shape = {name: fused[name] for name in ("H", "I", "T", "Q")}
+            shape = {name: fused[name] for name in _KEYS}
             found.append({"device": device, **shape, "fused_over_grouped": ratio})
     return found
 
@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     cells = [cell for path in args.files for cell in dispatch_cells(load(path))]
     if not cells:
-        raise UserError(
-            f"{args.files[0]}: no cell where {_FUSED} and {_GROUPED} were both timed at R {_RANK}"
-        )
+        raise UserError(f"{args.files[0]}: no cell where {_FUSED} and {_GROUPED} were both timed")
     sys.stdout.write(source(cells))
 
 

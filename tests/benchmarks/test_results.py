@@ -1,6 +1,7 @@
 """The schema, on every result file there is and on broken ones; comparison; what is made from results."""
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from benchmarks import compare, dispatch_cells, report, scale, tables
 from benchmarks.embedding import embed, embedded
 from benchmarks.figures import figures
 from benchmarks.schema import load, problems
-from qar_kernels.dispatch import measured_path
+from qar_kernels.dispatch import Shape, measured_path
 from train.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +140,9 @@ def test_dispatch_cells_are_what_dispatch_reads():
     namespace = {}
     exec(dispatch_cells.source(cells), namespace)
     assert namespace["MEASUREMENTS"] == cells
-    assert measured_path(cells, "A card", 4096, 14336, rows=300, segments=8) == "fused"
+    shape = Shape(300, 8, 4096, 14336, 64, "bfloat16", training=True)
+    assert measured_path(cells, "A card", shape) == "fused"
+    assert measured_path(cells, "A card", dataclasses.replace(shape, rank=16)) is None
 
 
 def test_report_writes_pages_and_figures(tmp_path, capsys):
