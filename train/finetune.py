@@ -30,6 +30,7 @@ from train.batches import Collator, Windows
 from train.callbacks import LossProgress, StopOnInterrupt
 from train.cli import run
 from train.config import TrainConfig, load_config
+from train.consolidate import describe
 from train.data.encode import Encoded, encode_all
 from train.data.layout import MQDialog
 from train.data.mqdialog import load_mqdialog
@@ -76,7 +77,10 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     trainer = make_trainer(prepared.model, prepared.tokenizer, prepared.windows, config)
     stop = StopOnInterrupt()
     trainer.add_callback(stop)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if ranks.is_main():
+        describe(config, data)
+    with ranks.watching():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.interrupted:
         raise KeyboardInterrupt
     with ranks.gathered(value for value in prepared.model.parameters() if value.requires_grad):

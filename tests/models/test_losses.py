@@ -23,7 +23,7 @@ def test_loss_is_the_mean_over_labelled_tokens(tower):
     labels = batch["labels"][:, 1:]
     expected = F.cross_entropy(out.logits[:, :-1][labels != -100], labels[labels != -100])
     torch.testing.assert_close(out.loss, expected)
-    assert out.lm_loss is out.loss and out.contrastive_loss is None
+    assert torch.equal(out.lm_loss, out.loss) and out.contrastive_loss is None
 
 
 def test_loss_equals_the_base_class():
