@@ -92,7 +92,7 @@ def test_two_ranks_equal_one_and_survive_the_death_of_one(config, stage):
 
     died = start(broken, ranks=2, before=functools.partial(die, victim=1, step=4))
     assert died.wait() == [2, -signal.SIGKILL]
-    assert "error: another rank was lost" in died.text(0)
+    assert "error (rank 0): another rank was lost" in died.text(0)
     assert last_checkpoint(Path(broken.output_dir)).name == "checkpoint-2"
     completed(broken, ranks=2, resume=True)
     assert log_of(broken) == log_of(two)
