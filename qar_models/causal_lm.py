@@ -18,6 +18,7 @@ from transformers.utils import can_return_tuple
 
 from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
+from qar_models.distributed import mean_over_ranks
 from qar_models.experts import Experts
 from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
@@ -174,7 +175,7 @@ class QARForCausalLMMixin(MembershipMixin):
                 cluster_ids,
                 cu_seq_lens_q,
             )
-            share = _share_of_step(labels, num_items_in_batch)
+            share = self._share_of_step(labels, num_items_in_batch)
             loss = lm_loss + self.qar.contrastive_weight * share * contrastive_loss
         return QARCausalLMOutput(
             loss=loss,
@@ -200,10 +201,12 @@ class QARForCausalLMMixin(MembershipMixin):
         total = F.cross_entropy(scores.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
         return total / (kept.sum().clamp(min=1) if num_items is None else num_items)
 
-
-def _share_of_step(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
-    """The fraction of the optimizer step's labelled tokens that this batch holds."""
-    return 1.0 if num_items is None else (labels[:, 1:] != IGNORE_INDEX).sum() / num_items
+    def _share_of_step(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
+        """The fraction of the optimizer step's labelled tokens that a rank's batch holds on average."""
+        if num_items is None:
+            return 1.0
+        count = (labels[:, 1:] != IGNORE_INDEX).sum().float()
+        return (mean_over_ranks(count) if self.training else count) / num_items
 
 
 def _check_labels(labels: Tensor, hidden_states: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from qar_models.config import QARConfig
-from qar_models.distributed import gather_batch
+from qar_models.distributed import gather_batch, mean_over_ranks, num_ranks
 
 MAX_LOSS = 10.0
 
@@ -70,7 +70,9 @@ class QuerierContrast(nn.Module):
         cluster_ids: Tensor | None,
         cu_seq_lens: Tensor | None = None,
     ) -> Tensor:
-        """The loss, a scalar in [0, 10]; in training the memory takes in the batch afterwards.
+        """The loss, a scalar; its mean over the ranks is in [0, 10].
+
+        In training the memory takes in the batch of all ranks afterwards.
 
         Args:
             querier_states: ``(B, S, H)``, last layer's states of the specific tower, before the final norm.
@@ -117,8 +119,19 @@ class QuerierContrast(nn.Module):
         # a sequence that cannot be scored gets finite logits, so that its (unused) loss has no NaN gradient
         logits = torch.where(usable.view(1, -1, 1), logits, 0.0)
         losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(2), reduction="none").view(2, -1)
-        mean = (losses * usable).sum() / (2 * usable.sum()).clamp(min=1)
-        return mean.clamp(0.0, MAX_LOSS)
+        return self._mean((losses * usable).sum(), 2 * usable.sum())
+
+    def _mean(self, total: Tensor, count: Tensor) -> Tensor:
+        """This rank's part of the mean over the sequences of all ranks, clipped to [0, 10].
+
+        The parts' mean over the ranks, which data parallelism takes, is what one rank would compute with
+        the whole batch.
+        """
+        if not self.training:
+            return (total / count.clamp(min=1)).clamp(0.0, MAX_LOSS)
+        of_all, counted = mean_over_ranks(torch.stack((total, count.to(total))))
+        counted = counted.clamp(min=1 / num_ranks())
+        return torch.where(of_all > MAX_LOSS * counted, MAX_LOSS, total / counted)
 
     @torch.no_grad()
     def _remember(self, views: Tensor, querier_ids: Tensor, cluster_ids: Tensor, usable: Tensor) -> None:

@@ -10,6 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def num_ranks() -> int:
+    """Processes that train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of every rank's ``tensor``, without gradient."""
+    mean = tensor.detach() / num_ranks()
+    if num_ranks() > 1:
+        dist.all_reduce(mean)
+    return mean
+
+
 def gather_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Concatenate each tensor along its batch dimension over all ranks, in order of rank.
 
@@ -17,7 +30,7 @@ def gather_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
     Ranks may hold batches of different size (the last batch of an epoch); shorter ones are padded for
     the exchange. No gradient flows through.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if num_ranks() == 1:
         return tensors
     lengths = _gather_lengths(tensors[-1].shape[0])
     return tuple(_gather_padded(tensor, lengths) for tensor in tensors)

@@ -1,5 +1,7 @@
 """What every command-line entry point of ``train`` shares."""
 
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -8,16 +10,27 @@ from train.errors import UserError
 
 USER_ERROR_EXIT = 2
 INTERRUPT_EXIT = 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``; a ``UserError`` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call ``main``; ``UserError`` and a full disk become one line on stderr and exit code 2, Ctrl-C 130."""
     # these call what another of them, or torch, renamed; that is not for our users to mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|accelerate|torch)\..*")
     try:
         main()
     except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        raise SystemExit(USER_ERROR_EXIT) from None
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPT_EXIT) from None
+
+
+def _fail(message: str) -> None:
+    """One line; where several ranks run, it says whose."""
+    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    sys.stderr.write(f"error{rank}: {' '.join(message.split())}\n")
+    raise SystemExit(USER_ERROR_EXIT) from None

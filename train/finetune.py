@@ -32,6 +32,7 @@ from train.batches import Collator, Windows
 from train.callbacks import LossProgress, StopOnInterrupt
 from train.cli import run
 from train.config import TrainConfig, load_config
+from train.consolidate import describe
 from train.data.encode import encode_all
 from train.data.layout import Example
 from train.dataset import RunData, load_data
@@ -39,6 +40,7 @@ from train.errors import UserError
 from train.files import write_atomic
 from train.layers import lower_states, upper_part
 from train.packing import PackingCollator, use_packed_attention
+from train.report.run_page import write_run_page
 from train.trained import TRAINED, build, first_trained_layer, save_trained
 from train.trainer import QARTrainer
 from train.validation import KeepBest
@@ -83,7 +85,10 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     trainer.add_callback(stop)
     if config.validation:
         trainer.add_callback(keep)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if ranks.is_main():
+        describe(config, found.data)
+    with ranks.watching():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.interrupted:
         raise KeyboardInterrupt
     if config.validation:
@@ -91,6 +96,7 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     with ranks.gathered(value for value in prepared.model.parameters() if value.requires_grad):
         if ranks.is_main():
             write_atomic(output / LOG, json.dumps(trainer.state.log_history, indent=1))
+            write_run_page(trainer.state.log_history, config.to_dict(), output)
             save_trained(prepared.peft, config, found.data.responder, folder)
     ranks.wait()
     return folder
@@ -216,11 +222,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a YAML file of train/configs")
     parser.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, time a few steps, and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the file")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO if ranks.is_main() else logging.ERROR, format="%(message)s")
-    finetune(load_config(arguments.config, arguments.overrides), arguments.resume)
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from train.plan import dry_run  # the plan builds on this module
+
+        dry_run(config)
+    else:
+        finetune(config, arguments.resume)
 
 
 if __name__ == "__main__":

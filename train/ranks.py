@@ -53,8 +53,9 @@ def start(deepspeed: str | None) -> None:
     if not cards:
         import deepspeed.ops as ops
 
-        # an operation for inference only, which takes a compiler and two minutes to build
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # none of its compiled operations: the one it would build here (with a compiler, in two minutes)
+        # serves inference only
+        ops.__compatible_ops__ = {}
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # how accelerate is told, by its own launcher too
     PartialState(backend="nccl" if cards else "gloo", timeout=TIMEOUT)
 
@@ -88,6 +89,24 @@ def main_first() -> Iterator[None]:
     yield
     if is_main():
         wait()
+
+
+@contextmanager
+def watching() -> Iterator[None]:
+    """Within the block, the death of another rank ends this one with one line.
+
+    The connection to a dead process breaks at once; one that hangs is given up after ``TIMEOUT``.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # what gloo raises; NCCL's is a subclass
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if world_size() == 1 or not lost:
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"another rank was lost ({reason}); what it wrote says why; --resume continues"
+        ) from error
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def start(config: TrainConfig, ranks: int = 1, resume: bool = False, before: Cal
     folder = Path(config.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     outputs = [folder.parent / f"{folder.name}_rank{rank}.txt" for rank in range(ranks)]
-    port = _free_port()
+    port = free_port()
     processes = [
         CONTEXT.Process(target=_rank, args=(rank, ranks, port, config, resume, before, outputs[rank]))
         for rank in range(ranks)
@@ -84,7 +84,8 @@ def _rank(rank, ranks, port, config, resume, before, output):
     run(lambda: finetune(config, resume))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

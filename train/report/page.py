@@ -46,10 +46,16 @@ def render(
         sections.training_curves(curves),
         sections.settings(report),
     ]
+    title = "Querier-aware responder: comparison report"
+    return document(title, headline(report), findings(report), body)
+
+
+def document(title: str, heading: str, lines: Sequence[str], body: Sequence[str]) -> str:
+    """A whole page: texts, which are escaped here, and sections that are HTML already."""
     return _PAGE.format(
-        title="Querier-aware responder: comparison report",
+        title=text(title),
         style=_STYLE.read_text(encoding="utf-8"),
-        headline=text(headline(report)),
-        findings="".join(f"<li>{text(line)}</li>" for line in findings(report)),
+        headline=text(heading),
+        findings="".join(f"<li>{text(line)}</li>" for line in lines),
         body="\n".join(filter(None, body)),
     )

@@ -1,0 +1,231 @@
+"""Runs that are killed, that run out of disk or of numbers, and checkpoints that are damaged."""
+
+import functools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from processes import completed, log_of, start
+from safetensors.torch import load_file
+
+from train import checkpoints, plan
+from train.checkpoints import BUILDING, SEAL, damage, last_checkpoint, remove_newer, seal
+from train.consolidate import consolidate
+from train.errors import UserError
+from train.finetune import finetune
+from train.trained import EXPERTS
+from train.trainer import WEIGHTS, QARTrainer
+
+
+@pytest.fixture
+def config(config):
+    """With dropout and a memory, so that a resumed run has every kind of state to restore."""
+    return config.replace(
+        contrastive_weight=0.5, memory_size=4, projection_dim=8, lora_dropout=0.2, report_to="none"
+    )
+
+
+def broken(config):
+    return config.replace(output_dir=f"{config.output_dir}_broken")
+
+
+def kill(*_args, **_kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_step(rank, step, name, deed):
+    """Replace a method of the trainer by ``deed`` from that step on."""
+    original = getattr(QARTrainer, name)
+
+    def method(self, *args, **kwargs):
+        if self.state.global_step >= step:
+            return deed(original, self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    setattr(QARTrainer, name, method)
+
+
+def die_while_saving(rank, moment):
+    """Kill the process in the second save (of step 4), at that moment of it."""
+
+    def deed(original, self, *args):
+        target, name = {
+            "weights written": (torch, "save"),
+            "all written": (checkpoints, "seal"),
+            "sealed": (os, "replace"),
+        }[moment]
+        setattr(target, name, kill)
+        return original(self, *args)
+
+    at_step(rank, 4, "_save_checkpoint", deed)
+
+
+STEP = random.Random().randrange(1, 6)
+
+
+@pytest.mark.parametrize(
+    ("last", "before"),
+    [
+        (STEP - STEP % 2, functools.partial(at_step, step=STEP, name="training_step", deed=kill)),
+        *(
+            (2, functools.partial(die_while_saving, moment=moment))
+            for moment in ("weights written", "all written", "sealed")
+        ),
+    ],
+    ids=["at a random step", "weights written", "all written", "sealed"],
+)
+def test_killed_run_resumes_to_the_same_curve_and_weights(config, last, before):
+    completed(config)
+    killed = broken(config)
+    assert start(killed, before=before).wait() == [-signal.SIGKILL]
+    kept = last_checkpoint(Path(killed.output_dir))
+    assert (kept.name if kept else "checkpoint-0") == f"checkpoint-{last}", f"killed in step {STEP + 1}"
+    completed(killed, resume=True)
+    assert log_of(killed) == log_of(config)
+    for part in (f"trained/{EXPERTS}", f"checkpoint-6/{WEIGHTS}"):
+        expected, got = (load_file(Path(run.output_dir) / part) for run in (config, killed))
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    assert not (Path(killed.output_dir) / BUILDING).exists()
+
+
+def no_room(rank):
+    """No file of this process may exceed 16 KiB from step 4 on: writing fails as on a full disk."""
+
+    def deed(original, self, *args):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+        return original(self, *args)
+
+    at_step(rank, 4, "_save_checkpoint", deed)
+
+
+def test_full_disk_ends_with_one_line_and_the_checkpoint_before(config):
+    run = start(config, before=no_room)
+    assert run.wait() == [2]
+    errors = [line for line in run.text().splitlines() if "error" in line.lower()]
+    assert len(errors) == 1
+    assert "the checkpoint of step 4 cannot be written" in errors[0]
+    assert "checkpoint-2 is whole" in errors[0]
+    assert last_checkpoint(Path(config.output_dir)).name == "checkpoint-2"
+    assert not (Path(config.output_dir) / BUILDING).exists()
+
+
+def test_loss_that_is_no_number_stops_and_names_step_and_windows(config, monkeypatch, tiny_data):
+    compute_loss = QARTrainer.compute_loss
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        return loss * (float("nan") if self.state.global_step == 2 else 1)
+
+    monkeypatch.setattr(QARTrainer, "compute_loss", poisoned)
+    with pytest.raises(UserError, match="step 3: the loss is nan on the windows") as raised:
+        finetune(config)
+    assert sum(example.id in str(raised.value) for example in tiny_data.train) >= config.batch_size
+    assert last_checkpoint(Path(config.output_dir)).name == "checkpoint-2"
+
+
+def test_weights_that_are_no_numbers_are_never_saved(config, monkeypatch):
+    training_step = QARTrainer.training_step
+
+    def poisoned(self, model, *args, **kwargs):
+        loss = training_step(self, model, *args, **kwargs)
+        if self.state.global_step == 3:
+            next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(QARTrainer, "training_step", poisoned)
+    with pytest.raises(UserError, match=r"step 4: 'model.*' is not finite"):
+        finetune(config)
+    assert [path.name for path in checkpoints.all_checkpoints(Path(config.output_dir))] == ["checkpoint-2"]
+
+
+@pytest.fixture
+def finished(config):
+    finetune(config)
+    return config
+
+
+def test_any_damaged_file_makes_resume_fall_back(finished, caplog):
+    run = Path(finished.output_dir)
+    expected = log_of(finished)
+    newest = run / "checkpoint-6"
+    names = sorted(path.name for path in newest.iterdir())
+    assert {WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(names)
+    for name in names:
+        whole = (newest / name).read_bytes()
+        middle = len(whole) // 2
+        (newest / name).write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        assert last_checkpoint(run).name == "checkpoint-4", name
+        assert f"({name} is damaged)" in caplog.text or name == SEAL
+        (newest / name).write_bytes(whole)
+        assert damage(newest) is None
+    (newest / "optimizer.pt").unlink()
+    assert damage(newest) == "optimizer.pt is missing"
+    shutil.rmtree(run / "trained")
+    finetune(finished, resume=True)
+    assert log_of(finished) == expected
+    assert damage(newest) is None
+
+
+def test_disk_use_is_bounded_and_leftovers_go(finished):
+    run = Path(finished.output_dir)
+    assert [path.name for path in checkpoints.all_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
+    (run / BUILDING).mkdir()
+    (run / "checkpoint-5").mkdir()
+    remove_newer(run, run / "checkpoint-4")
+    assert [path.name for path in run.glob("*checkpoint*")] == ["checkpoint-4"]
+    assert not (run / BUILDING).exists()
+    with pytest.raises(UserError, match="save_total_limit: got 0"):
+        finished.replace(save_total_limit=0)
+
+
+def test_a_finished_run_leaves_its_curves(finished):
+    run = Path(finished.output_dir)
+    page = (run / "report.html").read_text()
+    for caption in ("Loss", "Learning rate", "Gradient norm", "Tokens per second", "Settings"):
+        assert caption in page
+    row = json.loads((run / "log.json").read_text())[2]
+    wanted = {"lm_loss", "contrastive_loss", "grad_norm", "learning_rate", "expert_learning_rate"}
+    assert wanted | {"tokens_per_second"} <= row.keys()
+    assert row["loss"] == pytest.approx(row["lm_loss"] + 0.5 * row["contrastive_loss"], rel=1e-5)
+
+
+def test_consolidate_refuses_what_is_no_run(finished, tmp_path):
+    run = Path(finished.output_dir)
+    assert load_file(consolidate(run, tmp_path / "out") / EXPERTS).keys()
+    with pytest.raises(UserError, match="no run there"):
+        consolidate(tmp_path, tmp_path / "out")
+    for path in checkpoints.all_checkpoints(run):
+        (path / SEAL).unlink()
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        consolidate(run, tmp_path / "out")
+
+
+def test_seal_tells_an_added_byte(tmp_path):
+    (tmp_path / "part").write_bytes(b"whole")
+    seal(tmp_path)
+    assert damage(tmp_path) is None
+    (tmp_path / "part").write_bytes(b"whole!")
+    assert damage(tmp_path) == "part is damaged"
+
+
+def test_dry_run_prints_the_plan_and_keeps_nothing(config, capsys):
+    plan.dry_run(config.replace(trainable_layers=None))
+    text = capsys.readouterr().out
+    for part in ("windows", "queriers", "LoRA", "contrastive heads", "optimizer", "first 4 steps"):
+        assert part in text
+    assert not Path(config.output_dir).exists()
+
+
+def test_plan_counts_steps_as_the_trainer_does(config):
+    for batch_size, accumulation in ((5, 1), (5, 2)):
+        changes = {"batch_size": batch_size, "gradient_accumulation": accumulation}
+        changed = config.replace(output_dir=f"{config.output_dir}_{accumulation}", **changes)
+        finetune(changed)
+        assert plan.num_steps(changed, 24) == log_of(changed)[-1]["step"]

@@ -1,0 +1,55 @@
+"""The page of one training run: its curves and its settings."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.report import charts, write_html
+from train.report.markup import facts, figure, figures, section
+from train.report.page import document
+
+Rows = Sequence[Mapping[str, Any]]
+# figure -> the logged values it shows, and their names in the legend
+FIGURES = {
+    "Loss": {"lm_loss": "language model", "contrastive_loss": "contrastive"},
+    "Validation, NLL per token of the last reply": {"valid_nll": "after each epoch"},
+    "Learning rate": {"learning_rate": "LoRA", "expert_learning_rate": "experts and heads"},
+    "Gradient norm before clipping": {"grad_norm": "all parameters"},
+    "Tokens per second": {"tokens_per_second": "all ranks, padding not counted"},
+}
+STROKES = (charts.colour("ft"), charts.colour("qar"))
+
+
+def write_run_page(rows: Rows, settings: Mapping[str, Any], folder: Path) -> Path:
+    """Write ``report.html`` into ``folder``.
+
+    Args:
+        rows: what transformers logged, one row a step (``step``, ``loss``, ``lm_loss``, ...).
+        settings: of the run, as :meth:`train.config.TrainConfig.to_dict` gives them.
+        folder: the run's.
+    """
+    steps = [row for row in rows if "loss" in row]
+    last = steps[-1]["lm_loss"] if steps else float("nan")
+    found = [f"{len(steps)} steps, last loss {last:.3f}"]
+    drawn = [figure(caption, _chart(rows, names)) for caption, names in FIGURES.items() if _has(rows, names)]
+    note = "A faint line of logged values under its running mean."
+    body = [section("Curves", figures(drawn), note=note), section("Settings", facts(_shown(settings)))]
+    return write_html(document("Training run", str(folder), found, body), folder)
+
+
+def _has(rows: Rows, names: Mapping[str, str]) -> bool:
+    return any(name in row for row in rows for name in names)
+
+
+def _chart(rows: Rows, names: Mapping[str, str]) -> str:
+    series = {}
+    for (name, label), stroke in zip(names.items(), STROKES, strict=False):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            steps, values = zip(*points, strict=True)
+            series[label] = (steps, values, stroke)
+    return charts.lines(series, "step", "")
+
+
+def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
