@@ -53,7 +53,9 @@ def role_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missing =
     are described by their name alone, which the prompt holds anyway.
     """
     known = _known(profiles, (example.responder for example in _examples(data)), missing)
-    return _with_contexts(data, lambda example: ROLE.format(profile=known[example.responder]))
+    return _with_contexts(
+        data, [ROLE.format(profile=known[example.responder]) for example in _examples(data)]
+    )
 
 
 def querier_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missing = "error") -> MQDialog:
@@ -62,13 +64,9 @@ def querier_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missin
     A querier without a profile is a ``UserError`` that lists all such names; with ``missing="name"`` only
     their name is given.
     """
-    known = _known(profiles, map(asker, _examples(data)), missing)
-
-    def describe(example: Example) -> str:
-        name = asker(example)
-        return QUERIER.format(name=name, profile=known[name])
-
-    return _with_contexts(data, describe)
+    names = [asker(example) for example in _examples(data)]
+    known = _known(profiles, names, missing)
+    return _with_contexts(data, [QUERIER.format(name=name, profile=known[name]) for name in names])
 
 
 def few_shot(data: MQDialog, k: int = 5, embed: Embed | None = None) -> MQDialog:
@@ -84,9 +82,13 @@ def few_shot(data: MQDialog, k: int = 5, embed: Embed | None = None) -> MQDialog
     """
     if k < 1:
         raise UserError(f"few-shot: got {k} examples, expected at least 1")
-    responders = {example.responder for example in _examples(data)}
-    shots = {name: _Shots([e for e in data.train if e.responder == name], embed) for name in responders}
-    return _with_contexts(data, lambda example: shots[example.responder].context(example, k))
+    asking, contexts = _examples(data), {}
+    for responder in {example.responder for example in asking}:
+        windows = [window for window in data.train if window.responder == responder]
+        indices = [index for index, example in enumerate(asking) if example.responder == responder]
+        shots = _nearest([asking[index] for index in indices], windows, k, embed)
+        contexts |= {index: _transcript(found) for index, found in zip(indices, shots, strict=True)}
+    return _with_contexts(data, [contexts[index] for index in range(len(asking))])
 
 
 def asker(example: Example) -> str:
@@ -94,34 +96,34 @@ def asker(example: Example) -> str:
     return next(turn.speaker for turn in reversed(example.turns) if turn.speaker != example.responder)
 
 
-class _Shots:
-    """The training windows of one responder, to be found by their queries."""
-
-    def __init__(self, windows: Sequence[Example], embed: Embed | None) -> None:
-        self.windows = windows
-        queries = [window.query for window in windows]
-        self.embed = embed or tfidf(queries)
-        self.vectors = self.embed(queries) if windows else None
-
-    def context(self, example: Example, k: int) -> str:
-        chosen = self._nearest(example, k)
-        if not chosen:
-            return ""
-        lines = ["\n".join(f"{turn.speaker}: {turn.text}" for turn in window.turns) for window in chosen]
-        return "\n\n".join([SHOTS.format(responder=example.responder), *lines])
-
-    def _nearest(self, example: Example, k: int) -> list[Example]:
-        if self.vectors is None:
-            return []
-        similarity = _dense(self.vectors @ self.embed([example.query]).T)[:, 0]
-        chosen: dict[tuple[int, str], Example] = {}
-        for index in np.argsort(-similarity, kind="stable"):
-            window = self.windows[index]
+def _nearest(
+    asking: Sequence[Example], windows: Sequence[Example], k: int, embed: Embed | None
+) -> list[list[Example]]:
+    """For each of ``asking`` the ``k`` windows of other dialogues with the most similar queries."""
+    if not windows:
+        return [[] for _ in asking]
+    known = [window.query for window in windows]
+    embed = embed or tfidf(known)
+    vectors, queries = embed(known), embed([example.query for example in asking])
+    chosen = []
+    for row, example in enumerate(asking):
+        similarity = _dense(vectors @ queries[[row]].T)[:, 0]
+        ranked = (windows[index] for index in np.argsort(-similarity, kind="stable"))
+        dialogues: dict[tuple[int, str], Example] = {}
+        for window in ranked:
             if _dialogue(window) != _dialogue(example):
-                chosen.setdefault(_dialogue(window), window)
-            if len(chosen) == k:
+                dialogues.setdefault(_dialogue(window), window)
+            if len(dialogues) == k:
                 break
-        return list(chosen.values())
+        chosen.append(list(dialogues.values()))
+    return chosen
+
+
+def _transcript(windows: Sequence[Example]) -> str:
+    if not windows:
+        return ""
+    texts = ["\n".join(f"{turn.speaker}: {turn.text}" for turn in window.turns) for window in windows]
+    return "\n\n".join([SHOTS.format(responder=windows[0].responder), *texts])
 
 
 def tfidf(texts: Sequence[str]) -> Embed:
@@ -154,11 +156,10 @@ def _known(profiles: Mapping[str, str], names: Iterable[str], missing: Missing) 
     return {name: profiles.get(name, "") for name in needed}
 
 
-def _with_contexts(data: MQDialog, describe: Callable[[Example], str]) -> MQDialog:
-    def extend(example: Example) -> Example:
-        parts = [example.context, describe(example).strip()]
-        return dataclasses.replace(example, context="\n".join(filter(None, parts)))
-
-    return dataclasses.replace(
-        data, train=[extend(example) for example in data.train], dev=[extend(example) for example in data.dev]
-    )
+def _with_contexts(data: MQDialog, contexts: Sequence[str]) -> MQDialog:
+    """``data`` with one more text for each window, those of ``train`` first."""
+    told = [
+        dataclasses.replace(example, context="\n".join(filter(None, [example.context, context.strip()])))
+        for example, context in zip(_examples(data), contexts, strict=True)
+    ]
+    return dataclasses.replace(data, train=told[: len(data.train)], dev=told[len(data.train) :])

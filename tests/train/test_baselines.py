@@ -1,9 +1,11 @@
 """What each baseline puts before the query."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from train.baselines import few_shot, load_profiles, querier_profile, role_profile
 from train.data.layout import Example, MQDialog
@@ -105,3 +107,9 @@ def test_profile_files_are_checked(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_profiles(path)
+
+
+def test_the_plays_have_a_profile_of_every_responder_of_the_experiment():
+    configs = Path(__file__).parents[2] / "train" / "configs"
+    responders = yaml.safe_load((configs / "experiments" / "plays.yaml").read_text())["responders"]
+    assert set(responders) <= set(load_profiles(configs / "profiles" / "plays.yaml"))
