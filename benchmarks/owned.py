@@ -1,7 +1,7 @@
 """What a training step costs for experts that are owned but absent from the batch.
 
-``python -m benchmarks.owned [--hidden 512] [--rank 16] [--present 32] [--rows-each 32] [--json]``. One layer: a frozen base
-MLP (I = 4 H) and E owned experts of which a fixed number is present. A step is zero_grad,
+``python -m benchmarks.owned [--hidden 512] [--rank 16] [--present 32] [--rows-each 32] [--json]``. One layer:
+a frozen base MLP (I = 4 H) and E owned experts of which a fixed number is present. A step is zero_grad,
 forward, backward and the optimizer's step. ``MB written`` counts the bytes that all operators write, whatever
 else the machine does; ``ms`` is the best of the rounds, processor time of one thread.
 """

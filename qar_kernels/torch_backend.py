@@ -80,13 +80,24 @@ def _forward(
         torch.mm(rows[start:end], up[expert].t(), out=up_pre[start:end])
     gate_pre[used:] = 0
     up_pre[used:] = 0
-    hidden = F.silu(gate_pre).mul_(up_pre)
+    wide, inverse = _inverse_sigmoid(gate_pre)
+    hidden = torch.div(wide, inverse, out=inverse).to(x.dtype).mul_(up_pre)
     # The sorted copy of x is not needed again: its memory holds the sorted output.
     out = torch.empty_like(x) if in_order else rows
     out[used:] = 0
     for expert, start, end in spans:
         torch.mm(hidden[start:end], down[expert].t(), out=out[start:end])
     return out if in_order else torch.empty_like(out).index_copy_(0, perm, out), gate_pre, up_pre
+
+
+def _inverse_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` and ``1 / sigmoid(x)``, at least in float32, whose bits do not depend on where an element lies.
+
+    PyTorch's silu and sigmoid round the vector body and the tail of a buffer differently (by one unit in the
+    last place): a row's result would change with its company. exp treats both alike, the rest is exact.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide, torch.neg(wide).exp_().add_(1)
 
 
 _expert_mlp = torch.library.custom_op("qar::expert_mlp", _forward, mutates_args=())
@@ -126,7 +137,7 @@ def _grads(
     d_hidden[used:] = 0
     for expert, start, end in spans:
         torch.mm(d_out[start:end], down[expert], out=d_hidden[start:end])
-    sigmoid = torch.sigmoid(gate_pre)
+    sigmoid = _inverse_sigmoid(gate_pre)[1].reciprocal_().to(gate_pre.dtype)
     silu = gate_pre * sigmoid
     d_up_pre = d_hidden * silu
     d_gate_pre = d_hidden.mul_(up_pre).mul_(sigmoid * (1 + gate_pre - silu))

@@ -101,7 +101,7 @@ class QARForCausalLMMixin(MembershipMixin):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel, which reduces dense gradients, must leave to average_row_gradients."""
+        """What DistributedDataParallel, for dense gradients, must leave to average_row_gradients."""
         names = sparse_parameters(self)
         return [*names, *(f"base_model.model.{name}" for name in names)]  # the latter inside a PEFT model
 

@@ -49,9 +49,9 @@ class QARConfig:
         contrast: who competes in the contrastive softmax: ``"masked"`` only queriers that have spoken, or
             ``"reference"`` as the paper's code, see :func:`~qar_models.load_upstream`.
         expert_gradients: layout of the gradients of the per-querier experts ``(E, R, H)``. ``"dense"`` works
-            with any optimizer and costs time and memory for all queriers at every step; ``"sparse"`` holds rows
-            for the queriers present only and takes :class:`~qar_models.RowSparseAdamW`. Weights and checkpoints
-            are the same.
+            with any optimizer and costs time and memory for all queriers at every step; ``"sparse"`` holds
+            rows for the queriers present only and takes :class:`~qar_models.RowSparseAdamW`. Weights and
+            checkpoints are the same.
         backend: kernel backend, see :func:`qar_kernels.fused_mlp`.
     """
 

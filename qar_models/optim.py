@@ -16,12 +16,12 @@ from qar_models.row_sparse import rows_of
 class RowSparseAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) that leaves absent rows alone.
 
-    Of a parameter with a row-sparse gradient only the rows present in it are touched: weights, moments, weight
-    decay and the step count of the bias correction, which every row has of its own. A querier is thus
-    trained as by AdamW on the steps in which they occur. Dense gradients are treated as PyTorch does.
+    Of a parameter with a row-sparse gradient only the rows present in it are touched: weights, moments,
+    weight decay and the step count of the bias correction, which every row has of its own. A querier is
+    thus trained as by AdamW on the steps in which they occur. Dense gradients are treated as PyTorch does.
 
-    State of such a parameter ``(E, ...)``: ``step`` (E,) float32, ``exp_avg`` and ``exp_avg_sq`` ``(E, ...)``, at
-    least float32, and where the parameter is of 16 bits ``master``, its float32 weights.
+    State of such a parameter ``(E, ...)``: ``step`` (E,) float32, ``exp_avg`` and ``exp_avg_sq``
+    ``(E, ...)``, at least float32, and where the parameter is of 16 bits ``master``, its float32 weights.
 
     Args:
         params: parameters or groups, dense ones too.

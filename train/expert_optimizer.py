@@ -1,7 +1,7 @@
 """The experts' optimizer beside DeepSpeed's.
 
-ZeRO flattens all parameters of its optimizer into one dense buffer, in which absent queriers would cost, decay
-and drift. Experts with row-sparse gradients therefore stay out of it, whole on every rank.
+ZeRO flattens all parameters of its optimizer into one dense buffer, in which absent queriers would cost,
+decay and drift. Experts with row-sparse gradients therefore stay out of it, whole on every rank.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class ExpertOptimizer(TrainerCallback):
     ) -> None:
         if zero_stage not in (1, 2) or dtype == "float16":
             raise UserError(
-                f"expert_gradients: got 'sparse' with ZeRO-{zero_stage} and {dtype}, expected ZeRO-1 or 2 with "
-                "float32 or bfloat16, or expert_gradients=dense"
+                f"expert_gradients: got 'sparse' with ZeRO-{zero_stage} and {dtype}, expected ZeRO-1 or 2 "
+                "with float32 or bfloat16, or expert_gradients=dense"
             )
         self.parameters = parameters
         self.optimizer = RowSparseAdamW(parameters, **options)

@@ -92,3 +92,14 @@ def test_empty_sequences_and_batches():
 def test_bad_ids(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_present_experts_are_renumbered():
+    seg = Segments.from_ids([5, 2, 5, -1, 2, 2, 9, 5])
+    ids, renumbered = seg.present
+    assert ids.tolist() == [2, 5, 9]
+    assert renumbered.row_expert.tolist() == [1, 0, 1, -1, 0, 0, 2, 1]
+    assert renumbered.experts.tolist()[:4] == [0, 1, 2, -1] and renumbered.max_id == 2
+    assert renumbered.perm is seg.perm and renumbered.offsets is seg.offsets
+    nobody = Segments.from_ids([-1, -1]).present
+    assert nobody[0].tolist() == [] and nobody[1].row_expert.tolist() == [-1, -1]
