@@ -92,7 +92,7 @@ def _base_d_hidden_tile(
     )
     # The right half may lie outside altogether, and then its mask has no columns to compare.
     col += BLOCK_N // 2
-    inside &= col < INTER
+    inside &= tl.full((1,), col, tl.int32) < INTER
     _swiglu_backward_columns(
         right, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, target, inside, col, INTER, BLOCK_N // 2, KEEP_H
     )

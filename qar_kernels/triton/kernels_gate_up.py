@@ -90,7 +90,7 @@ def _base_gate_up_tile(
     _store_swiglu_columns(a_left, u_left, h_ptr, a_ptr, u_ptr, target, inside, col, INTER, BLOCK_N // 2, SAVE)
     # The right half may lie outside altogether, and then its mask has no columns to compare.
     col += BLOCK_N // 2
-    inside &= col < INTER
+    inside &= tl.full((1,), col, tl.int32) < INTER
     _store_swiglu_columns(
         a_right, u_right, h_ptr, a_ptr, u_ptr, target, inside, col, INTER, BLOCK_N // 2, SAVE
     )

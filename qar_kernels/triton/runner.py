@@ -45,7 +45,7 @@ def run_kernel(kernel: object, grid: tuple[int, ...], *args: object, **meta: obj
         kernel[grid](*args, **meta)
     except (TritonError, RuntimeError) as error:  # the driver and the compiler's passes raise the latter
         raise RuntimeError(
-            f"{kernel.__name__}: got a failure to compile or launch ({type(error).__name__}: {error}); "
-            'expected an NVIDIA device of compute capability 8.0, 9.0 or 10.0. Pass backend="torch", or set '
+            f"{kernel.__name__}: got {type(error).__name__} while it was compiled or launched, expected an "
+            'NVIDIA device of compute capability 8.0, 9.0 or 10.0. Pass backend="torch", or set '
             "QAR_KERNELS_PATH=grouped to leave at least the base MLP to the vendor library"
         ) from error
