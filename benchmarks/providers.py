@@ -22,6 +22,7 @@ from benchmarks.inputs import Inputs, base_answer, expert_answer
 from benchmarks.shapes import Cell
 from qar_kernels import expert_mlp, fused_mlp, torch_backend
 from qar_kernels.dispatch import OVERRIDE
+from qar_models.row_sparse import present_rows
 
 _GATHER_BYTES = 16 * 2**30  # gathered weights above this do not leave room for their gradients
 Answer = Callable[[Inputs, torch.dtype], dict[str, Tensor]]
@@ -51,6 +52,7 @@ class Provider:
         prepare: from tensors to a trial.
         devices: where it runs.
         trains: whether it has a backward pass (PEFT's mixed batches have none).
+        infers: whether it differs from another provider without a backward pass.
         graph: whether a CUDA graph of it can be replayed for other ids, which is what a user would do.
         no_base: whether it can do without a base MLP.
         fits: whether a cell is within its means.
@@ -59,6 +61,7 @@ class Provider:
     prepare: Callable[[Inputs], Trial]
     devices: tuple[str, ...] = ("cpu", "cuda")
     trains: bool = True
+    infers: bool = True
     graph: bool = True
     no_base: bool = False
     fits: Callable[[Cell], bool] = lambda cell: True
@@ -67,7 +70,7 @@ class Provider:
         """Whether the provider takes part in a cell."""
         return (
             device in self.devices
-            and (self.trains or not training)
+            and (self.trains if training else self.infers)
             and (self.no_base or cell.I > 0)
             and self.fits(cell)
         )
@@ -122,6 +125,19 @@ def _ours(inputs: Inputs, backend: str) -> Trial:
 def ours(inputs: Inputs) -> Trial:
     """What a user gets: ``backend="auto"``."""
     return _ours(inputs, "auto")
+
+
+@provider(no_base=True, infers=False, graph=False)
+def ours_sparse(inputs: Inputs) -> Trial:
+    """``expert_gradients="sparse"``: gradients of the rows that the batch holds, for hundreds of experts."""
+
+    def forward() -> Tensor:
+        experts, segments = present_rows(inputs.experts, inputs.segments)
+        if inputs.base is None:
+            return expert_mlp(inputs.x, *experts, segments)
+        return fused_mlp(inputs.x, *inputs.base, *experts, segments)
+
+    return Trial(forward, [[weight] for weight in inputs.experts])
 
 
 @provider(no_base=True, devices=("cuda",), graph=False)

@@ -59,8 +59,12 @@ def results(trial: Trial, inputs: Inputs) -> dict[str, Tensor]:
     for name, leaves in zip(("gate", "up", "down"), trial.experts, strict=False):
         mine, rest = rest[: len(leaves)], rest[len(leaves) :]
         stacked = leaves[0].dim() == 3
-        found[f"d_expert_{name}"] = mine[0][inputs.present] if stacked else torch.stack(mine)
+        found[f"d_expert_{name}"] = _dense(mine[0])[inputs.present] if stacked else torch.stack(mine)
     return found
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
