@@ -71,7 +71,7 @@ class KeepBest(TrainerCallback):
     def _score(self, model: nn.Module) -> float:
         was_training = model.training
         model.eval()
-        with self.trainer.compute_loss_context_manager():  # mixed precision, as in training
+        with self.trainer.accelerator.autocast():  # as training does
             scored = [reply_nll(model, batch) for batch in self.loader]
         model.train(was_training)
         return float(sum(nll.sum() for nll, _ in scored) / sum(tokens.sum() for _, tokens in scored))

@@ -41,8 +41,9 @@ def test_the_best_epoch_is_kept_not_the_last(config, tmp_path, scores):
         assert any(torch.equal(kept[name], tensor) for tensor in best.values())
 
 
-def test_the_score_is_that_of_the_validation_windows(config, tmp_path):
-    final(config, tmp_path, "run", epochs=2)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_score_is_that_of_the_validation_windows(config, tmp_path, dtype):
+    final(config, tmp_path, "run", epochs=2, dtype=dtype)
     log = json.loads((tmp_path / "runs" / "run" / "log.json").read_text())
     found = [row["valid_nll"] for row in log if "valid_nll" in row]
     assert len(found) == 2 and found[1] < found[0]
