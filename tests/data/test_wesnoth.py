@@ -15,6 +15,10 @@ SCENARIO = """\
 [scenario]
     id=01_Start
     name= _ "The Start"
+    [unit]
+        id=Boss
+        name= _ "?"
+    [/unit]
     [side]
         id=Boss
         name= _ "Big Boss"   # the leader
@@ -125,7 +129,8 @@ def root(tmp_path):
 
 def test_markup_language():
     found = list(read_wml(SCENARIO))
-    assert found.count(Name("Boss", Text("game-tale", "Big Boss"))) == 1
+    names = [item.text.value for item in found if isinstance(item, Name) and item.id == "Boss"]
+    assert names == ["?", "Big Boss"]
     messages = [item for item in found if isinstance(item, Message)]
     assert [message.speaker for message in messages] == [
         *("narrator", "Boss", "Ro'n", "Boss", "Boss", "Ro'n", "Ro'n", "Boss", "unit", "Boss,Ro'n", "Boss")

@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from train.cli import run
+from train.data.layout import short_name
 from train.data.transcript import Scene, Turn, join_texts, merge_turns
 from train.data.wml import Break, Message, Name, Text, read_wml
 from train.errors import UserError
@@ -136,7 +137,9 @@ def _names(items: Iterable[Message | Name | Break], translate: Translator) -> di
     speakers: set[str] = set()
     for item in items:
         if isinstance(item, Name):
-            names.setdefault(item.id, translate(item.text))
+            name = translate(item.text)
+            if short_name(name):  # some are called "?" until they are known
+                names.setdefault(item.id, name)
         elif isinstance(item, Message):
             domains |= {text.domain for text in item.texts}
             speakers |= {item.speaker or ""}
