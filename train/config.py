@@ -137,21 +137,35 @@ class TrainConfig:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file of :class:`TrainConfig` keys; ``overrides`` are ``key=value`` with YAML values.
 
+    A file may say ``extends: other.yaml``, a path from its own folder: what it does not set is as there.
+
     Raises:
         UserError: naming the file and the key that is unknown, missing or of the wrong type.
     """
-    try:
-        values = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: got {type(values).__name__}, expected a mapping of keys to values")
+    values = _read_yaml(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"override '{override}': expected key=value")
         values[key] = yaml.safe_load(value)
     return config_from(values, str(path))
+
+
+def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path in extended_by:
+        raise UserError(f"{path}: extends itself, by way of {extended_by[-1].name}")
+    try:
+        values = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: got {type(values).__name__}, expected a mapping of keys to values")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"{path}: key 'extends': got {base!r}, expected the path of a YAML file")
+    return _read_yaml(path.parent / base, (*extended_by, path)) | values
 
 
 def config_from(values: dict[str, Any], origin: str) -> TrainConfig:

@@ -1,5 +1,7 @@
-"""A tiny tokenizer with the marks of all styles, so that masks can be checked token by token."""
+"""A tiny tokenizer with the marks of all styles, so that masks can be checked token by token; a show."""
 
+import json
+import random
 import re
 
 import pytest
@@ -49,3 +51,17 @@ def make_tokenizer(example):
 @pytest.fixture
 def chatml() -> str:
     return CHATML
+
+
+@pytest.fixture
+def transcript(tmp_path):
+    generator = random.Random(0)
+    rows = []
+    for scene in range(30):
+        querier = ("Ann", "Bob", "Cat")[scene % 3]
+        for _ in range(generator.randrange(1, 4)):
+            words = [generator.choice(["tea", "cake", "rain", "snow", "horse"]) for _ in range(4)]
+            rows += [(scene, querier, " ".join(words) + "?"), (scene, "Doc", f"Yes {scene}.")]
+    path = tmp_path / "inn.jsonl"
+    path.write_text("\n".join(json.dumps({"scene": str(s), "speaker": w, "text": t}) for s, w, t in rows))
+    return path

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from train.data.markdown import parse_play, speaker_name
+from train.data.play_text import parse_play, speaker_name
 from train.data.plays import read_plays
-from train.data.transcript import Turn, read_transcript
+from train.data.transcript import Turn
 from train.errors import UserError
 
 PLAY = """\
@@ -131,31 +131,3 @@ def test_real_plays():
     assert not set("_*\\") & set(text)
     king_john = {turn.speaker for scene in scenes if scene.source == "King John" for turn in scene.turns}
     assert "Prince Henry (King John)" in king_john
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"scene": "1", "speaker": "A", "text": "a"}\n{"scene": "1"', ":2: not JSON"),
-        ('{"scene": "1", "speaker": "A"}', ":1: key 'text' is missing"),
-        ('\n{"scene": "1", "speaker": 3, "text": "a"}', ":2: key 'speaker'"),
-        ('{"scene": "1", "speaker": " ", "text": "a"}', ":1: key 'speaker' is empty"),
-        ("[1]", ":1: expected an object"),
-        ("", "the file is empty"),
-    ],
-)
-def test_damaged_transcript_names_the_line(tmp_path, text, message):
-    with pytest.raises(UserError, match=message):
-        read_transcript(write(tmp_path, text, "show.jsonl"))
-
-
-def test_transcript(tmp_path):
-    lines = [("1", "A", "a"), ("1", "A", "b"), ("1", "B", "c"), ("2", "B", "d")]
-    text = "".join(
-        f'{{"scene": "{scene}", "speaker": "{who}", "text": "{said}"}}\n' for scene, who, said in lines
-    )
-    first, second = read_transcript(write(tmp_path, text, "show.jsonl"))
-    assert (first.source, first.title, first.turns) == ("show", "1", (Turn("A", "a b"), Turn("B", "c")))
-    assert second.turns == (Turn("B", "d"),)
-    with pytest.raises(UserError, match=r"absent\.jsonl: cannot be read"):
-        read_transcript(tmp_path / "absent.jsonl")

@@ -1,8 +1,6 @@
-"""Planted habits, clusters, and the whole way from a transcript to a folder, as function and command."""
+"""Planted habits, clusters, and the whole way from a transcript to a folder."""
 
-import json
 import logging
-import random
 from dataclasses import replace
 
 import pytest
@@ -12,24 +10,10 @@ from train.data.cluster import cluster_queries
 from train.data.dialogue import Thresholds
 from train.data.mqdialog import load_mqdialog
 from train.data.planted import HABITS, RESPONDER, habit_of, planted
-from train.data.prepare import PrepareConfig, main, prepare
+from train.data.prepare import PrepareConfig, prepare
 from train.errors import UserError
 
 LOW = Thresholds(min_turns=2, min_dialogues=2)
-
-
-@pytest.fixture
-def transcript(tmp_path):
-    generator = random.Random(0)
-    rows = []
-    for scene in range(30):
-        querier = ("Ann", "Bob", "Cat")[scene % 3]
-        for _ in range(generator.randrange(1, 4)):
-            words = [generator.choice(["tea", "cake", "rain", "snow", "horse"]) for _ in range(4)]
-            rows += [(scene, querier, " ".join(words) + "?"), (scene, "Doc", f"Yes {scene}.")]
-    path = tmp_path / "inn.jsonl"
-    path.write_text("\n".join(json.dumps({"scene": str(s), "speaker": w, "text": t}) for s, w, t in rows))
-    return path
 
 
 def config_for(path, **changes):
@@ -110,34 +94,6 @@ def test_mistakes_are_named_and_nothing_is_written(transcript, changes, message)
 def test_out_that_is_a_file(transcript):
     with pytest.raises(UserError, match="cannot be written"):
         prepare(config_for(transcript, out=transcript))
-
-
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["prepare", *map(str, arguments)])
-    run(main)
-
-
-def test_command_line(transcript, monkeypatch, capsys):
-    out = transcript.parent / "cli"
-    options = ("--transcript", transcript, "--out", out, "--min-turns", 2, "--min-dialogues", 2)
-    command(monkeypatch, *options, "--responder", "Doc", "--clusters", 2)
-    shown = capsys.readouterr().out
-    assert "Doc: 3 queriers, 2 clusters" in shown and "Ann" in shown
-    assert (out / "inn" / "diags_two_role_doc_clustered").is_dir()
-    command(monkeypatch, "--show", "planted", "--out", out)
-    assert "192 / 48" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [(["--responder", "Dcc"], "closest names: Doc"), ([], "--responder is missing")],
-)
-def test_command_line_mistake_is_one_line_and_exit_code_2(transcript, monkeypatch, capsys, options, message):
-    with pytest.raises(SystemExit) as exit_info:
-        command(monkeypatch, "--transcript", transcript, "--out", transcript.parent / "cli", *options)
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
 def test_interrupt_is_exit_code_130():

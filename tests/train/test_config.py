@@ -54,12 +54,36 @@ def test_missing_file_and_bad_override(tmp_path):
         load_config(write(tmp_path, "data: d\noutput_dir: o\n"), ["epochs"])
 
 
+def test_a_file_extends_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("epochs: 3\nbatch_size: 4\nstyle: qwen\n")
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\nbatch_size: 2\n")
+    path = write(tmp_path, "extends: middle.yaml\ndata: d\noutput_dir: o\nstyle: llama3\n")
+    config = load_config(path, ["epochs=5"])
+    assert (config.epochs, config.batch_size, config.style) == (5, 2, "llama3")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("extends: absent.yaml\n", "absent.yaml: cannot be read"),
+        ("extends: run.yaml\n", "extends itself"),
+        ("extends: [a]\n", "key 'extends': got ['a'], expected the path"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(tmp_path, text, named):
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, text))
+    assert named in str(error.value)
+
+
 def test_every_shipped_config_is_valid(request):
-    folder = request.config.rootpath / "train" / "configs"
-    experiments = sorted((folder / "experiments").glob("*.yaml"))
-    runs = sorted(folder.glob("*.yaml"))
-    assert runs and experiments
-    for path in runs:
+    """An experiment has a loader of its own; a recipe's base is loaded by those that extend it."""
+    configs = request.config.rootpath / "train" / "configs"
+    experiments = sorted((configs / "experiments").glob("*.yaml"))
+    bases = {configs / "mqdialog" / f"{name}.yaml" for name in ("base", "llama3", "qwen")}
+    found = [*configs.glob("*.yaml"), *set(configs.glob("mqdialog/*.yaml")) - bases]
+    assert len(found) >= 15 and experiments
+    for path in found:
         assert isinstance(load_config(path), TrainConfig)
     for path in experiments:
         assert load_experiment(path).cells()

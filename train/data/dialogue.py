@@ -7,9 +7,10 @@ counted as the reference does (name, newline, text). The split is by dialogue: n
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import permutations
 
 from train.data.transcript import Scene, Turn
 from train.errors import UserError
@@ -26,6 +27,10 @@ class Thresholds:
     """Turns a querier speaks in the whole transcript."""
     min_dialogues: int = 20
     """Dialogues with the responder that give at least one window."""
+
+    def allow(self, turns: int, dialogues: int) -> bool:
+        """Whether somebody with so many of both is a querier."""
+        return turns >= self.min_turns and dialogues >= self.min_dialogues
 
 
 PLAY_THRESHOLDS = Thresholds(min_turns=10, min_dialogues=3)
@@ -116,19 +121,18 @@ def split_queriers(
     ``queriers`` asks for these people and no others; one of them with too little data is a ``UserError``,
     as are an unknown responder or querier, and a responder whom nobody asks often enough.
     """
-    spoken = Counter(turn.speaker for scene in scenes for turn in scene.turns)
-    _require_speaker("responder", responder, spoken)
+    spoken = count_turns(scenes)
+    require_speaker("responder", responder, spoken)
     for name in queriers:
-        _require_speaker("querier", name, spoken)
-    dialogues = _dialogues_by_querier(scenes, responder)
+        require_speaker("querier", name, spoken)
+    dialogues = dialogues_by_pair(scenes)[responder]
     for name in queriers:
         _require_enough(name, responder, spoken[name], len(dialogues[name]), thresholds)
     kept = [
         name
-        for name, found in sorted(dialogues.items(), key=lambda item: (-len(item[1]), item[0]))
-        if spoken[name] >= thresholds.min_turns and len(found) >= thresholds.min_dialogues
+        for name in most_dialogues_first(dialogues)
+        if thresholds.allow(spoken[name], len(dialogues[name])) and (not queriers or name in queriers)
     ]
-    kept = [name for name in kept if not queriers or name in queriers]
     if not kept:
         raise UserError(
             f"responder '{responder}': nobody has at least {thresholds.min_turns} turns and "
@@ -137,16 +141,28 @@ def split_queriers(
     return [_split(name, responder, dialogues[name], seed) for name in kept]
 
 
-def _dialogues_by_querier(scenes: Iterable[Scene], responder: str) -> dict[str, list[Window]]:
-    """Dialogues with at least one window, as whole runs with an id that names scene and position."""
-    found: dict[str, list[Window]] = defaultdict(list)
+def count_turns(scenes: Iterable[Scene]) -> Counter[str]:
+    """Turns of every speaker."""
+    return Counter(turn.speaker for scene in scenes for turn in scene.turns)
+
+
+def dialogues_by_pair(scenes: Iterable[Scene]) -> dict[str, dict[str, list[Window]]]:
+    """Responder to querier to their dialogues with at least one window, for everybody who answers anybody.
+
+    A dialogue is a whole run, with an id that names scene and position; a name that is not there has none.
+    """
+    found: dict[str, dict[str, list[Window]]] = defaultdict(lambda: defaultdict(list))
     for number, scene in enumerate(scenes):
         for index, run in enumerate(two_speaker_runs(scene.turns)):
-            speakers = {turn.speaker for turn in run}
-            if responder in speakers and windows(run, responder):
-                (querier,) = speakers - {responder}
-                found[querier].append(Window(f"scene_{number}_dialogue_{index}", run))
+            for responder, querier in permutations({turn.speaker for turn in run}):
+                if windows(run, responder):
+                    found[responder][querier].append(Window(f"scene_{number}_dialogue_{index}", run))
     return found
+
+
+def most_dialogues_first(dialogues: Mapping[str, Sequence[Window]]) -> list[str]:
+    """The names in ``dialogues`` by number of dialogues, then by name."""
+    return sorted(dialogues, key=lambda name: (-len(dialogues[name]), name))
 
 
 def _split(querier: str, responder: str, dialogues: Sequence[Window], seed: int) -> Split:
@@ -173,7 +189,8 @@ def _characters(turn: Turn) -> int:
     return len(f"{turn.speaker}\n{turn.text}")
 
 
-def _require_speaker(role: str, name: str, spoken: Counter[str]) -> None:
+def require_speaker(role: str, name: str, spoken: Counter[str]) -> None:
+    """Raise ``UserError`` with the closest names unless ``name`` has turns."""
     if name in spoken:
         return
     folded = {known.casefold(): known for known in spoken}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from train.data.markdown import parse_play
+from train.data.play_text import parse_play
 from train.data.transcript import Scene, Turn, merge_turns
 from train.errors import UserError
 

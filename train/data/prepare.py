@@ -1,26 +1,22 @@
 """From a show and a responder to a finished MQDialog folder: ``prepare(PrepareConfig) -> Path``.
 
-Also a command line: ``python -m train.data.prepare --show plays --responder Falstaff --out data``.
+The command line is :mod:`train.data.build`.
 """
 
-import argparse
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-
-from train.cli import run
 from train.data.cluster import cluster_queries
 from train.data.dialogue import PLAY_THRESHOLDS, Thresholds, split_queriers
 from train.data.layout import PAIR_IDS, Example, MQDialog, responder_folder, short_name
-from train.data.mqdialog import load_mqdialog, write_mqdialog
+from train.data.mqdialog import write_mqdialog
 from train.data.planted import RESPONDER as PLANTED_RESPONDER
 from train.data.planted import SHOW as PLANTED
 from train.data.planted import planted
 from train.data.plays import read_plays
-from train.data.summary import summary_table
 from train.data.transcript import Scene, read_transcript
 from train.errors import UserError
 from train.files import build_directory, read_text, write_atomic
@@ -39,14 +35,14 @@ class PrepareConfig:
     responder: str = PLANTED_RESPONDER
     out: Path = Path("data")
     transcript: Path | None = None
-    """A JSON-lines file of ``{"scene", "speaker", "text"}``."""
+    """A file of JSON lines or Markdown, see :mod:`train.data.transcript`."""
     queriers: tuple[str, ...] = ()
     """Only these people; empty means everybody with enough data."""
     thresholds: Thresholds | None = None
     """None means the paper's for a transcript, smaller ones for plays."""
     num_clusters: int = 5
     encoder: str | None = None
-    """Path of a sentence-transformers model for the clusters; None means TF-IDF."""
+    """Of the queries that are clustered, see :mod:`train.data.embed`; None means TF-IDF."""
     seed: int = 0
     force: bool = False
     """Rebuild a folder that exists."""
@@ -56,9 +52,27 @@ class PrepareConfig:
         """Where the data of this responder goes."""
         return responder_folder(self.out, self.show, self.responder)
 
+    @property
+    def minimums(self) -> Thresholds:
+        """The thresholds that hold."""
+        return self.thresholds or (PLAY_THRESHOLDS if self.show == PLAYS else Thresholds())
 
-def prepare(config: PrepareConfig) -> Path:
+
+def read_scenes(config: PrepareConfig) -> list[Scene]:
+    """The scenes that ``config`` asks for, of all speakers.
+
+    Raises ``UserError`` for an unknown show, damaged input, and the planted set, which is not read.
+    """
+    _check_show(config)
+    if config.show == PLANTED:
+        raise UserError(f"show '{PLANTED}' has no transcript: {PLANTED_RESPONDER} answers all its queriers")
+    return read_plays() if config.transcript is None else read_transcript(config.transcript)
+
+
+def prepare(config: PrepareConfig, scenes: Sequence[Scene] | None = None) -> Path:
     """Build the folder of ``config`` whole or not at all, and return it; one built the same way is reused.
+
+    ``scenes`` are those of :func:`read_scenes`, where several responders share them.
 
     Raises ``UserError`` for an unknown show, responder or querier, too little data, damaged input, and a
     folder that was built with other settings unless ``force`` is set.
@@ -69,7 +83,10 @@ def prepare(config: PrepareConfig) -> Path:
         _require_same_recipe(config)
         logger.info("%s: reused", folder)
         return folder
-    data = planted(config.seed, config.num_clusters) if config.show == PLANTED else _from_scenes(config)
+    if config.show == PLANTED:
+        data = planted(config.seed, config.num_clusters)
+    else:
+        data = _from_scenes(config, read_scenes(config) if scenes is None else scenes)
     try:
         with build_directory(folder) as workspace:
             write_mqdialog(data, workspace, config.show)
@@ -79,12 +96,16 @@ def prepare(config: PrepareConfig) -> Path:
     return folder
 
 
-def _check(config: PrepareConfig) -> None:
+def _check_show(config: PrepareConfig) -> None:
     built_in = (PLAYS, PLANTED)
     if config.transcript is None and config.show not in built_in:
         raise UserError(f"show '{config.show}' is unknown, expected {' or '.join(built_in)}, or a transcript")
     if config.transcript is not None and config.show in built_in:
         raise UserError(f"show '{config.show}' is built in, give the transcript another show name")
+
+
+def _check(config: PrepareConfig) -> None:
+    _check_show(config)
     if not short_name(config.responder):
         raise UserError(f"responder '{config.responder}' has no letters or digits to name a folder by")
     if config.show == PLANTED and config.responder != PLANTED_RESPONDER:
@@ -104,28 +125,19 @@ def _require_same_recipe(config: PrepareConfig) -> None:
 
 def _recipe(config: PrepareConfig) -> dict:
     """The settings that change what is built, as JSON values."""
-    thresholds = _thresholds(config)
     return {
         "transcript": config.transcript and config.transcript.name,
         "queriers": sorted(config.queriers),
-        "thresholds": asdict(thresholds),
+        "thresholds": asdict(config.minimums),
         "num_clusters": config.num_clusters,
         "encoder": config.encoder and Path(config.encoder).name,
         "seed": config.seed,
     }
 
 
-def _thresholds(config: PrepareConfig) -> Thresholds:
-    return config.thresholds or (PLAY_THRESHOLDS if config.show == PLAYS else Thresholds())
-
-
-def _scenes(config: PrepareConfig) -> list[Scene]:
-    return read_plays() if config.transcript is None else read_transcript(config.transcript)
-
-
-def _from_scenes(config: PrepareConfig) -> MQDialog:
+def _from_scenes(config: PrepareConfig, scenes: Sequence[Scene]) -> MQDialog:
     splits = split_queriers(
-        _scenes(config), config.responder, _thresholds(config), queriers=config.queriers, seed=config.seed
+        scenes, config.responder, config.minimums, queriers=config.queriers, seed=config.seed
     )
     train = [(querier_id, window) for querier_id, split in enumerate(splits) for window in split.train]
     dev = [(querier_id, window) for querier_id, split in enumerate(splits) for window in split.dev]
@@ -149,54 +161,3 @@ def _from_scenes(config: PrepareConfig) -> MQDialog:
         for half, ids in zip((train, dev), clusters, strict=True)
     ]
     return MQDialog(config.responder, queriers, 1 + max(clusters[0]), *examples)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.data.prepare", description="Build the MQDialog folder of one responder."
-    )
-    parser.add_argument("--show", help=f"'{PLAYS}', '{PLANTED}', or the name to give a transcript")
-    parser.add_argument("--transcript", type=Path, help='JSON lines of {"scene", "speaker", "text"}')
-    parser.add_argument("--responder", help=f"who answers (in '{PLANTED}': {PLANTED_RESPONDER})")
-    parser.add_argument("--querier", action="append", default=[], help="only this person; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("data"), help="root folder (default: %(default)s)")
-    parser.add_argument("--min-turns", type=int, help="turns a querier must speak in the whole transcript")
-    parser.add_argument("--min-dialogues", type=int, help="dialogues a querier must have with the responder")
-    parser.add_argument("--clusters", type=int, default=5, help="clusters of queries (default: %(default)s)")
-    parser.add_argument("--encoder", help="path of a sentence-transformers model for the clusters")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--force", action="store_true", help="rebuild a folder that exists")
-    return parser.parse_args()
-
-
-def _config(arguments: argparse.Namespace) -> PrepareConfig:
-    transcript = arguments.transcript
-    show = arguments.show or (transcript.stem if transcript else PLAYS)
-    if arguments.responder is None and show != PLANTED:
-        raise UserError(f"--responder is missing: whose replies of show '{show}'?")
-    config = PrepareConfig(
-        show=show,
-        responder=arguments.responder or PLANTED_RESPONDER,
-        out=arguments.out,
-        transcript=transcript,
-        queriers=tuple(arguments.querier),
-        num_clusters=arguments.clusters,
-        encoder=arguments.encoder,
-        seed=arguments.seed,
-        force=arguments.force,
-    )
-    given = {"min_turns": arguments.min_turns, "min_dialogues": arguments.min_dialogues}
-    changed = {key: value for key, value in given.items() if value is not None}
-    return replace(config, thresholds=replace(_thresholds(config), **changed))
-
-
-def main() -> None:
-    """Prepare the folder that the command line asks for and show what is in it."""
-    folder = prepare(_config(_arguments()))
-    console = Console()
-    console.print(summary_table(load_mqdialog(folder)))
-    console.print(str(folder), soft_wrap=True)
-
-
-if __name__ == "__main__":
-    run(main)

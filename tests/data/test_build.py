@@ -1,0 +1,130 @@
+"""From a transcript to data of one responder, several or all, as the command line does it."""
+
+import pytest
+
+from train.cli import run
+from train.data.build import main
+from train.data.dialogue import Thresholds
+from train.data.mqdialog import load_mqdialog
+from train.data.responders import load_dialogues
+from train.data.speakers import find_speakers, qualified, survey
+from train.data.transcript import Scene, Turn, read_transcript
+from train.errors import UserError
+
+LOW = ("--min-turns", 2, "--min-dialogues", 2)
+
+
+@pytest.fixture
+def command(transcript, monkeypatch, capsys):
+    """Run the command line on the transcript; returns what it printed."""
+
+    def call(*arguments):
+        out = ("--transcript", transcript, "--out", transcript.parent / "out")
+        monkeypatch.setattr("sys.argv", ["build", *map(str, (*out, *arguments))])
+        run(main)
+        return capsys.readouterr().out
+
+    return call
+
+
+def scene(speakers):
+    return Scene(
+        "show", speakers, tuple(Turn(name, f"{name}{number}") for number, name in enumerate(speakers))
+    )
+
+
+def test_survey_counts_whom_everybody_answers():
+    scenes = [scene("QRQR"), scene("PRPR"), scene("QRPR"), scene("XR")]
+    speakers = {speaker.name: speaker for speaker in survey(scenes, Thresholds(2, 2))}
+    responder = speakers["R"]
+    assert [(pair.querier, pair.turns, pair.dialogues, pair.has_enough) for pair in responder.pairs] == [
+        ("P", 3, 2, True),
+        ("Q", 3, 2, True),
+        ("X", 1, 1, False),
+    ]
+    assert (responder.turns, responder.dialogues, responder.qualifies) == (7, 4, True)
+    assert [pair.querier for pair in speakers["Q"].pairs] == ["R"] and not speakers["Q"].qualifies
+    assert "X" not in speakers
+    assert qualified(scenes, Thresholds(2, 2)) == ["R"]
+    with pytest.raises(UserError, match="nobody has 2 queriers with at least 2 turns and 3 dialogues"):
+        qualified(scenes, Thresholds(2, 3))
+    with pytest.raises(UserError, match="responder 'X' answers nobody"):
+        find_speakers(scenes, ["X"], Thresholds())
+
+
+def test_one_responder(command, transcript):
+    shown = command(*LOW, "--responder", "Doc", "--clusters", 2)
+    assert "Doc: 3 queriers, 2 clusters" in shown and "Ann" in shown
+    data = load_mqdialog(transcript.parent / "out" / "inn" / "diags_two_role_doc_clustered")
+    assert sorted(data.queriers) == ["Ann", "Bob", "Cat"]
+
+
+def test_planted_has_one_responder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["build", "--show", "planted", "--out", str(tmp_path)])
+    run(main)
+    assert "192 / 48" in capsys.readouterr().out
+
+
+@pytest.fixture
+def busy(transcript):
+    """The transcript with a second person whom two people ask."""
+    lines = [
+        f'{{"scene": "n{number}", "speaker": "{who}", "text": "{text} {number}"}}'
+        for number in range(8)
+        for who, text in (
+            ("AB"[number % 2], "tea?"),
+            ("Nurse", "no"),
+            ("AB"[number % 2], "cake?"),
+            ("Nurse", "no"),
+        )
+    ]
+    transcript.write_text(transcript.read_text() + "\n" + "\n".join(lines))
+
+
+@pytest.mark.parametrize("choice", [("--all-responders",), ("--responder", "Nurse", "--responder", "Doc")])
+def test_several_responders(command, transcript, busy, choice):
+    shown = command(*LOW, *choice, "--clusters", 2)
+    assert "2 responders" in shown and "Nurse" in shown and "Doc" in shown
+    both = load_dialogues(transcript.parent / "out" / "inn")
+    assert set(both.queriers) == {"Ann > Doc", "Bob > Doc", "Cat > Doc", "A > Nurse", "B > Nurse"}
+
+
+def test_speakers_are_listed(command, transcript, busy):
+    shown = command(*LOW, "--list-speakers")
+    assert "2 responders" in shown and "Doc" in shown and "Nurse" in shown and "Ann" not in shown
+    shown = command(*LOW, "--list-speakers", "--responder", "Doc")
+    assert "Ann" in shown and "yes" in shown
+    assert "no" in command("--list-speakers", "--responder", "Doc")
+    assert not (transcript.parent / "out").exists()
+
+
+def test_markdown_gives_the_same_data_as_json_lines(command, transcript):
+    command(*LOW, "--responder", "Doc")
+    data = load_mqdialog(transcript.parent / "out" / "inn" / "diags_two_role_doc_clustered")
+    markdown = transcript.with_suffix(".md")
+    text = [
+        f"## {scene.title}\n" + "\n".join(f"**{turn.speaker}:** {turn.text}" for turn in scene.turns)
+        for scene in read_transcript(transcript)
+    ]
+    markdown.write_text("\n".join(text))
+    command(*LOW, "--responder", "Doc", "--transcript", markdown, "--show", "inn_md")
+    assert load_mqdialog(transcript.parent / "out" / "inn_md" / "diags_two_role_doc_clustered") == data
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--responder", "Dcc"], "closest names: Doc"),
+        (["--list-speakers", "--responder", "Dcc"], "closest names: Doc"),
+        ([], "--list-speakers shows who there is"),
+        (["--responder", "Doc", "--all-responders"], "exclude each other"),
+        (["--all-responders"], "nobody has 2 queriers with at least 70 turns and 20 dialogues"),
+        (["--transcript", "absent.md", "--all-responders"], "absent.md: cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(command, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_info:
+        command(*options)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error

