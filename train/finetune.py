@@ -95,6 +95,8 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
 
 def prepare(config: TrainConfig, data: MQDialog) -> Prepared:
     """Model and windows, ready for :func:`make_trainer`."""
+    if config.dtype == "float16" and not torch.cuda.is_available():
+        raise UserError("dtype: float16 needs a GPU (it scales the loss); on a CPU use bfloat16 or float32")
     transformers.set_seed(config.seed)
     with ranks.main_first():
         model, tokenizer = load_base(config.model, DTYPES[config.dtype])
@@ -175,7 +177,7 @@ def make_trainer(
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # every rank remembers the gathered batch already
-        use_cpu=not torch.cuda.is_available() and config.deepspeed is None,
+        use_cpu=not torch.cuda.is_available(),
         accelerator_config={"use_configured_state": ranks.launched()},
     )
     if config.gradient_checkpointing:
