@@ -104,6 +104,8 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
 
 def prepare(config: TrainConfig, found: RunData) -> Prepared:
     """Model and windows, ready for :func:`make_trainer`."""
+    if config.dtype == "float16" and not torch.cuda.is_available():
+        raise UserError("dtype: float16 needs a GPU (it scales the loss); on a CPU use bfloat16 or float32")
     data = found.data
     transformers.set_seed(config.seed)
     with ranks.main_first():
@@ -193,7 +195,7 @@ def make_trainer(
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # every rank remembers the gathered batch already
-        use_cpu=not torch.cuda.is_available() and config.deepspeed is None,
+        use_cpu=not torch.cuda.is_available(),
         accelerator_config={"use_configured_state": ranks.launched()},
     )
     if config.gradient_checkpointing:

@@ -101,6 +101,11 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
         ({"model": "./absent"}, "model './absent': no such folder"),
         ({"data": "absent"}, "absent"),
         ({"max_tokens": 5}, "max_tokens=5"),
+        pytest.param(
+            {"dtype": "float16"},
+            "dtype: float16 needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="float16 works on this machine"),
+        ),
     ],
 )
 def test_mistakes_are_named_before_training(config, changes, named):
@@ -113,6 +118,15 @@ def test_replace_tower_and_full_depth_train_too(config):
     folder = finetune(config.replace(tower="replace", experts="per_querier", trainable_layers=None))
     assert any("norm_specific" in name for name in experts_of(folder))
     assert sum(losses(config)[-2:]) < sum(losses(config)[:2])
+
+
+def test_sixteen_bits_train_masters_in_full_precision(config):
+    finetune(config)
+    half = config.replace(dtype="bfloat16", output_dir=f"{config.output_dir}_bf16", contrastive_weight=0.5)
+    folder = finetune(half)
+    assert experts_of(folder)["model.layers.1.experts.down"].dtype == torch.float32
+    log = json.loads((Path(half.output_dir) / "log.json").read_text())
+    assert [row["lm_loss"] for row in log if "lm_loss" in row] == pytest.approx(losses(config), rel=0.05)
 
 
 def test_damaged_result_is_refused(config):
