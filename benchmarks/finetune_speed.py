@@ -1,6 +1,6 @@
 """Fine-tuning speed against a straightforward implementation of the paper's procedure.
 
-    python -m train.data.prepare --show plays --responder Falstaff     # once
+    python -m train.data.build --show plays --responder Falstaff       # once
     python -m benchmarks.finetune_speed --out benchmarks/results/NAME.json
 
 Both train the replace tower with the contrastive loss, from the same initial weights, on the same windows in

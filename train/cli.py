@@ -6,6 +6,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import torch
+
 from train.errors import UserError
 
 USER_ERROR_EXIT = 2
@@ -17,6 +19,8 @@ def run(main: Callable[[], None]) -> None:
     """Call ``main``; ``UserError`` and a full disk become one line on stderr and exit code 2, Ctrl-C 130."""
     # these call what another of them, or torch, renamed; that is not for our users to mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|accelerate|torch)\..*")
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, announces its choice
     try:
         main()
     except UserError as error:
