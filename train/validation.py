@@ -45,7 +45,9 @@ class KeepBest(TrainerCallback):
         model: nn.Module,
         **kwargs: object,
     ) -> None:
-        """Every rank scores the same windows, and rank 0 writes."""
+        """Every rank scores the same windows, and rank 0 writes. An interrupted epoch does not count."""
+        if abs(state.epoch - round(state.epoch)) > 1e-6:
+            return
         nll = self._score(model)
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, "valid_nll": nll})
         logger.info("epoch %g: validation NLL %.4f", state.epoch, nll)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from train.callbacks import StopOnInterrupt
 from train.finetune import finetune
 from train.trained import EXPERTS
 from train.trainer import WEIGHTS
@@ -49,3 +50,20 @@ def test_the_score_is_that_of_the_validation_windows(config, tmp_path, dtype):
     assert len(found) == 2 and found[1] < found[0]
     stored = json.loads((tmp_path / "runs" / "run" / BEST / SCORE).read_text())
     assert stored["nll"] == min(found)
+
+
+def test_an_interrupted_epoch_is_not_scored(config, tmp_path, monkeypatch):
+    changes = {"output_dir": str(tmp_path / "runs" / "cut"), "validation": 0.2, "epochs": 2}
+    step = StopOnInterrupt.on_step_end
+
+    def stop_at_two(self, args, state, control, **kwargs):
+        self.interrupted = state.global_step == 2
+        step(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StopOnInterrupt, "on_step_end", stop_at_two)
+        finetune(config.replace(**changes))
+    assert not (tmp_path / "runs" / "cut" / BEST).exists()
+    resumed = experts_of(finetune(config.replace(**changes), resume=True))
+    unbroken = experts_of(final(config, tmp_path, "whole", epochs=2))
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
