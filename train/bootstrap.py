@@ -1,4 +1,4 @@
-"""Bootstrap intervals over whole groups of examples (dialogues).
+"""Bootstrap intervals and paired randomisation tests over whole groups of examples (dialogues).
 
 Windows of one dialogue share most of their text, so resampling single examples would give intervals that
 are too narrow. A mean, a token-weighted mean and a paired difference are all one ratio, sum of numerators /
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 SAMPLES = 1000
+FLIPS, FLIPS_AT_ONCE = 10_000, 500
 
 
 def _group_sums(values: Sequence[float], groups: Sequence[Hashable] | None) -> np.ndarray:
@@ -41,6 +42,27 @@ def _ratio_ci(
     ratios = (draws @ numerator) / (draws @ denominator)
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def sign_flip_p(
+    differences: Sequence[float], groups: Sequence[Hashable] | None = None, seed: int = 0
+) -> float | None:
+    """Two-sided p-value of a paired difference: approximate randomisation (Noreen 1989) of whole groups.
+
+    Were two methods alike, either could have given either side of a group, so the sign of its summed
+    difference would be chance. p is the share of random signs under which the sum of all is at least as far
+    from 0, the observed one counted: at least 1 / (FLIPS + 1). None under two groups. A sum is as good as a
+    mean here, and as a token-weighted one: what it is divided by does not change with the signs.
+    """
+    sums = _group_sums(differences, groups)
+    if len(sums) < 2:
+        return None
+    generator, observed, at_least = np.random.default_rng(seed), abs(sums.sum()), 0
+    rounding = 1e-9 * np.abs(sums).sum()
+    for _ in range(FLIPS // FLIPS_AT_ONCE):
+        signs = generator.integers(0, 2, size=(FLIPS_AT_ONCE, len(sums))) * 2 - 1
+        at_least += int((np.abs(signs @ sums) >= observed - rounding).sum())
+    return (1 + at_least) / (1 + FLIPS)
 
 
 def listed(interval: tuple[float, float]) -> list[float] | None:
@@ -75,11 +97,15 @@ def paired_bootstrap(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Mean of `a - b` over the same examples: {"diff", "ci95": [lo, hi] or None}."""
+    """Mean of `a - b` over the same examples: {"diff", "ci95": [lo, hi] or None, "p": see `sign_flip_p`}."""
     _check_same_length(a, b)
     difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     interval = bootstrap_ci(difference, groups, samples, seed)
-    return {"diff": float(difference.mean()), "ci95": listed(interval)}
+    return {
+        "diff": float(difference.mean()),
+        "ci95": listed(interval),
+        "p": sign_flip_p(difference, groups, seed),
+    }
 
 
 def nll_summary(
@@ -105,11 +131,11 @@ def paired_nll(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Token-weighted mean of NLL `a - b` over the same tokens: {"diff", "ci95": [lo, hi] or None}."""
+    """Token-weighted mean of NLL `a - b` over the same tokens: {"diff", "ci95": [lo, hi] or None, "p"}."""
     _check_same_length(a_sums, b_sums)
     difference = np.asarray(a_sums, dtype=np.float64) - np.asarray(b_sums, dtype=np.float64)
     mean, interval = _token_mean(difference, token_counts, groups, samples, seed)
-    return {"diff": mean, "ci95": interval}
+    return {"diff": mean, "ci95": interval, "p": sign_flip_p(difference, groups, seed)}
 
 
 def _token_mean(

@@ -6,7 +6,7 @@ B windows, S tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from train.data.encode import IGNORE, Encoded
 from train.data.layout import Example
 from train.generate import generate_replies
 from train.layers import upper_part
-from train.metrics import Record, rouge
+from train.metrics import Record, Tokens, score_reply, tokens_for, unscored
 
 
 @torch.inference_mode()
@@ -95,27 +95,35 @@ class HeldOut:
         everything = range(len(self.windows))
         return sorted(random.Random(seed).sample(everything, min(count, len(everything))))
 
-    def records(self, scores: Sequence[tuple[float, int]], replies: dict[int, str]) -> list[Record]:
-        """One record per window; ``replies`` maps the windows that were generated to their text."""
+    def records(
+        self,
+        scores: Sequence[tuple[float, int]],
+        replies: Mapping[int, str | None],
+        tokens: Tokens | None = None,
+    ) -> list[Record]:
+        """One record per window.
+
+        Args:
+            replies: for each window that was to be answered the text, or None where generation failed.
+            tokens: what ROUGE and BLEU compare, see :func:`train.metrics.rouge`; None chooses by all replies
+                in the data.
+        """
+        tokens = tokens or tokens_for(example.reply for example in self.examples)
         return [
-            _record(example, nll, tokens, replies.get(index))
-            for index, (example, (nll, tokens)) in enumerate(zip(self.examples, scores, strict=True))
+            {
+                "id": example.id,
+                "dialogue": example.dialogue,
+                "querier": example.querier,
+                "nll_sum": nll,
+                "tokens": count,
+                **(
+                    score_reply(replies[index], example.reply, tokens)
+                    if index in replies
+                    else unscored(example.reply)
+                ),
+            }
+            for index, (example, (nll, count)) in enumerate(zip(self.examples, scores, strict=True))
         ]
-
-
-def _record(example: Example, nll: float, tokens: int, reply: str | None) -> Record:
-    reference = example.turns[-1].text
-    scores = rouge(reply, reference) if reply is not None else dict.fromkeys(("rouge1", "rouge2", "rougeL"))
-    return {
-        "id": example.id,
-        "dialogue": example.dialogue,
-        "querier": example.querier,
-        "nll_sum": nll,
-        "tokens": tokens,
-        "empty": reply is not None and not reply.strip(),
-        "reply": reply,
-        **scores,
-    }
 
 
 def _end_mark(window: Encoded) -> int:

@@ -1,86 +1,23 @@
-"""Scores of held-out replies: ROUGE, token-weighted NLL, and what one method gains over another.
+"""Scores of a method over its records, and what one method gains over another.
 
-Every interval is a 95 % bootstrap interval over whole dialogues (`train/bootstrap.py`).
+Every interval is a 95 % bootstrap interval over whole dialogues, every p-value is from a paired
+randomisation over them (``train/bootstrap.py``).
 """
 
-import logging
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, TypedDict
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
 
 from train.bootstrap import SAMPLES, bootstrap_ci, listed, nll_summary, paired_bootstrap, paired_nll
-from train.errors import UserError
+from train.metrics.bleu import CORPUS_BLEU_KEYS, DISTINCT_KEYS, corpus_bleu, distinct
+from train.metrics.records import SCORE_KEYS, Record
+from train.metrics.text import Tokens, tokens_for
 
-__all__ = [
-    "ROUGE_KEYS",
-    "Record",
-    "bootstrap_ci",
-    "compare",
-    "nll_summary",
-    "paired_bootstrap",
-    "paired_nll",
-    "rouge",
-    "summarise",
-    "swap_summary",
-]
-
-ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
-
-
-class Record(TypedDict):
-    """One held-out example: NLL in nats, summed over the reply; ROUGE None where no reply was generated."""
-
-    id: str
-    dialogue: str
-    querier: str
-    nll_sum: float
-    tokens: int
-    rouge1: float | None
-    rouge2: float | None
-    rougeL: float | None
-    empty: bool
-
-
-class _SplitTokenizer(Tokenizer):
-    """Tokens are the pieces of `split` that are not white space; punctuation counts."""
-
-    def __init__(self, split: Callable[[str], Sequence[str]]) -> None:
-        self._split = split
-
-    def tokenize(self, text: str) -> list[str]:
-        return [piece for piece in self._split(text) if not piece.isspace()]
-
-
-def _jieba_split() -> Callable[[str], list[str]]:
-    import jieba  # loads a dictionary: only where words are asked for
-
-    jieba.setLogLevel(logging.WARNING)
-    return jieba.lcut
-
-
-@lru_cache
-def _scorer(language: str) -> RougeScorer:
-    if language == "en":
-        return RougeScorer(ROUGE_KEYS, use_stemmer=True)
-    if language == "zh-char":
-        return RougeScorer(ROUGE_KEYS, tokenizer=_SplitTokenizer(list))
-    if language == "zh-word":
-        return RougeScorer(ROUGE_KEYS, tokenizer=_SplitTokenizer(_jieba_split()))
-    raise UserError(f"language: expected 'en', 'zh-char' or 'zh-word', got {language!r}")
-
-
-def rouge(prediction: str, reference: str, language: str = "en") -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures in [0, 1] of one reply.
-
-    `language` is "en" (stemmed words), "zh-char" (characters, as in the paper) or "zh-word" (jieba words).
-    An empty prediction scores 0. Raises UserError for another language.
-    """
-    scores = _scorer(language).score(reference, prediction)
-    return {key: float(scores[key].fmeasure) for key in ROUGE_KEYS}
+CORPUS_KEYS = (*CORPUS_BLEU_KEYS, *DISTINCT_KEYS)
+"""Scores of all replies together."""
 
 
 def _column(records: Sequence[Record], key: str) -> list[Any]:
@@ -96,13 +33,23 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _rouge_means(records: Sequence[Record]) -> dict[str, float | None]:
-    return {key: _mean([record.get(key) for record in records]) for key in ROUGE_KEYS}
+def _means(records: Sequence[Record]) -> dict[str, float | None]:
+    return {key: _mean([record.get(key) for record in records]) for key in SCORE_KEYS}
 
 
-def _rouge_intervals(records: Sequence[Record], samples: int, seed: int) -> dict[str, list[float] | None]:
+def _corpus(records: Sequence[Record], tokens: Tokens | None) -> dict[str, float | None]:
+    """Scores of all replies together; a failed one counts as empty."""
+    generated = _scored(records, "rougeL")
+    if not generated or any("reference" not in record for record in generated):
+        return dict.fromkeys(CORPUS_KEYS)
+    replies, references = [r["reply"] or "" for r in generated], _column(generated, "reference")
+    tokens = tokens or tokens_for(references)
+    return {**corpus_bleu(replies, references, tokens), **distinct(replies, tokens)}
+
+
+def _intervals(records: Sequence[Record], samples: int, seed: int) -> dict[str, list[float] | None]:
     intervals = {}
-    for key in ROUGE_KEYS:
+    for key in SCORE_KEYS:
         scored = _scored(records, key)
         values, dialogues = _column(scored, key), _column(scored, "dialogue")
         intervals[key] = listed(bootstrap_ci(values, dialogues, samples, seed))
@@ -113,34 +60,41 @@ def _token_nll(records: Sequence[Record]) -> float:
     return float(sum(_column(records, "nll_sum")) / sum(_column(records, "tokens")))
 
 
-def _querier_scores(records: Sequence[Record], name: str) -> dict[str, Any]:
+def _querier_scores(records: Sequence[Record], name: str, tokens: Tokens | None) -> dict[str, Any]:
     own = [record for record in records if record["querier"] == name]
     counts = {"examples": len(own), "tokens": sum(_column(own, "tokens"))}
-    return {"nll": _token_nll(own), **_rouge_means(own), **counts}
+    return {"nll": _token_nll(own), **_means(own), **_corpus(own, tokens), **counts}
 
 
-def summarise(records: Sequence[Record], samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
+def summarise(
+    records: Sequence[Record], samples: int = SAMPLES, seed: int = 0, tokens: Tokens | None = None
+) -> dict[str, Any]:
     """Scores of one method: overall, as the mean over queriers ("macro"), per querier, with intervals.
 
-    ROUGE is the mean over the `generated` examples, empty replies included (they score 0), and None where
-    there are none. Raises ValueError without records or where an example has no scored token.
+    ROUGE and BLEU are means over the ``generated`` examples, and ``CORPUS_KEYS`` are of all their replies
+    together, split into ``tokens`` (None: chosen by the references). Empty and failed replies are among them
+    (they score 0); where there are none, or for ``CORPUS_KEYS`` no texts, the value is None. Raises
+    ValueError without records or where an example has no scored token.
     """
     if not records:
         raise ValueError("records: expected at least one held-out example, got none")
     columns = [_column(records, key) for key in ("nll_sum", "tokens", "dialogue")]
     overall = nll_summary(*columns, samples=samples, seed=seed)
     queriers = dict.fromkeys(_column(records, "querier"))
-    per_querier = {name: _querier_scores(records, name) for name in queriers}
+    per_querier = {name: _querier_scores(records, name, tokens) for name in queriers}
     return {
         "nll": overall["nll"],
         "perplexity": overall["perplexity"],
-        **_rouge_means(records),
+        **_means(records),
+        **_corpus(records, tokens),
         "macro": {
-            key: _mean([scores[key] for scores in per_querier.values()]) for key in ("nll", *ROUGE_KEYS)
+            key: _mean([scores[key] for scores in per_querier.values()])
+            for key in ("nll", *SCORE_KEYS, *CORPUS_KEYS)
         },
-        "ci95": {"nll": overall["ci95"], **_rouge_intervals(records, samples, seed)},
+        "ci95": {"nll": overall["ci95"], **_intervals(records, samples, seed)},
         "per_querier": per_querier,
         "empty": sum(bool(record.get("empty")) for record in records),
+        "failed": sum(bool(record.get("failed")) for record in records),
         "examples": len(records),
         "generated": len(_scored(records, "rougeL")),
     }
@@ -162,14 +116,15 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Paired differences `a - b` of two methods on the same examples, matched by id.
 
-    Returns {"nll": {"diff", "ci95"}, "rouge1": ..., ...}; a ROUGE that no example has in both is left out.
+    Returns {"nll": {"diff", "ci95", "p"}, "rouge1": ..., ...}; a score that no example has in both is left
+    out.
     Raises ValueError where the two do not hold the same examples or did not score the same tokens.
     """
     pairs = _matched(a, b)
     first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     sums, tokens = [_column(side, "nll_sum") for side in (first, second)], _column(first, "tokens")
     result = {"nll": paired_nll(*sums, tokens, _column(first, "dialogue"), samples, seed)}
-    for key in ROUGE_KEYS:
+    for key in SCORE_KEYS:
         scored = [(x, y) for x, y in pairs if x.get(key) is not None and y.get(key) is not None]
         if scored:
             values = ([x[key] for x, _ in scored], [y[key] for _, y in scored])

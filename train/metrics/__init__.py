@@ -1,0 +1,40 @@
+"""Scores of held-out replies: NLL, ROUGE, BLEU, distinct-n, per method, per querier and over several seeds.
+
+A record per window (``records``) is summed up (``summary``), over several seeds too (``seeds``); intervals
+and p-values are over whole dialogues (``train/bootstrap.py``).
+"""
+
+from train.bootstrap import bootstrap_ci, nll_summary, paired_bootstrap, paired_nll
+from train.metrics.bleu import BLEU_KEYS, corpus_bleu, distinct, sentence_bleu
+from train.metrics.records import SCORE_KEYS, Record, rescore, score_reply, unscored
+from train.metrics.rouge import ROUGE_KEYS, rouge
+from train.metrics.seeds import compare_seeds, pool, summarise_seeds
+from train.metrics.summary import CORPUS_KEYS, compare, summarise, swap_summary
+from train.metrics.text import Tokens, tokens_for
+
+__all__ = [
+    "BLEU_KEYS",
+    "CORPUS_KEYS",
+    "ROUGE_KEYS",
+    "SCORE_KEYS",
+    "Record",
+    "Tokens",
+    "bootstrap_ci",
+    "compare",
+    "compare_seeds",
+    "corpus_bleu",
+    "distinct",
+    "nll_summary",
+    "paired_bootstrap",
+    "paired_nll",
+    "pool",
+    "rescore",
+    "rouge",
+    "score_reply",
+    "sentence_bleu",
+    "summarise",
+    "summarise_seeds",
+    "swap_summary",
+    "tokens_for",
+    "unscored",
+]

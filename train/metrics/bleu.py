@@ -1,0 +1,60 @@
+"""BLEU-1 to BLEU-4 by sacrebleu, and distinct-1 and distinct-2.
+
+BLEU-n is the geometric mean of the precisions of 1- to n-grams with equal weights, times the brevity penalty,
+case kept. Words are sacrebleu's "13a", characters its "char". Of one reply it is taken over the orders that
+the reply has n-grams of, an order without a match is smoothed exponentially (sacrebleu's ``exp``), and of
+all replies together (``corpus_bleu``) too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from sacrebleu.metrics import BLEU
+
+from train.metrics.text import Tokens, checked, tokenise
+
+ORDERS = (1, 2, 3, 4)
+BLEU_KEYS = tuple(f"bleu{order}" for order in ORDERS)
+CORPUS_BLEU_KEYS = tuple(f"corpus_bleu{order}" for order in ORDERS)
+DISTINCT_KEYS = ("distinct1", "distinct2")
+
+
+def sentence_bleu(prediction: str, reference: str, tokens: Tokens) -> dict[str, float]:
+    """BLEU of one reply in [0, 1], by ``BLEU_KEYS``; an empty one scores 0."""
+    texts = _prepared([prediction, reference], tokens)
+    scores = [_bleu(order, tokens, True).sentence_score(texts[0], [texts[1]]).score for order in ORDERS]
+    return {key: score / 100 for key, score in zip(BLEU_KEYS, scores, strict=True)}
+
+
+def corpus_bleu(predictions: Sequence[str], references: Sequence[str], tokens: Tokens) -> dict[str, float]:
+    """BLEU in [0, 1] of all replies together, by ``CORPUS_BLEU_KEYS``."""
+    texts, wanted = _prepared(predictions, tokens), _prepared(references, tokens)
+    scores = [_bleu(order, tokens, False).corpus_score(texts, [wanted]).score for order in ORDERS]
+    return {key: score / 100 for key, score in zip(CORPUS_BLEU_KEYS, scores, strict=True)}
+
+
+def distinct(predictions: Sequence[str], tokens: Tokens) -> dict[str, float]:
+    """Different n-grams over all n-grams of all replies (Li et al. 2016), by ``DISTINCT_KEYS``.
+
+    It falls with the number of tokens, so only replies to the same windows compare; without n-grams it is 0.
+    """
+    replies = [tokenise(text, checked(tokens)) for text in predictions]
+    return {key: _share_of_distinct(replies, n) for n, key in enumerate(DISTINCT_KEYS, start=1)}
+
+
+def _share_of_distinct(replies: Sequence[Sequence[str]], n: int) -> float:
+    ngrams = [tuple(words[at : at + n]) for words in replies for at in range(len(words) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def _prepared(texts: Sequence[str], tokens: Tokens) -> list[str]:
+    """What sacrebleu tokenises: it knows no jieba, so those words come separated."""
+    return [" ".join(tokenise(text, tokens)) if tokens == "jieba" else text for text in texts]
+
+
+@cache
+def _bleu(order: int, tokens: Tokens, one_reply: bool) -> BLEU:
+    tokenizer = {"word": "13a", "character": "char", "jieba": "none"}[checked(tokens)]
+    return BLEU(max_ngram_order=order, tokenize=tokenizer, smooth_method="exp", effective_order=one_reply)

@@ -1,0 +1,79 @@
+"""One record per held-out window: what a method gave there, and its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NotRequired, TypedDict
+
+from train.metrics.bleu import BLEU_KEYS, sentence_bleu
+from train.metrics.rouge import ROUGE_KEYS, Compat, rouge
+from train.metrics.text import Tokens, checked, tokens_for
+
+SCORE_KEYS = (*ROUGE_KEYS, *BLEU_KEYS)
+"""Scores of a single reply; a text's score is their mean over replies."""
+
+
+class Record(TypedDict):
+    """One held-out example: NLL in nats, summed over the reply; scores None where none was generated.
+
+    ``failed`` is a reply that was to be generated and never came, ``empty`` one without text; both score 0.
+    """
+
+    id: str
+    dialogue: str
+    querier: str
+    nll_sum: float
+    tokens: int
+    rouge1: float | None
+    rouge2: float | None
+    rougeL: float | None
+    bleu1: NotRequired[float | None]
+    bleu2: NotRequired[float | None]
+    bleu3: NotRequired[float | None]
+    bleu4: NotRequired[float | None]
+    empty: bool
+    failed: NotRequired[bool]
+    reply: NotRequired[str | None]
+    reference: NotRequired[str]
+
+
+def score_reply(
+    reply: str | None, reference: str, tokens: Tokens | None = None, compat: Compat | None = None
+) -> dict[str, Any]:
+    """The fields of a record that a generated ``reply`` decides; None is a failed generation.
+
+    See :func:`train.metrics.rouge.rouge` for ``tokens`` and ``compat``, which is of ROUGE alone.
+    """
+    tokens = tokens_for([reference]) if tokens is None else checked(tokens)
+    text = reply or ""
+    scores = {**rouge(text, reference, tokens, compat), **sentence_bleu(text, reference, tokens)}
+    empty = reply is not None and not reply.strip()
+    return {**scores, "reply": reply, "reference": reference, "empty": empty, "failed": reply is None}
+
+
+def unscored(reference: str) -> dict[str, Any]:
+    """The same fields where no reply was asked for."""
+    nothing = dict.fromkeys((*SCORE_KEYS, "reply"))
+    return {**nothing, "reference": reference, "empty": False, "failed": False}
+
+
+def rescore(
+    records: Sequence[Record], tokens: Tokens | None = None, compat: Compat | None = None
+) -> list[Record]:
+    """The same replies under other ``tokens`` or as another package counts; the rest stays.
+
+    None chooses ``tokens`` by all references together. Raises ``ValueError`` where a record does not hold
+    its reference.
+    """
+    missing = [record["id"] for record in records if "reference" not in record]
+    if missing:
+        raise ValueError(
+            f"records without their 'reference' cannot be scored again: {', '.join(missing[:3])}"
+        )
+    tokens = tokens or tokens_for(record["reference"] for record in records)
+    return [
+        {**record, **score_reply(record["reply"], record["reference"], tokens, compat)}
+        if record["rougeL"] is not None
+        else record
+        for record in records
+    ]

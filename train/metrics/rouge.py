@@ -1,0 +1,57 @@
+"""ROUGE-1, ROUGE-2 and ROUGE-L of one reply, by the package rouge-score or as the paper's package counts."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+
+from train.errors import UserError
+from train.metrics import rouge_100
+from train.metrics.text import Tokens, checked, tokenise, tokens_for
+
+ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
+Compat = Literal["rouge-1.0.0"]
+
+
+def rouge(
+    prediction: str, reference: str, tokens: Tokens | None = None, compat: Compat | None = None
+) -> dict[str, float]:
+    """F-measures in [0, 1] of one reply; an empty one scores 0.
+
+    Args:
+        tokens: ``word`` (lower-case, stemmed), ``character`` (the paper's, for Chinese) or ``jieba`` (words
+            of Chinese); None chooses by the letters of ``reference``, see :func:`tokens_for`.
+        compat: ``rouge-1.0.0`` counts as that package does (see :mod:`train.metrics.rouge_100`): the paper's
+            numbers come from it.
+
+    Raises:
+        UserError: for other ``tokens`` or ``compat``.
+    """
+    tokens = tokens_for([reference]) if tokens is None else checked(tokens)
+    if compat is not None:
+        if compat != "rouge-1.0.0":
+            raise UserError(f"compat: expected 'rouge-1.0.0' or none, got {compat!r}")
+        spaced = (prediction, reference)
+        if tokens != "word":
+            spaced = tuple(" ".join(tokenise(text, tokens)) for text in spaced)
+        return dict(zip(ROUGE_KEYS, rouge_100.f_measures(*spaced), strict=True))
+    scores = _scorer(tokens).score(reference, prediction)
+    return {key: float(scores[key].fmeasure) for key in ROUGE_KEYS}
+
+
+class _Pieces(Tokenizer):
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    def tokenize(self, text: str) -> list[str]:
+        return tokenise(text, self._tokens)
+
+
+@cache
+def _scorer(tokens: Tokens) -> RougeScorer:
+    if tokens == "word":
+        return RougeScorer(ROUGE_KEYS, use_stemmer=True)
+    return RougeScorer(ROUGE_KEYS, tokenizer=_Pieces(tokens))

@@ -1,0 +1,84 @@
+"""Runs of one method under several seeds, as one.
+
+A window's scores are averaged over the runs first and dialogues are resampled after that, so that a window
+does not count once per seed. Intervals and p-values are therefore about dialogues; how much the seeds
+differ is shown by the values per seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from train.metrics.records import SCORE_KEYS, Record
+from train.metrics.summary import CORPUS_KEYS, compare, summarise
+
+COUNTS = ("empty", "failed")
+PER_SEED = ("nll", *SCORE_KEYS, *CORPUS_KEYS)
+
+
+def pool(runs: Sequence[Sequence[Record]]) -> list[Record]:
+    """One record per window, its NLL and scores averaged over ``runs``; texts of replies are left out.
+
+    A score is None where a run has none. Raises ``ValueError`` without runs, and where they do not hold the
+    same windows, each once and of the same number of tokens.
+    """
+    if not runs:
+        raise ValueError("runs: expected the records of at least one seed, got none")
+    by_id = [{record["id"]: record for record in run} for run in runs]
+    for run, found in zip(runs, by_id, strict=True):
+        if len(run) != len(found) or set(found) != set(by_id[0]):
+            raise ValueError("the runs of several seeds do not hold the same windows, each once")
+    return [_mean([found[record["id"]] for found in by_id]) for record in runs[0]]
+
+
+def _mean(window: Sequence[Record]) -> Record:
+    if len({record["tokens"] for record in window}) > 1:
+        raise ValueError(f"window '{window[0]['id']}': the runs did not score the same tokens")
+    mean = {key: value for key, value in window[0].items() if key not in ("reply", "reference")}
+    for key in ("nll_sum", *SCORE_KEYS):
+        values = [record.get(key) for record in window]
+        mean[key] = None if None in values else float(np.mean(values))
+    return mean | {key: any(record.get(key) for record in window) for key in COUNTS}
+
+
+def summarise_seeds(runs: Sequence[Sequence[Record]], **options: Any) -> dict[str, Any]:
+    """As ``summarise``, of all ``runs`` together, with ``per_seed`` values.
+
+    What is counted over all replies of a run (``CORPUS_KEYS``) is averaged over the runs; ``empty`` and
+    ``failed`` are totals of all runs, ``examples`` and ``generated`` count windows.
+    """
+    single = [summarise(run, samples=1) for run in runs]
+    summary = summarise(pool(runs), **options)
+    groups = [summary, summary["macro"], *summary["per_querier"].values()]
+    for group, parts in zip(
+        groups, zip(*(_groups(one, summary) for one in single), strict=True), strict=True
+    ):
+        group |= {key: _mean_or_none([part[key] for part in parts]) for key in CORPUS_KEYS}
+    totals = {key: sum(one[key] for one in single) for key in COUNTS}
+    return summary | totals | {"per_seed": [{key: one[key] for key in PER_SEED} for one in single]}
+
+
+def _groups(single: dict[str, Any], like: dict[str, Any]) -> list[dict[str, Any]]:
+    return [single, single["macro"], *(single["per_querier"][name] for name in like["per_querier"])]
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))
+
+
+def compare_seeds(
+    a: Sequence[Sequence[Record]], b: Sequence[Sequence[Record]], **options: Any
+) -> dict[str, dict[str, Any]]:
+    """As ``compare``, over the runs of two methods; ``a`` and ``b`` may have different numbers of runs.
+
+    Where both have as many, ``per_seed`` of each measure holds the differences run by run, in their order.
+    """
+    result = compare(pool(a), pool(b), **options)
+    if len(a) == len(b):
+        each = [compare(first, second, samples=1) for first, second in zip(a, b, strict=True)]
+        for key, difference in result.items():
+            difference["per_seed"] = [one[key]["diff"] for one in each]
+    return result
