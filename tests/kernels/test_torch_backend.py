@@ -48,7 +48,7 @@ def test_opcheck(backend):
         "dual": (*leaves[:4], leaves[0].detach().clone().requires_grad_(), *leaves[4:], None),
         "expert": (*none, leaves[0], *leaves[4:], leaves[0].detach().clone().requires_grad_()),
     }.items():
-        args = (tower, *sets, seg.perm, plan, 0.7, "tiny", True)
+        args = (tower, *sets, seg.perm, plan, [], 0.7, "tiny", True)
         torch.library.opcheck(
             torch.ops.qar.swiglu_experts.default,
             args,
