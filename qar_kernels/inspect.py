@@ -28,7 +28,9 @@ from qar_kernels import roofline
 from qar_kernels.segments import Segments
 from qar_kernels.triton import launch
 from qar_kernels.triton.configs import CONFIGS
+from qar_kernels.triton.kernels_down import reduce_kernel
 from qar_kernels.triton.launch import Call, Hidden, Weights
+from qar_kernels.triton.lora import LoraOperands
 from qar_kernels.triton.runner import Recorded, recording
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
@@ -40,7 +42,7 @@ ALLOWED_SPILLS = {"fp32": 8}
 SHAPES = {"Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
-    torch.int32: "i32", torch.int64: "i64",
+    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
 
 
@@ -60,18 +62,25 @@ class Row:
     spills: int
 
 
-def table(arch: str, shapes: dict[str, tuple[int, int]], tower: str = "fused", rank: int = 64) -> list[Row]:
-    """Compile the configurations of ``arch`` at the given ``{name: (H, I)}`` and describe each kernel."""
+def table(
+    arch: str, shapes: dict[str, tuple[int, int]], tower: str = "fused", rank: int = 64, lora_rank: int = 0
+) -> list[Row]:
+    """Compile the configurations of ``arch`` at the given ``{name: (H, I)}`` and describe each kernel.
+
+    With a ``lora_rank`` only the kernels that adapters change, with dropout on the hidden units.
+    """
     rows = []
     for config in CONFIGS:
         if config.startswith(arch.replace("_", "")) or config == "fp32":
             for shape, (hidden, inter) in shapes.items():
-                for recorded in launches(config, hidden, inter, rank, tower):
+                for recorded in launches(config, hidden, inter, rank, tower, lora_rank):
                     rows.append(_describe(recorded, arch, shape, config, tower))
     return rows
 
 
-def launches(config: str, hidden: int, inter: int, rank: int, tower: str) -> list[Recorded]:
+def launches(
+    config: str, hidden: int, inter: int, rank: int, tower: str, lora_rank: int = 0
+) -> list[Recorded]:
     """Every launch of a training step (base frozen), on tensors without storage."""
     rows, experts = 64 if config.endswith("decode") else 512, 4
     segments = Segments.from_ids([0, 1, 2, 3] * (rows // 4))
@@ -85,15 +94,19 @@ def launches(config: str, hidden: int, inter: int, rank: int, tower: str) -> lis
 
     base = Weights(empty(inter, hidden), empty(inter, hidden), empty(hidden, inter))
     expert = Weights(empty(experts, rank, hidden), empty(experts, rank, hidden), empty(experts, hidden, rank))
-    call = Call(tower, base, expert, segments.perm, plan, 1.0, blocks)
-    x = empty(rows, hidden)
+    x, low = empty(rows, hidden), empty(rows, lora_rank)
+    gate_b, down_a, down_b = empty(inter, lora_rank), empty(lora_rank, inter), empty(hidden, lora_rank)
+    mask = torch.empty(rows, inter // 8 if lora_rank else 0, dtype=torch.uint8, device="meta")
+    lora = LoraOperands(low, gate_b, low, gate_b, down_a, down_b, mask)
+    call = Call(tower, base, expert, segments.perm, plan, 1.0, blocks, lora)
     with recording() as recorded:
         saved, saved_expert = launch.gate_up(call, x, x, save=True)
-        launch.down(call, saved.h, saved_expert.h, x, None)
-        grads = launch.d_hidden(call, x, x, Hidden(*saved), Hidden(*saved_expert), keep_h=False)
-        launch.d_input(call, *grads, x)
-        launch.expert_weight_grads(call, x, x, grads[1])
-    return recorded
+        launch.down(call, saved.h, saved_expert.h, x, None, low)
+        grads = launch.d_hidden(call, x, x, Hidden(*saved), Hidden(*saved_expert), keep_h=False, d_low=low)
+        if not lora_rank:
+            launch.d_input(call, *grads, x)
+            launch.expert_weight_grads(call, x, x, grads[1])
+    return [launched for launched in recorded if not lora_rank or launched.kernel is not reduce_kernel]
 
 
 def compile_launch(recorded: Recorded, arch: str) -> triton.compiler.CompiledKernel:
@@ -162,13 +175,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="sm_90")
     parser.add_argument("--tower", choices=("fused", "dual", "expert"), default="fused")
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--lora-rank", type=int, default=0, help="only what adapters change, with dropout")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     parser.add_argument("--roofline", action="store_true", help="floor times instead of compiling")
     args = parser.parse_args(argv)
     if args.roofline:
         sys.stdout.write(roofline.report(SHAPES, args.rank, args.json) + "\n")
         return 0
-    rows = table(args.arch, SHAPES, args.tower, args.rank)
+    rows = table(args.arch, SHAPES, args.tower, args.rank, args.lora_rank)
     text = json.dumps([asdict(row) for row in rows], indent=1) if args.json else "\n".join(_lines(rows))
     sys.stdout.write(text + "\n")
     return int(not all(_fits(row, args.arch) for row in rows))

@@ -1,7 +1,7 @@
 """What of a layer's base MLP the fused operations can take over: plain weights, and LoRA adapters on them.
 
-H hidden, I intermediate, r rank of an adapter. Everything else (quantised weights, DoRA, other tuners, hooks) is
-right only when its own modules run. PEFT need not be installed: its layers are known by name.
+H hidden, I intermediate. Everything else (quantised weights, DoRA, other tuners, hooks) is right only when
+its own modules run. PEFT need not be installed: its layers are known by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True)
 class BaseMLP:
-    """``gate`` (I, H), ``up`` (I, H) and ``down`` (H, I) weights, and the adapters that are active on them."""
+    """``gate`` (I, H), ``up`` (I, H) and ``down`` (H, I) weights, and the adapters active on them."""
 
     weights: tuple[Tensor, Tensor, Tensor]
     lora: LoRA
