@@ -15,14 +15,16 @@ from qar_kernels.triton.configs import CONFIGS
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 SHAPES = {"Llama-3-8B", "Qwen2.5-7B"}
+LORA_CASES = [("sm_80", "fused"), ("sm_90", "fused")]
 # The other towers of sm_80 are a command away: python -m qar_kernels.inspect --arch sm_80 --tower dual
 CASES = [("sm_80", "fused"), ("sm_90", "fused"), ("sm_90", "dual"), ("sm_90", "expert")]
 
 
 @cache
-def rows(arch, tower):
+def rows(arch, tower, lora_rank=0):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "qar_kernels.inspect", "--json", "--arch", arch, "--tower", tower]
+    command += ["--lora-rank", str(lora_rank)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:] or result.stdout[-2000:]
     return json.loads(result.stdout)
@@ -46,6 +48,17 @@ def test_hopper_uses_warpgroup_matrices_and_bulk_copies(tower):
         assert row["hgmma"], row
         if row["kernel"] != "expert_weight_grad_kernel":  # its rows are gathered: no descriptor can
             assert row["tma_loads"] > 0, row
+
+
+@pytest.mark.parametrize(("arch", "tower"), LORA_CASES)
+def test_adapters_with_dropout_cost_no_spills(arch, tower):
+    table = rows(arch, tower, lora_rank=16)
+    assert {row["kernel"] for row in table} == {"gate_up_kernel", "down_kernel", "d_hidden_kernel"}
+    for row in table:
+        assert row["spills"] == 0, row
+        assert row["shared_bytes"] <= SHARED_LIMIT[arch], row
+        if arch == "sm_90" and row["config"] != "fp32":
+            assert row["hgmma"] and row["tma_loads"] > 0, row
 
 
 def test_ampere_uses_tensor_cores():
