@@ -143,7 +143,7 @@ def check(monkeypatch, case, tower, backend, dtype, ranks=RANKS, dropout=0.0, **
 @pytest.mark.parametrize("tower", ["fused", "dual"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_against_float64(monkeypatch, backend, tower, dropout, dtype):
-    check(monkeypatch, Case(ids(37, 4)), tower, backend, dtype, dropout=dropout)
+    check(monkeypatch, Case(ids(21, 4)), tower, backend, dtype, dropout=dropout)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -169,39 +169,39 @@ def test_shapes(monkeypatch, case):
 
 def test_ranks_of_several_steps(monkeypatch):
     ranks = {"gate": 64, "up": 1, "down": 80}
-    check(monkeypatch, Case(ids(20, 4)), "fused", "triton", torch.float32, ranks, dropout=0.3)
+    check(monkeypatch, Case(ids(18, 4)), "fused", "triton", torch.float32, ranks, dropout=0.3)
 
 
 @pytest.mark.parametrize("tower", ["fused", "dual"])
 def test_split_k(monkeypatch, use_config, tower):  # noqa: F811
     use_config(replace(CONFIGS["tiny"], block_rows=64, down=Gemm(64, 16, warps=4, stages=1), max_splits=4))
-    check(monkeypatch, Case(ids(37, 4)), tower, "triton", torch.float32)
+    check(monkeypatch, Case(ids(21, 4)), tower, "triton", torch.float32)
 
 
 def test_descriptors(monkeypatch, use_config):  # noqa: F811
     use_config(replace(CONFIGS["tiny"], tma=True))
-    check(monkeypatch, Case(ids(37, 4)), "fused", "triton", torch.float16, dropout=0.3)
+    check(monkeypatch, Case(ids(21, 4)), "fused", "triton", torch.float16, dropout=0.3)
 
 
 def test_recompute(monkeypatch):
-    check(monkeypatch, Case(ids(37, 4)), "fused", "triton", torch.float32, dropout=0.3, recompute=True)
+    check(monkeypatch, Case(ids(21, 4)), "fused", "triton", torch.float32, dropout=0.3, recompute=True)
 
 
 def test_grouped_path(monkeypatch):
     monkeypatch.setenv("QAR_KERNELS_PATH", "grouped")
-    check(monkeypatch, Case(ids(37, 4)), "fused", "triton", torch.float32, dropout=0.3)
+    check(monkeypatch, Case(ids(21, 4)), "fused", "triton", torch.float32, dropout=0.3)
 
 
 @pytest.mark.parametrize("frozen", [WEIGHTS, ("x", *WEIGHTS), ("x", *WEIGHTS, "gate.a", "down.a", "up.b")])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_frozen_base(monkeypatch, frozen, dropout):
     monkeypatch.setattr(ops, "_base_weight_grads", lambda *_: pytest.fail("the base is frozen"))
-    check(monkeypatch, Case(ids(20, 4)), "fused", "triton", torch.float32, dropout=dropout, frozen=frozen)
+    check(monkeypatch, Case(ids(18, 4)), "fused", "triton", torch.float32, dropout=dropout, frozen=frozen)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_adapters_over_half_rows(backend):
-    case = Case(ids(20, 4))
+    case = Case(ids(18, 4))
     tensors = {name: t.float() if "." in name else t.half() for name, t in with_factors(case, RANKS).items()}
     wanted = ["x", *factor_names(RANKS)]
     tensors = {name: t.requires_grad_(name in wanted) for name, t in tensors.items()}
@@ -223,15 +223,15 @@ def test_two_runs_are_bitwise_equal(dropout):
     results = []
     for _ in range(2):
         torch.manual_seed(3)
-        results.append(run(Case(ids(37, 4)), "fused", "triton", torch.float16, dropout=dropout)[0])
+        results.append(run(Case(ids(21, 4)), "fused", "triton", torch.float16, dropout=dropout)[0])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_isolation_with_dropout():
     """The mask belongs to the row, not to its place among the experts."""
-    mine, results = [row % 3 == 1 for row in range(40)], []
-    for company in (0, 2, 7):
-        others = [other + 2 for other in ids(40, company, company, none=False)] if company else [-1] * 40
+    mine, results = [row % 3 == 1 for row in range(21)], []
+    for company in (0, 3):
+        others = [other + 2 for other in ids(21, company, company, none=False)] if company else [-1] * 21
         case = Case([1 if own else other for own, other in zip(mine, others, strict=True)], E=9)
         torch.manual_seed(3)
         results.append(run(case, "fused", "triton", torch.float16, dropout=0.3)[0])
@@ -255,11 +255,11 @@ def test_mask_keeps_the_right_share_independently(probability, shape):
 
 
 def test_checkpointing_draws_the_same_masks():
-    tensors = leaves(with_factors(Case(ids(20, 4)), RANKS), torch.float32, ("x", *factor_names(RANKS)))
+    tensors = leaves(with_factors(Case(ids(18, 4)), RANKS), torch.float32, ("x", *factor_names(RANKS)))
     grads = []
     for checkpointed in (False, True):
         torch.manual_seed(1)
-        layer = lambda x: operation({**tensors, "x": x}, ids(20, 4), "fused", 1.0, "triton", 0.3)["y"]  # noqa: E731
+        layer = lambda x: operation({**tensors, "x": x}, ids(18, 4), "fused", 1.0, "triton", 0.3)["y"]  # noqa: E731
         x = tensors["x"]
         y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
         grads.append(torch.autograd.grad(y.sum(), [tensors[name] for name in ("x", *factor_names(RANKS))]))
@@ -271,8 +271,8 @@ def test_checkpointing_draws_the_same_masks():
 def test_compile_without_graph_breaks(backend, dropout):
     torch._dynamo.reset()
     names = ("x", *factor_names(RANKS))
-    tensors = leaves(with_factors(Case(ids(20, 4)), RANKS), torch.float32, names)
-    expert_ids = torch.tensor(ids(20, 4))
+    tensors = leaves(with_factors(Case(ids(7, 4), H=16, I=32), RANKS), torch.float32, names)
+    expert_ids = torch.tensor(ids(7, 4))
 
     def step(tensors, expert_ids):
         return operation(tensors, expert_ids, "fused", 1.0, backend, dropout)["y"]
