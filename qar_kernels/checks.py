@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from qar_kernels.lora import LoRA
 from qar_kernels.segments import Segments
 
 
@@ -19,6 +20,33 @@ def check_base(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
     _check_shape("up", up, (intermediate, hidden))
     _check_shape("down", down, (hidden, intermediate))
     _check_like(x, "x", gate=gate, up=up, down=down)
+
+
+def check_lora(lora: LoRA, gate: Tensor, down: Tensor) -> None:
+    """Raise unless every adapter is ``a`` (r, in), ``b`` (out, r) of one floating dtype, 0 <= dropout < 1.
+
+    ``gate`` (I, H) and ``down`` (H, I) are base weights, already checked.
+    """
+    if not isinstance(lora, LoRA):
+        raise TypeError(f"lora: got {type(lora).__name__}, expected LoRA")
+    for name, adapter, weight in (
+        ("gate", lora.gate, gate),
+        ("up", lora.up, gate),
+        ("down", lora.down, down),
+    ):
+        if adapter is None:
+            continue
+        a_name, b_name = f"lora.{name}.a", f"lora.{name}.b"
+        out_features, in_features = weight.shape
+        rank = adapter.a.shape[0] if adapter.a.dim() == 2 else "r"
+        _check_floating(a_name, adapter.a)
+        _check_shape(a_name, adapter.a, (rank, in_features))
+        _check_shape(b_name, adapter.b, (out_features, rank))
+        _check_like(adapter.a, a_name, **{b_name: adapter.b})
+        if adapter.a.device != weight.device:
+            raise ValueError(f"{a_name}: got device {adapter.a.device}, expected {weight.device} like {name}")
+        if not 0 <= adapter.dropout < 1:
+            raise ValueError(f"lora.{name}.dropout: got {adapter.dropout}, expected at least 0 and below 1")
 
 
 def check_base_y(x: Tensor, base_y: Tensor) -> None:

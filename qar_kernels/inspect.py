@@ -123,7 +123,8 @@ def _line(row: Row) -> str:
 
 def _selected(args: argparse.Namespace) -> tuple[list[Case], bool]:
     """The matrix where all of it or a part is asked for, else the representative cases; whether complete."""
-    wanted = {name: getattr(args, name) for name in ("config", "shape", "rank", "dtype", "tower")}
+    options = ("config", "shape", "rank", "dtype", "tower", "lora_rank")
+    wanted = {name: getattr(args, name) for name in options}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     complete = args.all or bool(wanted)
     cases = shipped.matrix(args.arch) if complete else shipped.representative(args.arch)
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="of these only one configuration, such as sm90_decode")
     parser.add_argument("--shape", choices=sorted(shipped.SHAPES))
     parser.add_argument("--rank", type=int, choices=shipped.RANKS)
+    parser.add_argument("--lora-rank", type=int, choices=(0, *shipped.LORA_RANKS), help="0: no adapters")
     parser.add_argument("--dtype", choices=sorted(shipped.DTYPES))
     parser.add_argument("--tower", choices=shipped.TOWERS)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qar_kernels import dispatch, reference, torch_backend
-from qar_kernels.checks import check_base, check_base_y, check_experts
+from qar_kernels.checks import check_base, check_base_y, check_experts, check_lora
+from qar_kernels.lora import NO_LORA, LoRA
 from qar_kernels.segments import Segments
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -31,8 +32,9 @@ def fused_mlp(
     expert_scale: float = 1.0,
     backend: str = "auto",
     recompute: bool = False,
+    lora: LoRA = NO_LORA,
 ) -> Tensor:
-    """``base(x) + expert_scale * expert_q(x)``, differentiable in ``x`` and all six weights.
+    """``base(x) + expert_scale * expert_q(x)``, differentiable in ``x``, all six weights and the adapters.
 
     Args:
         x: ``(..., H)``, T rows in all.
@@ -43,6 +45,8 @@ def fused_mlp(
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. ``"auto"`` is ``"triton"`` on
             CUDA where Triton is installed (but for float64), else ``"torch"``.
         recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass ("triton" only).
+        lora: adapters of the base projections, of any floating dtype. Their dropout is drawn from
+            PyTorch's generator, for the hidden units in another way in "triton" than in the others.
 
     Returns:
         A tensor like ``x``.
@@ -54,14 +58,16 @@ def fused_mlp(
         x, gate, up, down, expert_gate, expert_up, expert_down
     )
     check_base(x, gate, up, down)
+    check_lora(lora, gate, down)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
     rows = x.reshape(-1, x.shape[-1])
     name = _resolve(backend, rows)
     if name == "triton":
         base_weights, experts = (gate, up, down), (expert_gate, expert_up, expert_down)
-        return _triton_fused(rows, base_weights, experts, seg, expert_scale, recompute).reshape(x.shape)
+        y = _triton_fused(rows, base_weights, experts, seg, expert_scale, recompute, lora)
+        return y.reshape(x.shape)
     impl = _module(name)
-    base = impl.swiglu_mlp(rows, gate, up, down)
+    base = impl.swiglu_mlp(rows, gate, up, down, lora)
     expert = impl.expert_mlp(rows, expert_gate, expert_up, expert_down, seg)
     return torch.add(base, expert, alpha=expert_scale).reshape(x.shape)
 
@@ -78,6 +84,7 @@ def dual_mlp(
     seg: Segments,
     backend: str = "auto",
     recompute: bool = False,
+    lora: LoRA = NO_LORA,
 ) -> tuple[Tensor, Tensor]:
     """The two towers of a layer: ``base(x_general)`` and ``expert_q(x_specific)`` (paper, section 3).
 
@@ -92,6 +99,7 @@ def dual_mlp(
         x_general, x_specific, gate, up, down, expert_gate, expert_up, expert_down
     )
     check_base(x_general, gate, up, down)
+    check_lora(lora, gate, down)
     check_experts(x_specific, "x_specific", expert_gate, expert_up, expert_down, seg)
     rows = x_general.reshape(-1, x_general.shape[-1])
     specific_rows = x_specific.reshape(-1, x_specific.shape[-1])
@@ -100,11 +108,12 @@ def dual_mlp(
         from qar_kernels.triton import backend as triton_backend
 
         general, specific = triton_backend.dual_mlp(
-            rows, specific_rows, (gate, up, down), (expert_gate, expert_up, expert_down), seg, recompute
-        )
+            rows, specific_rows, (gate, up, down), (expert_gate, expert_up, expert_down), seg, recompute,
+            lora,
+        )  # fmt: skip
         return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
     impl = _module(name)
-    general = impl.swiglu_mlp(rows, gate, up, down)
+    general = impl.swiglu_mlp(rows, gate, up, down, lora)
     specific = impl.expert_mlp(specific_rows, expert_gate, expert_up, expert_down, seg)
     return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
 
@@ -121,7 +130,7 @@ def expert_mlp(
 ) -> Tensor:
     """``base_y + expert_scale * expert_q(x)``, for callers whose base MLP runs elsewhere.
 
-    That is where the base has adapters (LoRA with dropout, DoRA) or quantised weights: its own modules
+    That is where the base has adapters other than plain LoRA (DoRA) or quantised weights: its own modules
     compute ``base_y`` (like ``x``), and "triton" adds the experts while it writes them. Without
     ``base_y``, rows without an expert (-1) give zeros. Differentiable in all tensors.
 
@@ -153,12 +162,13 @@ def _triton_fused(
     seg: Segments,
     expert_scale: float,
     recompute: bool,
+    lora: LoRA,
 ) -> Tensor:
     from qar_kernels.triton import backend as triton_backend
 
     if dispatch.choose_path(rows.device, _dispatch_shape(rows, base, experts, seg)) == "fused":
-        return triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute)
-    base_y = torch_backend.swiglu_mlp(rows, *base)
+        return triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute, lora)
+    base_y = torch_backend.swiglu_mlp(rows, *base, lora)
     return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y)
 
 

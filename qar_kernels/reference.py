@@ -10,12 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qar_kernels.lora import NO_LORA, Adapter, LoRA
 from qar_kernels.segments import Segments
 
 
-def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, lora: LoRA = NO_LORA) -> Tensor:
     """``down · (silu(gate x) * (up x))``: ``x`` (T, H), ``gate``/``up`` (I, H), ``down`` (H, I)."""
-    return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    h = F.silu(_project(x, gate, lora.gate)) * _project(x, up, lora.up)
+    return _project(h, down, lora.down)
+
+
+def _project(x: Tensor, weight: Tensor, adapter: Adapter | None) -> Tensor:
+    y = x @ weight.T
+    if adapter is not None:
+        dropped = F.dropout(x.to(adapter.a.dtype), adapter.dropout)
+        y = (y + adapter.scale * (dropped @ adapter.a.T) @ adapter.b.T).to(y.dtype)
+    return y
 
 
 def expert_mlp(

@@ -17,12 +17,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from qar_kernels.lora import NO_LORA, LoRA, project
 from qar_kernels.segments import Segments
 
 
-def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, lora: LoRA = NO_LORA) -> Tensor:
     """The base MLP: ``x`` (T, H), ``gate``/``up`` (I, H), ``down`` (H, I) -> (T, H)."""
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    hidden = F.silu(project(x, gate, lora.gate)) * project(x, up, lora.up)
+    return project(hidden, down, lora.down)
 
 
 def expert_mlp(

@@ -14,6 +14,7 @@ from transformers import initialization as init
 
 from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
 from qar_kernels.torch_backend import swiglu_mlp
+from qar_models.base_mlp import fusable
 from qar_models.config import QARConfig
 from qar_models.row_sparse import present_rows
 from qar_models.towers import TowerBatch
@@ -75,9 +76,9 @@ class Experts(nn.Module):
     def _residual(self, mlp: nn.Module, x: Tensor, towers: TowerBatch) -> Tensor:
         scale, backend = self.qar.expert_scale, self.qar.backend
         bank, segments = self._bank_for(towers.segments)
-        base = _plain_weights(mlp)
+        base = fusable(mlp)
         if base is not None:
-            y = fused_mlp(x, *base, *bank, segments, scale, backend)
+            y = fused_mlp(x, *base.weights, *bank, segments, scale, backend, lora=base.lora)
         else:
             y = torch.add(mlp(x), expert_mlp(x, *bank, segments, backend), alpha=scale)
         for extra in self._extras(x, towers):
@@ -87,10 +88,12 @@ class Experts(nn.Module):
     def _replace(
         self, mlp: nn.Module, x: Tensor, x_specific: Tensor, towers: TowerBatch
     ) -> tuple[Tensor, Tensor]:
-        base, backend = _plain_weights(mlp), self.qar.backend
+        base, backend = fusable(mlp), self.qar.backend
         bank, segments = self._bank_for(towers.segments)
         if base is not None:
-            general, specific = dual_mlp(x, x_specific, *base, *bank, segments, backend)
+            general, specific = dual_mlp(
+                x, x_specific, *base.weights, *bank, segments, backend, lora=base.lora
+            )
         else:
             general, specific = mlp(x), expert_mlp(x_specific, *bank, segments, backend)
         for extra in self._extras(x_specific, towers):
@@ -171,28 +174,3 @@ class TrainedExperts(nn.Module):
 
     def _load_from_state_dict(self, *_: Any) -> None:
         """Nothing: the bank's own tensors hold it all, and :class:`Experts` hands it on."""
-
-
-def _plain_weights(mlp: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The three base weights, or None where only calling the modules is right.
-
-    That is where a projection is wrapped (LoRA), quantised, has a bias, hooks of its own (offloading),
-    or holds a shard of its weight (ZeRO-3), and where the activation is not SiLU.
-    """
-    projections = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
-        return None
-    if all(_is_plain(projection) for projection in projections) and not mlp._forward_pre_hooks:
-        return tuple(projection.weight for projection in projections)
-    return None
-
-
-def _is_plain(projection: nn.Module) -> bool:
-    return (
-        type(projection) is nn.Linear
-        and projection.bias is None
-        and not projection._forward_hooks
-        and not projection._forward_pre_hooks
-        and not hasattr(projection, "_hf_hook")
-        and projection.weight.shape == (projection.out_features, projection.in_features)
-    )

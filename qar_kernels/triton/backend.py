@@ -10,10 +10,12 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from qar_kernels.lora import NO_LORA, LoRA
 from qar_kernels.segments import Segments
 from qar_kernels.tile_plan import TilePlan
 from qar_kernels.triton import launch, ops
 from qar_kernels.triton.configs import CONFIGS, select_config
+from qar_kernels.triton.lora import prepare
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLAN_FIELDS = tuple(field.name for field in fields(TilePlan))
@@ -21,17 +23,19 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def fused_mlp(
-    x: Tensor, base: Three, experts: Three, segments: Segments, scale: float, recompute: bool
-) -> Tensor:
+    x: Tensor, base: Three, experts: Three, segments: Segments, scale: float, recompute: bool,
+    lora: LoRA = NO_LORA,
+) -> Tensor:  # fmt: skip
     """``base(x) + scale * expert_q(x)`` in one gate/up and one down launch. ``x`` (T, H) -> (T, H)."""
-    return _run("fused", x, base, None, experts, None, segments, scale, recompute)[0]
+    return _run("fused", x, base, None, experts, None, segments, scale, recompute, lora)[0]
 
 
 def dual_mlp(
-    x: Tensor, x_expert: Tensor, base: Three, experts: Three, segments: Segments, recompute: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, x_expert: Tensor, base: Three, experts: Three, segments: Segments, recompute: bool,
+    lora: LoRA = NO_LORA,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``base(x)`` (T, H) and ``expert_q(x_expert)`` (S, H) in the same two launches."""
-    return _run("dual", x, base, x_expert, experts, None, segments, 1.0, recompute)
+    return _run("dual", x, base, x_expert, experts, None, segments, 1.0, recompute, lora)
 
 
 def expert_mlp(
@@ -56,6 +60,7 @@ def _run(
     segments: Segments,
     scale: float,
     recompute: bool,
+    lora: LoRA = NO_LORA,
 ) -> tuple[Tensor, Tensor]:
     rows = x_expert if x is None else x
     _check_runnable(rows)
@@ -63,9 +68,10 @@ def _run(
     config = CONFIGS[name]
     plan = segments.tile_plan(config.block_rows, config.block_expert)
     tensors = [_dense(t) for t in (x, *base, x_expert, *experts, base_y)]
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    adapters = [] if lora is NO_LORA else list(prepare(lora, rows, base[0].shape[0]))
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *adapters))
     outputs = ops.swiglu_experts(
-        tower, *tensors, segments.perm, plan_tensors(plan),
+        tower, *tensors, segments.perm, plan_tensors(plan), adapters,
         float(scale), name, save and not recompute,
     )  # fmt: skip
     return outputs[0], outputs[1]

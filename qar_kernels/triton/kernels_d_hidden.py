@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qar_kernels.triton.kernels_lora import drop, low_rank_input_grad
 from qar_kernels.triton.tiles import (
     grouped_order,
     load_dense,
@@ -51,8 +52,8 @@ def _expert_d_hidden_tile(
 
 @triton.jit
 def _swiglu_backward_columns(
-    d_h, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, target, inside, col,
-    INTER: tl.constexpr, COLUMNS: tl.constexpr, KEEP_H: tl.constexpr,
+    d_h, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+    INTER: tl.constexpr, COLUMNS: tl.constexpr, KEEP_H: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """From ``d_h`` of some columns and the saved pre-activations to ``d_a``, ``d_u`` and ``h``."""
     a = load_rows(a_ptr, target, inside, col, INTER, COLUMNS).to(tl.float32)
@@ -62,12 +63,16 @@ def _swiglu_backward_columns(
     store_rows(d_u_ptr, d_u, target, inside, col, INTER, COLUMNS)
     if KEEP_H:
         store_rows(h_ptr, h, target, inside, col, INTER, COLUMNS)
+    if DROPOUT:
+        h = drop(h, mask_ptr, rows, inside, col, INTER, COLUMNS)
+        store_rows(seen_h_ptr, h, target, inside, col, INTER, COLUMNS)
 
 
 @triton.jit
 def _base_d_hidden_tile(
-    d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, rank_ptr, tile, T,
-    H: tl.constexpr, INTER: tl.constexpr,
+    d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, rank_ptr, d_low_ptr, down_a_ptr,
+    seen_h_ptr, mask_ptr, tile, T,
+    H: tl.constexpr, INTER: tl.constexpr, LORA_RANK: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SORT: tl.constexpr, KEEP_H: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -76,6 +81,21 @@ def _base_d_hidden_tile(
     row = row_tile * BLOCK_M
     col = col_tile * BLOCK_N
     d_h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if LORA_RANK > 0:
+        d_h = low_rank_input_grad(
+            d_low_ptr,
+            down_a_ptr,
+            mask_ptr,
+            row,
+            T,
+            col,
+            INTER,
+            LORA_RANK,
+            DROPOUT,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
+        )
     for k in range(0, H, BLOCK_K):
         d_y_tile = load_dense(d_y, row, k, T, H, BLOCK_M, BLOCK_K, TMA)
         down_tile = load_dense(down, k, col, H, INTER, BLOCK_K, BLOCK_N, TMA)
@@ -88,14 +108,16 @@ def _base_d_hidden_tile(
     # In one piece the derivative needs six (BLOCK_M, BLOCK_N) tiles in registers: 390 spills at 128x128.
     left, right = split_columns(d_h, BLOCK_M, BLOCK_N)
     _swiglu_backward_columns(
-        left, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, target, inside, col, INTER, BLOCK_N // 2, KEEP_H
-    )
+        left, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+        INTER, BLOCK_N // 2, KEEP_H, DROPOUT,
+    )  # fmt: skip
     # The right half may lie outside altogether, and then its mask has no columns to compare.
     col += BLOCK_N // 2
     inside &= tl.full((1,), col, tl.int32) < INTER
     _swiglu_backward_columns(
-        right, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, target, inside, col, INTER, BLOCK_N // 2, KEEP_H
-    )
+        right, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+        INTER, BLOCK_N // 2, KEEP_H, DROPOUT,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -121,6 +143,10 @@ def d_hidden_kernel(
     tile_segment_ptr,  # (num expert tiles,)
     tile_start_ptr,  # (num expert tiles,)
     tile_count_ptr,  # (2,)
+    d_low_ptr,  # (T, LORA_RANK) gradient of the down adapter's product with its input, in the batch's order
+    down_a_ptr,  # (LORA_RANK, I)
+    seen_h_ptr,  # (T, I) out where DROPOUT: recomputed hidden units without what the mask drops
+    mask_ptr,  # (T, ceil(I / 8)) bits to keep where DROPOUT, in the batch's order
     scale,
     T,
     H: tl.constexpr,
@@ -133,6 +159,8 @@ def d_hidden_kernel(
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
     TOWER: tl.constexpr,  # "fused", "dual" or "expert"
+    LORA_RANK: tl.constexpr,  # rank of the down adapter, 0 for none
+    DROPOUT: tl.constexpr,
     KEEP_H: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -156,6 +184,8 @@ def d_hidden_kernel(
             )  # fmt: skip
         elif TOWER != "expert":
             _base_d_hidden_tile(
-                d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, rank_ptr, tile - expert_tiles, T,
-                H, INTER, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, TOWER == "fused", KEEP_H, TMA, PRECISION,
+                d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, rank_ptr, d_low_ptr, down_a_ptr,
+                seen_h_ptr, mask_ptr, tile - expert_tiles, T,
+                H, INTER, LORA_RANK, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+                TOWER == "fused", KEEP_H, TMA, PRECISION,
             )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qar_kernels.triton.kernels_lora import add_low_rank
 from qar_kernels.triton.tiles import (
     grouped_order,
     load_dense,
@@ -72,8 +73,9 @@ def _grouped_down_tile(
 @triton.jit
 def _row_tile_down(
     h, down, y_ptr, expert_h_ptr, expert_down_ptr, perm_ptr, offsets_ptr, experts_ptr,
-    first_segment_ptr, last_segment_ptr, tile, T,
+    first_segment_ptr, last_segment_ptr, low_ptr, b_ptr, tile, T,
     H: tl.constexpr, INTER: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
+    LORA_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SPLITS: tl.constexpr, FUSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +88,10 @@ def _row_tile_down(
     col = col_tile * BLOCK_N
     part: tl.constexpr = split_depth(INTER, SPLITS, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if LORA_RANK > 0 and (SPLITS == 1 or slot == 0):
+        acc = add_low_rank(
+            acc, low_ptr, b_ptr, row_tile * BLOCK_M, T, col, H, LORA_RANK, BLOCK_M, BLOCK_N, PRECISION
+        )
     # The experts' slot lies behind the last part, so that its K range is empty.
     for k in range(slot * part, tl.minimum(slot * part + part, INTER), BLOCK_K):
         h_tile = load_dense(h, row_tile * BLOCK_M, k, T, INTER, BLOCK_M, BLOCK_K, TMA)
@@ -123,6 +129,8 @@ def down_kernel(
     tile_count_ptr,  # (2,) expert tiles in use, without and with the tail
     first_segment_ptr,  # (num row tiles,) first segment that meets each tile of BLOCK_M sorted rows
     last_segment_ptr,  # (num row tiles,) one past the last
+    low_ptr,  # (T, LORA_RANK) scaled product of the adapter with its input, in h's order
+    b_ptr,  # (H, LORA_RANK)
     T,
     H: tl.constexpr,
     INTER: tl.constexpr,
@@ -135,6 +143,7 @@ def down_kernel(
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,  # parts of the K loop; where more than 1, the experts have a slot of their own
     TOWER: tl.constexpr,  # "fused", "dual" or "expert"
+    LORA_RANK: tl.constexpr,  # rank of the adapter, 0 for none
     ADD: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -166,7 +175,7 @@ def down_kernel(
         elif TOWER != "expert":
             _row_tile_down(
                 h, down, y_ptr, expert_h_ptr, expert_down_ptr, perm_ptr, offsets_ptr, experts_ptr,
-                first_segment_ptr, last_segment_ptr, tile - grouped_tiles, T,
-                H, INTER, RANK, RANK_PAD, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+                first_segment_ptr, last_segment_ptr, low_ptr, b_ptr, tile - grouped_tiles, T,
+                H, INTER, RANK, RANK_PAD, LORA_RANK, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
                 SPLITS, TOWER == "fused", TMA, PRECISION,
             )  # fmt: skip

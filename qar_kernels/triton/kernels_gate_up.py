@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qar_kernels.triton.kernels_lora import add_low_rank, drop
 from qar_kernels.triton.tiles import grouped_order, load_dense, load_rows, split_columns, store_rows, swiglu
 
 
@@ -48,11 +49,15 @@ def _expert_gate_up_tile(
 
 @triton.jit
 def _store_swiglu_columns(
-    a, u, h_ptr, a_ptr, u_ptr, target, inside, col,
-    INTER: tl.constexpr, COLUMNS: tl.constexpr, SAVE: tl.constexpr,
+    a, u, h_ptr, a_ptr, u_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+    INTER: tl.constexpr, COLUMNS: tl.constexpr, SAVE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """``silu(a) * u`` and, where SAVE, both pre-activations of some columns."""
-    store_rows(h_ptr, swiglu(a, u), target, inside, col, INTER, COLUMNS)
+    """``silu(a) * u`` of some columns, where DROPOUT also masked, where SAVE also the pre-activations."""
+    h = swiglu(a, u)
+    store_rows(h_ptr, h, target, inside, col, INTER, COLUMNS)
+    if DROPOUT:
+        h = drop(h, mask_ptr, rows, inside, col, INTER, COLUMNS)
+        store_rows(seen_h_ptr, h, target, inside, col, INTER, COLUMNS)
     if SAVE:
         store_rows(a_ptr, a, target, inside, col, INTER, COLUMNS)
         store_rows(u_ptr, u, target, inside, col, INTER, COLUMNS)
@@ -60,8 +65,10 @@ def _store_swiglu_columns(
 
 @triton.jit
 def _base_gate_up_tile(
-    x, gate, up, h_ptr, a_ptr, u_ptr, rank_ptr, tile, T,
-    H: tl.constexpr, INTER: tl.constexpr,
+    x, gate, up, h_ptr, a_ptr, u_ptr, rank_ptr, gate_low_ptr, gate_b_ptr, up_low_ptr, up_b_ptr,
+    seen_h_ptr, mask_ptr, tile, T,
+    H: tl.constexpr, INTER: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
+    DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SORT: tl.constexpr, SAVE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -71,6 +78,12 @@ def _base_gate_up_tile(
     col = col_tile * BLOCK_N
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATE_RANK > 0:
+        a = add_low_rank(
+            a, gate_low_ptr, gate_b_ptr, row, T, col, INTER, GATE_RANK, BLOCK_M, BLOCK_N, PRECISION
+        )
+    if UP_RANK > 0:
+        u = add_low_rank(u, up_low_ptr, up_b_ptr, row, T, col, INTER, UP_RANK, BLOCK_M, BLOCK_N, PRECISION)
     for k in range(0, H, BLOCK_K):
         x_tile = load_dense(x, row, k, T, H, BLOCK_M, BLOCK_K, TMA)
         a = tl.dot(
@@ -87,13 +100,17 @@ def _base_gate_up_tile(
     # In one piece a, u and h do not fit beside each other at 128x128 (up to 10 spills).
     a_left, a_right = split_columns(a, BLOCK_M, BLOCK_N)
     u_left, u_right = split_columns(u, BLOCK_M, BLOCK_N)
-    _store_swiglu_columns(a_left, u_left, h_ptr, a_ptr, u_ptr, target, inside, col, INTER, BLOCK_N // 2, SAVE)
+    _store_swiglu_columns(
+        a_left, u_left, h_ptr, a_ptr, u_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+        INTER, BLOCK_N // 2, SAVE, DROPOUT,
+    )  # fmt: skip
     # The right half may lie outside altogether, and then its mask has no columns to compare.
     col += BLOCK_N // 2
     inside &= tl.full((1,), col, tl.int32) < INTER
     _store_swiglu_columns(
-        a_right, u_right, h_ptr, a_ptr, u_ptr, target, inside, col, INTER, BLOCK_N // 2, SAVE
-    )
+        a_right, u_right, h_ptr, a_ptr, u_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+        INTER, BLOCK_N // 2, SAVE, DROPOUT,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -117,6 +134,12 @@ def gate_up_kernel(
     tile_segment_ptr,  # (num expert tiles,)
     tile_start_ptr,  # (num expert tiles,) sorted position
     tile_count_ptr,  # (2,) expert tiles in use, without and with the tail
+    gate_low_ptr,  # (T, GATE_RANK) scaled product of the gate's adapter with its input
+    gate_b_ptr,  # (I, GATE_RANK)
+    up_low_ptr,  # (T, UP_RANK)
+    up_b_ptr,  # (I, UP_RANK)
+    seen_h_ptr,  # (T, I) out where DROPOUT: h without what the mask drops
+    mask_ptr,  # (T, ceil(I / 8)) bits to keep where DROPOUT, in the batch's order
     scale,  # expert_scale
     T,
     H: tl.constexpr,
@@ -129,6 +152,9 @@ def gate_up_kernel(
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
     TOWER: tl.constexpr,  # "fused", "dual" or "expert"
+    GATE_RANK: tl.constexpr,  # rank of the gate's adapter, 0 for none
+    UP_RANK: tl.constexpr,
+    DROPOUT: tl.constexpr,
     SAVE: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -153,6 +179,8 @@ def gate_up_kernel(
             )  # fmt: skip
         elif TOWER != "expert":
             _base_gate_up_tile(
-                x, gate, up, h_ptr, a_ptr, u_ptr, rank_ptr, tile - expert_tiles, T,
-                H, INTER, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, TOWER == "fused", SAVE, TMA, PRECISION,
+                x, gate, up, h_ptr, a_ptr, u_ptr, rank_ptr, gate_low_ptr, gate_b_ptr, up_low_ptr, up_b_ptr,
+                seen_h_ptr, mask_ptr, tile - expert_tiles, T,
+                H, INTER, GATE_RANK, UP_RANK, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+                TOWER == "fused", SAVE, TMA, PRECISION,
             )  # fmt: skip

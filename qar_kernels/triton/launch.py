@@ -23,6 +23,7 @@ from qar_kernels.triton.kernels_d_x import d_x_kernel
 from qar_kernels.triton.kernels_down import down_kernel
 from qar_kernels.triton.kernels_gate_up import gate_up_kernel
 from qar_kernels.triton.kernels_weight_grad import expert_weight_grad_kernel
+from qar_kernels.triton.lora import LoraOperands
 from qar_kernels.triton.runner import run_kernel
 
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
@@ -48,6 +49,7 @@ class Hidden(NamedTuple):
     a: Tensor
     u: Tensor
     h: Tensor
+    seen_h: Tensor | None = None  # h as the base's down adapter sees it: h itself where that has no dropout
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Call:
         plan: tiles over the sorted rows.
         scale: expert_scale.
         config: block sizes.
+        lora: adapters of the base, of rank 0 where there is none.
     """
 
     tower: str
@@ -71,6 +74,7 @@ class Call:
     plan: TilePlan
     scale: float
     config: LaunchConfig
+    lora: LoraOperands
 
     @property
     def rank(self) -> int:
@@ -84,33 +88,39 @@ class Call:
 
     def only_experts(self) -> Call:
         """The same call without its base tiles."""
-        return Call("expert", self.experts, self.experts, self.perm, self.plan, self.scale, self.config)
+        lora = LoraOperands.none(self.experts.gate)
+        return Call("expert", self.experts, self.experts, self.perm, self.plan, self.scale, self.config, lora)
 
 
 def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden, Hidden]:
     """Pre-activations (empty unless ``save``) and hidden units of the base and of the experts."""
     gemm, tma = call.config.gate_up, _use_tma(call, x, *call.base)
-    base = _new_hidden(x, 0 if call.tower == "expert" else x.shape[0], call.intermediate, save)
+    rows, lora = 0 if call.tower == "expert" else x.shape[0], call.lora
+    base = _new_hidden(x, rows, call.intermediate, save, lora.drops)
     expert = _new_hidden(x_expert, x_expert.shape[0], call.rank, save)
-    block_m = call.config.block_rows
     tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, x.shape[0], call.intermediate, gemm)
     run_kernel(
         gate_up_kernel, _grid(x, tiles),
-        _operand(x, tma, block_m, gemm.block_k),
+        _operand(x, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_n, gemm.block_k),
         _operand(call.base.up, tma, gemm.block_n, gemm.block_k),
         base.h, base.a, base.u,
         x_expert, call.experts.gate, call.experts.up, expert.h, expert.a, expert.u,
-        call.perm, call.plan.rank, *_expert_tiles(call.plan), call.scale, x.shape[0],
+        call.perm, call.plan.rank, *_expert_tiles(call.plan),
+        lora.gate_low, lora.gate_b, lora.up_low, lora.up_b, base.seen_h, lora.mask, call.scale, x.shape[0],
         **_shape(call, x), **_blocks(call, gemm), TOWER=call.tower, SAVE=save, TMA=tma,
+        GATE_RANK=lora.gate_b.shape[1], UP_RANK=lora.up_b.shape[1], DROPOUT=lora.drops,
     )  # fmt: skip
     return base, expert
 
 
 def down(
-    call: Call, h: Tensor, expert_h: Tensor, like: Tensor, base_y: Tensor | None
+    call: Call, h: Tensor, expert_h: Tensor, like: Tensor, base_y: Tensor | None, low: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of the base rows and of the expert rows (in the fused tower all is in the first)."""
+    """Outputs of the base rows and of the expert rows (in the fused tower all is in the first).
+
+    ``low`` (T, r): product of the base's down adapter with its input, in the order of ``h``.
+    """
     gemm, tma = call.config.down, _use_tma(call, h, call.base.down)
     rows, hidden = h.shape[0], like.shape[1]
     y = like.new_empty(rows, hidden)
@@ -122,9 +132,10 @@ def down(
         _operand(h, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_n, gemm.block_k),
         parts, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
-        call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment, rows,
+        call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment,
+        call.lora.down_b if low is None else low, call.lora.down_b, rows,
         **_shape(call, like), **_blocks(call, gemm), SPLITS=splits, TOWER=call.tower,
-        ADD=base_y is not None, TMA=tma,
+        LORA_RANK=call.lora.down_b.shape[1], ADD=base_y is not None, TMA=tma,
     )  # fmt: skip
     if splits > 1:
         split_k.reduce(parts, y, call.perm, call.tower)
@@ -132,23 +143,31 @@ def down(
 
 
 def d_hidden(
-    call: Call, d_y: Tensor, d_y_expert: Tensor, base: Hidden, expert: Hidden, keep_h: bool
-) -> tuple[Hidden, Hidden]:
-    """Gradients of the pre-activations, and recomputed hidden units (the base's only if ``keep_h``)."""
+    call: Call, d_y: Tensor, d_y_expert: Tensor, base: Hidden, expert: Hidden, keep_h: bool,
+    d_low: Tensor | None = None,
+) -> tuple[Hidden, Hidden]:  # fmt: skip
+    """Gradients of the pre-activations, and recomputed hidden units (the base's only if ``keep_h``).
+
+    ``d_low`` (T, r): gradient of the product of the base's down adapter with its input.
+    """
     gemm, tma = call.config.d_hidden, _use_tma(call, d_y, call.base.down)
     rows = 0 if call.tower == "expert" else d_y.shape[0]
     d_a = d_y.new_empty(rows, call.intermediate)
-    d_base = Hidden(d_a, torch.empty_like(d_a), d_y.new_empty(rows if keep_h else 0, call.intermediate))
+    h = d_y.new_empty(rows if keep_h else 0, call.intermediate)
+    d_base = Hidden(d_a, torch.empty_like(d_a), h, torch.empty_like(d_a) if call.lora.drops else h)
     d_expert = _new_hidden(d_y_expert, d_y_expert.shape[0], call.rank, save=True)
     tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, rows, call.intermediate, gemm)
     run_kernel(
         d_hidden_kernel, _grid(d_y, tiles),
         _operand(d_y, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_k, gemm.block_n),
-        base.a, base.u, *d_base,
-        d_y_expert, call.experts.down, expert.a, expert.u, *d_expert,
-        call.perm, call.plan.rank, *_expert_tiles(call.plan), call.scale, rows,
+        base.a, base.u, d_base.a, d_base.u, d_base.h,
+        d_y_expert, call.experts.down, expert.a, expert.u, d_expert.a, d_expert.u, d_expert.h,
+        call.perm, call.plan.rank, *_expert_tiles(call.plan),
+        call.lora.down_a if d_low is None else d_low, call.lora.down_a, d_base.seen_h, call.lora.mask,
+        call.scale, rows,
         **_shape(call, d_y), **_blocks(call, gemm), TOWER=call.tower, KEEP_H=keep_h, TMA=tma,
+        LORA_RANK=call.lora.down_b.shape[1], DROPOUT=call.lora.drops,
     )  # fmt: skip
     return d_base, d_expert
 
@@ -184,7 +203,8 @@ def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) ->
     tiles = 2 * (call.plan.experts.shape[0] - 1) * triton.cdiv(hidden, gemm.block_n)
     run_kernel(
         expert_weight_grad_kernel, _grid(x, tiles),
-        x, d_y, *d_expert, *grads, call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count,
+        x, d_y, d_expert.a, d_expert.u, d_expert.h, *grads,
+        call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count,
         H=hidden, RANK=call.rank, RANK_PAD=_rank_pad(call.rank),
         BLOCK_N=gemm.block_n, BLOCK_K=gemm.block_k, PRECISION=_precision(x),
         num_warps=gemm.warps, num_stages=gemm.stages,
@@ -227,9 +247,10 @@ def _precision(x: Tensor) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _new_hidden(like: Tensor, rows: int, width: int, save: bool) -> Hidden:
+def _new_hidden(like: Tensor, rows: int, width: int, save: bool, drops: bool = False) -> Hidden:
     saved = rows if save else 0
-    return Hidden(like.new_empty(saved, width), like.new_empty(saved, width), like.new_empty(rows, width))
+    a, u, h = (like.new_empty(size, width) for size in (saved, saved, rows))
+    return Hidden(a, u, h, torch.empty_like(h) if drops else h)
 
 
 def _base_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:

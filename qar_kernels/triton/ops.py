@@ -7,7 +7,7 @@ elements on the way out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from qar_kernels.tile_plan import TilePlan
 from qar_kernels.triton import launch
 from qar_kernels.triton.configs import CONFIGS
 from qar_kernels.triton.launch import Call, Hidden, Weights
+from qar_kernels.triton.lora import NUM_ADAPTER_TENSORS, LoraOperands, operand_grads
 
 _NUM_WEIGHTS = 3
 
@@ -34,18 +35,22 @@ def swiglu_experts(
     base_y: Tensor | None,
     perm: Tensor,
     plan: Sequence[Tensor],
+    lora: Sequence[Tensor],
     scale: float,
     config: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the base rows and of the expert rows; the pre-activations of both where ``save``.
 
-    ``base_y`` (expert tower only) is added to the expert rows' output.
+    ``base_y`` (expert tower only) is added to the expert rows' output. ``lora`` is empty, or the tensors of
+    :class:`LoraOperands`.
     """
-    call = _call(tower, (gate, up, down), (expert_gate, expert_up, expert_down), perm, plan, scale, config)
+    base_weights, experts = (gate, up, down), (expert_gate, expert_up, expert_down)
+    call = _call(tower, base_weights, experts, perm, plan, lora, scale, config)
     rows, expert_rows = _row_sets(tower, x, x_expert)
     base, expert = launch.gate_up(call, rows, expert_rows, save)
-    y, expert_y = launch.down(call, base.h, expert.h, rows, base_y)
+    low = base.seen_h @ call.lora.down_a.t() if lora else None
+    y, expert_y = launch.down(call, base.h, expert.h, rows, base_y, low)
     return y, expert_y, base.a, base.u, expert.a, expert.u
 
 
@@ -63,6 +68,7 @@ def _(
     base_y: Tensor | None,
     perm: Tensor,
     plan: Sequence[Tensor],
+    lora: Sequence[Tensor],
     scale: float,
     config: str,
     save: bool,
@@ -98,27 +104,34 @@ def swiglu_experts_backward(
     expert_u: Tensor,
     perm: Tensor,
     plan: Sequence[Tensor],
+    lora: Sequence[Tensor],
     scale: float,
     config: str,
     needs_x: bool,
     needs_base: bool,
     needs_x_expert: bool,
     needs_experts: bool,
+    needs_lora: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of x, gate, up, down, x_expert and the three expert weights; unneeded ones are empty.
+    """Gradients of x, gate, up, down, x_expert, the three expert weights and the adapters' operands.
+
+    Unneeded ones are empty.
 
     Empty pre-activations are recomputed. Nothing that was saved is written to, so a retained graph can
     be walked again.
     """
-    call = _call(tower, (gate, up, down), (expert_gate, expert_up, expert_down), perm, plan, scale, config)
+    base_weights, experts = (gate, up, down), (expert_gate, expert_up, expert_down)
+    call = _call(tower, base_weights, experts, perm, plan, lora, scale, config)
     rows, expert_rows = _row_sets(tower, x, x_expert)
     d_rows, d_expert_rows = _row_sets(tower, d_y, d_y_expert)
     base, expert = Hidden(a, u, u), Hidden(expert_a, expert_u, expert_u)
     if expert_a.shape[0] == 0:
         base, expert = launch.gate_up(call, rows, expert_rows, save=True)
-    if not (needs_x or needs_base):
+    if not (needs_x or needs_base or any(needs_lora)):
         call = call.only_experts()
-    d_base, d_expert = launch.d_hidden(call, d_rows, d_expert_rows, base, expert, keep_h=needs_base)
+    d_low = d_rows @ call.lora.down_b if lora else None
+    keep_h = needs_base or (any(needs_lora[4:]) and not call.lora.drops)
+    d_base, d_expert = launch.d_hidden(call, d_rows, d_expert_rows, base, expert, keep_h, d_low)
 
     none = rows.new_empty(0)
     d_x, d_x_expert = none, none
@@ -132,7 +145,13 @@ def swiglu_experts_backward(
         d_experts = launch.expert_weight_grads(call, expert_rows, d_expert_rows, d_expert)
     d_x = d_x if needs_x else none
     d_x_expert = d_x_expert if needs_x_expert else none
-    return [_own(grad) for grad in (d_x, *d_weights, d_x_expert, *d_experts)]
+    d_lora = []
+    if any(needs_lora):
+        reorder = _row_orders(call)
+        d_lora = operand_grads(
+            call.lora, needs_lora, d_rows, d_low, d_base.a, d_base.u, d_base.seen_h, *reorder
+        )
+    return [_own(grad) for grad in (d_x, *d_weights, d_x_expert, *d_experts, *d_lora)]
 
 
 @swiglu_experts_backward.register_fake
@@ -154,26 +173,29 @@ def _(
     expert_u: Tensor,
     perm: Tensor,
     plan: Sequence[Tensor],
+    lora: Sequence[Tensor],
     scale: float,
     config: str,
     needs_x: bool,
     needs_base: bool,
     needs_x_expert: bool,
     needs_experts: bool,
+    needs_lora: Sequence[bool],
 ) -> list[Tensor]:
     base = [(x, needs_x), (gate, needs_base), (up, needs_base), (down, needs_base)]
     experts = [(weight, needs_experts) for weight in (expert_gate, expert_up, expert_down)]
+    adapters = zip(lora, needs_lora, strict=False) if any(needs_lora) else ()
     return [
         expert_gate.new_empty(t.shape if needed and t is not None else 0)
-        for t, needed in [*base, (x_expert, needs_x_expert), *experts]
+        for t, needed in [*base, (x_expert, needs_x_expert), *experts, *adapters]
     ]
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    tower, *tensors, _base_y, perm, plan, scale, config, _save = inputs
+    tower, *tensors, _base_y, perm, plan, lora, scale, config, _save = inputs
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*tensors, *output[2:], perm, *plan)
-    ctx.num_tensors = len(tensors)
+    ctx.save_for_backward(*tensors, *output[2:], perm, *plan, *lora)
+    ctx.num_tensors, ctx.num_plan = len(tensors), len(plan)
     ctx.constants = tower, scale, config
 
 
@@ -181,19 +203,25 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, *d_outputs: Tensor) -> t
     tower, scale, config = ctx.constants
     saved = ctx.saved_tensors
     tensors, pre = saved[: ctx.num_tensors], saved[ctx.num_tensors : ctx.num_tensors + 4]
-    perm, *plan = saved[ctx.num_tensors + 4 :]
+    perm, *rest = saved[ctx.num_tensors + 4 :]
+    plan, lora = rest[: ctx.num_plan], rest[ctx.num_plan :]
     needs = ctx.needs_input_grad[1 : 1 + ctx.num_tensors]
+    needs_lora = list(ctx.needs_input_grad[4 + ctx.num_tensors])[:NUM_ADAPTER_TENSORS]
     d_y, d_y_expert = (grad.contiguous() for grad in d_outputs[:2])
     grads = swiglu_experts_backward(
         tower,
         d_y if tower != "expert" else None,
         d_y_expert if tower != "fused" else None,
-        *tensors, *pre, perm, plan, scale, config,
-        needs[0], any(needs[1:4]), needs[4], any(needs[5:]),
+        *tensors, *pre, perm, plan, lora, scale, config,
+        needs[0], any(needs[1:4]), needs[4], any(needs[5:]), needs_lora,
     )  # fmt: skip
-    kept = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    kept = [grad if needed else None for grad, needed in zip(grads, needs, strict=False)]
+    d_lora = [None] * len(lora)
+    if any(needs_lora):
+        kept_lora = zip(grads[ctx.num_tensors :], needs_lora, strict=True)
+        d_lora[:NUM_ADAPTER_TENSORS] = [grad if needed else None for grad, needed in kept_lora]
     d_base_y = d_y_expert if ctx.needs_input_grad[1 + ctx.num_tensors] else None
-    return None, *kept, d_base_y, None, [None] * len(plan), None, None, None
+    return None, *kept, d_base_y, None, [None] * len(plan), d_lora, None, None, None
 
 
 swiglu_experts.register_autograd(_backward, setup_context=_setup_context)
@@ -205,12 +233,14 @@ def _call(
     experts: tuple[Tensor, ...],
     perm: Tensor,
     plan: Sequence[Tensor],
+    lora: Sequence[Tensor],
     scale: float,
     config: str,
 ) -> Call:
     expert_weights = Weights(*experts)
     base_weights = expert_weights if tower == "expert" else Weights(*base)
-    return Call(tower, base_weights, expert_weights, perm, TilePlan(*plan), scale, CONFIGS[config])
+    operands = LoraOperands(*lora) if lora else LoraOperands.none(expert_weights.gate)
+    return Call(tower, base_weights, expert_weights, perm, TilePlan(*plan), scale, CONFIGS[config], operands)
 
 
 def _row_sets(tower: str, rows: Tensor | None, expert_rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -225,6 +255,13 @@ def _base_weight_grads(tower: str, x: Tensor, d_y: Tensor, perm: Tensor, d_base:
     if tower == "fused":
         x, d_y = x.index_select(0, perm), d_y.index_select(0, perm)
     return Weights(d_base.a.t() @ x, d_base.u.t() @ x, d_y.t() @ d_base.h)
+
+
+def _row_orders(call: Call) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """From the batch's order of rows to the hidden units', and back."""
+    if call.tower != "fused":
+        return (lambda rows: rows), (lambda rows: rows)
+    return (lambda rows: rows.index_select(0, call.perm)), (lambda rows: rows.index_select(0, call.plan.rank))
 
 
 def _own(grad: Tensor) -> Tensor:

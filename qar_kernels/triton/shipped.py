@@ -5,7 +5,7 @@ T rows, H hidden, I intermediate, R expert rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,13 @@ from qar_kernels.segments import Segments
 from qar_kernels.triton import launch
 from qar_kernels.triton.configs import CONFIGS
 from qar_kernels.triton.launch import Call, Hidden, Weights
+from qar_kernels.triton.lora import LoraOperands
 from qar_kernels.triton.runner import Recorded, recording
 
 SHAPES = {"Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
 RANKS = (8, 16, 32, 64, 128)
 TOWERS = ("fused", "dual", "expert")
+LORA_RANKS = (16, 64)  # of adapters on all three base projections, with dropout
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Each of them gives the split K loops another number of parts at the shapes above.
 _DECODE_ROWS = (64, 128, 256)
@@ -35,6 +37,7 @@ class Case:
     rank: int
     dtype: str
     tower: str
+    lora_rank: int = 0
 
 
 def matrix(arch: str) -> Iterator[Case]:
@@ -44,6 +47,8 @@ def matrix(arch: str) -> Iterator[Case]:
             for rank in RANKS:
                 for dtype in ("bf16", "fp16"):
                     yield from (Case(config, shape, rank, dtype, tower) for tower in TOWERS)
+        for lora_rank in LORA_RANKS:
+            yield from (Case(config, shape, 64, "bf16", "fused", lora_rank) for shape in SHAPES)
     for rank in (8, 64, 128):
         yield from (Case("fp32", "Llama-3-8B", rank, "fp32", tower) for tower in TOWERS)
 
@@ -52,6 +57,7 @@ def representative(arch: str) -> Iterator[Case]:
     """Few cases that meet every configuration, tower, shape and dtype, and ranks from 8 to 128."""
     large, decode = _configs(arch)
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused")
+    yield Case(large, "Llama-3-8B", 64, "bf16", "fused", lora_rank=16)
     yield Case(large, "Qwen2.5-7B", 128, "fp16", "dual")
     yield Case(decode, "Qwen2.5-7B", 32, "bf16", "fused")
     yield Case(decode, "Llama-3-8B", 8, "fp16", "dual")
@@ -86,12 +92,13 @@ def _launches(
             call, x = _call(case, rows)
             for saved in save:
                 base, expert = launch.gate_up(call, x, x, saved)
-            base, expert = Hidden(base.h, base.h, base.h), Hidden(expert.h, expert.h, expert.h)
-            launch.down(call, base.h, expert.h, x, None)
+            base, expert = (Hidden(rows_of.h, rows_of.h, rows_of.h, rows_of.h) for rows_of in (base, expert))
+            low = x.new_empty(rows, case.lora_rank) if case.lora_rank else None
+            launch.down(call, base.h, expert.h, x, None, low)
             if case.tower == "expert":
                 launch.down(call, base.h, expert.h, x, x)
             for kept in keep_h:
-                grads = launch.d_hidden(call, x, x, base, expert, kept)
+                grads = launch.d_hidden(call, x, x, base, expert, kept, low)
             launch.d_input(call, *grads, x)
             launch.expert_weight_grads(call, x, x, grads[1])
     return recorded
@@ -111,4 +118,14 @@ def _call(case: Case, rows: int) -> tuple[Call, Tensor]:
     stacked = (empty(experts, case.rank, hidden), empty(experts, case.rank, hidden))
     expert = Weights(*stacked, empty(experts, hidden, case.rank))
     plan = segments.tile_plan(blocks.block_rows, blocks.block_expert)
-    return Call(case.tower, base, expert, segments.perm, plan, 1.0, blocks), empty(rows, hidden)
+    lora = _adapters(empty, rows, hidden, inter, case.lora_rank)
+    return Call(case.tower, base, expert, segments.perm, plan, 1.0, blocks, lora), empty(rows, hidden)
+
+
+def _adapters(empty: Callable[..., Tensor], rows: int, hidden: int, inter: int, rank: int) -> LoraOperands:
+    """Adapters of one rank with dropout; of rank 0 there are none."""
+    if not rank:
+        return LoraOperands.none(empty(inter, hidden))
+    low, gate_b = empty(rows, rank), empty(inter, rank)
+    mask = torch.empty(rows, inter // 8, dtype=torch.uint8, device="meta")
+    return LoraOperands(low, gate_b, low, gate_b, empty(rank, inter), empty(hidden, rank), mask)

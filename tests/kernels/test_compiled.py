@@ -77,6 +77,13 @@ def test_launches_of_one_step_split_and_do_not_split():
     assert len({specialisation(launch) for launch in launches}) < len(launches)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_adapters_are_compiled_too(arch):
+    """Low-rank steps and dropout make kernels of their own, held to the same demands."""
+    found = {row["kernel"] for row in rows(arch) if row["lora_rank"]}
+    assert {"gate_up_kernel", "down_kernel", "d_hidden_kernel"} <= found
+
+
 def test_roofline():
     command = [sys.executable, "-m", "qar_kernels.inspect", "--roofline", "--json"]
     cells = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

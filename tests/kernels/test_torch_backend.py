@@ -51,7 +51,7 @@ def test_opcheck_of_the_kernels(tower):
         "dual": (*leaves[:4], other, *leaves[4:], None),
         "expert": (None, None, None, None, leaves[0], *leaves[4:], other),
     }[tower]
-    args = (tower, *sets, seg.perm, plan, 0.7, "tiny", True)
+    args = (tower, *sets, seg.perm, plan, [], 0.7, "tiny", True)
     torch.library.opcheck(torch.ops.qar.swiglu_experts.default, args)
 
 

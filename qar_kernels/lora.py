@@ -1,0 +1,55 @@
+"""LoRA on the base projections, as every backend takes it (Hu et al., arXiv 2106.09685, section 4.1).
+
+T rows, H hidden, I intermediate, r rank of the adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """The low-rank update of one projection: ``scale * b · a · dropout(x)``.
+
+    Attributes:
+        a: ``(r, in)``, of any floating dtype: the input is cast to it, as PEFT does.
+        b: ``(out, r)`` in the dtype of ``a``.
+        scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA (arXiv 2312.03732).
+        dropout: probability that an input of ``a`` is zeroed, 0 outside training.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def low(self, x: Tensor) -> Tensor:
+        """``scale * dropout(x) · aᵀ``: ``x`` (T, in) -> (T, r) in the dtype of ``a`` (or of autocast)."""
+        x = x.to(self.a.dtype)
+        if self.dropout:
+            x = F.dropout(x, self.dropout)
+        return F.linear(x, self.a) * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """The adapters of a base MLP, None where a projection has none."""
+
+    gate: Adapter | None = None
+    up: Adapter | None = None
+    down: Adapter | None = None
+
+
+NO_LORA = LoRA()
+
+
+def project(x: Tensor, weight: Tensor, adapter: Adapter | None) -> Tensor:
+    """``x · weightᵀ`` plus the adapter's update, in the dtype of the former: (T, in) -> (T, out)."""
+    y = F.linear(x, weight)
+    if adapter is None:
+        return y
+    return (y + F.linear(adapter.low(x), adapter.b)).to(y.dtype)

@@ -1,0 +1,111 @@
+"""What of a layer's base MLP the fused operations can take over: plain weights, and LoRA adapters on them.
+
+H hidden, I intermediate. Everything else (quantised weights, DoRA, other tuners, hooks) is right only when
+its own modules run. PEFT need not be installed: its layers are known by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from qar_kernels.lora import NO_LORA, Adapter, LoRA
+
+logger = logging.get_logger(__name__)
+_PEFT_LINEAR = ("peft.tuners.lora.layer", "Linear")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class BaseMLP:
+    """``gate`` (I, H), ``up`` (I, H) and ``down`` (H, I) weights, and the adapters active on them."""
+
+    weights: tuple[Tensor, Tensor, Tensor]
+    lora: LoRA
+
+
+class _NotFusableError(Exception):
+    """Why a module has to be called."""
+
+
+def fusable(mlp: nn.Module) -> BaseMLP | None:
+    """The weights and adapters of a base MLP, or None where only calling the modules is right.
+
+    None has a reason, which is logged once. Read anew in every forward pass: adapters are enabled,
+    disabled, merged and put in training mode at any time.
+    """
+    try:
+        if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
+            raise _NotFusableError(f"its activation is {type(mlp.act_fn).__name__}, not SiLU")
+        _refuse_hooks(mlp)
+        gate, up, down = (_read(projection) for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    except _NotFusableError as reason:
+        if not torch.compiler.is_compiling():
+            logger.warning_once(f"A base MLP runs in its own modules beside the fused experts: {reason}.")
+        return None
+    adapters = gate[1], up[1], down[1]
+    lora = NO_LORA if adapters == (None, None, None) else LoRA(*adapters)
+    return BaseMLP((gate[0], up[0], down[0]), lora)
+
+
+def _read(projection: nn.Module) -> tuple[Tensor, Adapter | None]:
+    """Weight and active adapter of a Linear or of PEFT's LoRA around one."""
+    kind = type(projection)
+    if (kind.__module__, kind.__qualname__) != _PEFT_LINEAR:
+        return _weight(projection), None
+    _refuse_hooks(projection)
+    if projection.disable_adapters and projection.merged:
+        raise _NotFusableError("a merged adapter is disabled, which PEFT undoes in its own forward")
+    weight = _weight(projection.base_layer)
+    if projection.disable_adapters or projection.merged:
+        return weight, None
+    active = [name for name in projection.active_adapters if name in projection.lora_A]
+    return weight, _join([_adapter(projection, name) for name in active])
+
+
+def _adapter(projection: nn.Module, name: str) -> Adapter:
+    if name in projection.lora_variant:
+        raise _NotFusableError(f"its adapter is a {type(projection.lora_variant[name]).__name__}, not LoRA")
+    dropout = projection.lora_dropout[name]
+    _refuse_hooks(dropout)
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        raise _NotFusableError(f"an adapter's dropout is a {type(dropout).__name__}")
+    probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    a, b = _weight(projection.lora_A[name]), _weight(projection.lora_B[name])
+    return Adapter(a, b, projection.scaling[name], probability)
+
+
+def _join(adapters: list[Adapter]) -> Adapter | None:
+    """Several active adapters are one of the sum of their ranks."""
+    if len(adapters) < 2:
+        return adapters[0] if adapters else None
+    if any(adapter.dropout for adapter in adapters):
+        raise _NotFusableError("several adapters are active, each with a dropout of its own")
+    if len({adapter.a.dtype for adapter in adapters}) > 1:
+        raise _NotFusableError("several adapters are active, of different dtypes")
+    a = torch.cat([adapter.a for adapter in adapters])
+    return Adapter(a, torch.cat([adapter.b * adapter.scale for adapter in adapters], dim=1))
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """The weight of a Linear that has nothing else to it.
+
+    Not of a subclass (quantised), nor with a bias, hooks (offloading) or a shard of the weight (ZeRO-3).
+    """
+    if type(linear) is not nn.Linear:
+        kind = type(linear)
+        raise _NotFusableError(f"a projection is a {kind.__module__}.{kind.__qualname__}, not a torch Linear")
+    if linear.bias is not None:
+        raise _NotFusableError("a projection has a bias")
+    _refuse_hooks(linear)
+    if linear.weight.shape != (linear.out_features, linear.in_features):
+        raise _NotFusableError("a projection holds a part of its weight only")
+    return linear.weight
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    if any(getattr(module, hooks) for hooks in _HOOKS) or hasattr(module, "_hf_hook"):
+        raise _NotFusableError(f"a {type(module).__name__} of it has hooks")
