@@ -8,9 +8,8 @@ from train.errors import UserError
 from train.experiment import __main__ as command
 from train.experiment.cell import result_of
 from train.experiment.plan import load_experiment
-from train.experiment.results import pool
-from train.experiment.table import interval
-from train.metrics import compare
+from train.experiment.results import published
+from train.experiment.table import interval, published_table
 
 
 @pytest.fixture
@@ -96,23 +95,6 @@ def test_a_wrong_plan_is_refused_before_anything_runs(plan, override, complaint)
         load_experiment(plan, [override])
 
 
-def record(name, nll, rouge):
-    rouges = dict.fromkeys(("rouge1", "rouge2", "rougeL"), rouge)
-    return {
-        "id": name, "dialogue": name, "querier": "q", "nll_sum": nll, "tokens": 2, "empty": False, **rouges
-    }  # fmt: skip
-
-
-def test_seeds_are_averaged_within_a_window():
-    runs = [[record("a", 2.0, 0.5), record("b", 4.0, None)], [record("a", 4.0, 0.0), record("b", 8.0, None)]]
-    pooled = pool(runs)
-    assert [one["nll_sum"] for one in pooled] == [3.0, 6.0]
-    assert [one["rougeL"] for one in pooled] == [0.25, None]
-    assert compare(pooled, runs[0])["nll"]["diff"] == pytest.approx(3.0 / 4)
-    with pytest.raises(ValueError, match="same windows"):
-        pool([runs[0], runs[1][::-1]])
-
-
 def test_intervals_are_written_with_their_sign():
     assert interval("nll", {"diff": -0.01, "ci95": [-0.02, 0.001]}) == "-0.010 [-0.020, +0.001]"
     assert interval("rougeL", {"diff": 0.012, "ci95": None}) == "+1.2"
@@ -134,3 +116,14 @@ def test_prompt_baselines_are_rows_of_the_table(plan, tmp_path):
     assert len({scores["nll"] for scores in results["methods"].values()}) == 3  # contexts reach the model
     with pytest.raises(UserError, match="without profiles"):
         load_experiment(plan, ["methods={ft: {context: role_profile}, qar: {}}"])
+
+
+def test_the_papers_numbers_stand_beside():
+    table = published_table(published())
+    assert "| english | 5.90 | 6.50 | 5.24 | 5.54 | 5.35 | 7.21 |" in table
+    for found in published().values():
+        responders = [scores for name, scores in found.items() if name != "average"]
+        assert len(responders) == 6
+        for method, mean in found["average"].items():
+            known = [scores[method] for scores in responders if scores[method] is not None]
+            assert mean == pytest.approx(sum(known) / len(known), abs=0.01)

@@ -20,8 +20,8 @@ from train.cli import run
 from train.experiment.cell import result_of, run_cell
 from train.experiment.figure import figure
 from train.experiment.plan import Experiment, load_experiment
-from train.experiment.results import collect
-from train.experiment.table import markdown
+from train.experiment.results import collect, published
+from train.experiment.table import markdown, published_table
 from train.files import write_atomic
 
 console = Console()
@@ -42,10 +42,10 @@ def run_experiment(experiment: Experiment, folder: Path, name: str) -> None:
 def write_results(experiment: Experiment, folder: Path, name: str) -> str:
     """``name``.json, .md and .svg in ``folder``; returns the Markdown."""
     results = collect(experiment)
-    text = markdown(results)
+    text = f"{markdown(results)}\n{published_table(published())}\n"
     write_atomic(folder / f"{name}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_atomic(folder / f"{name}.md", text)
-    write_atomic(folder / f"{name}.svg", figure(results))
+    write_atomic(folder / f"{name}.svg", figure(results, published()))
     return text
 
 

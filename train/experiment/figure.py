@@ -1,4 +1,4 @@
-"""The results as a picture: differences with their intervals, and every method's ROUGE-L."""
+"""The results as a picture: differences, every method's ROUGE-L, and what the paper published."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ACCENT, MUTED = "#e2570b", "#4f7a9e"
+LANGUAGES = {"english": "o", "chinese": "s"}
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "qar", "font.size": 9.5, "axes.spines.top": False}
 
 
-def figure(results: Mapping[str, Any]) -> str:
-    """SVG of paired NLL differences (left) and ROUGE-L with intervals (right)."""
-    rows = max(len(results["paired"]), len(results["methods"]))
+def figure(results: Mapping[str, Any], published: Mapping[str, Any]) -> str:
+    """SVG: paired NLL differences, ROUGE-L with intervals, the paper's ROUGE-L."""
+    rows = max(len(results["paired"]), len(results["methods"]), 6)
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(9, 1.2 + 0.32 * rows), layout="constrained")
-        left, right = drawing.subplots(1, 2)
+        drawing = Figure(figsize=(13, 1.2 + 0.32 * rows), layout="constrained")
+        left, middle, right = drawing.subplots(1, 3)
         _differences(left, results["paired"])
-        _rouge(right, results["methods"])
+        _rouge(middle, results["methods"])
+        _published(right, published)
         buffer = io.StringIO()
         drawing.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
@@ -44,6 +46,17 @@ def _rouge(axes: Axes, methods: Mapping[str, Any]) -> None:
     axes.set_xlabel("ROUGE-L of generated replies (right is better)")
 
 
+def _published(axes: Axes, published: Mapping[str, Any]) -> None:
+    means = {language: found["average"] for language, found in published.items()}
+    names = list(next(iter(means.values())))
+    for language, marker in LANGUAGES.items():
+        values = [means[language][name] for name in names]
+        axes.plot(values, range(len(names)), marker, color=ACCENT, markersize=5, label=language)
+    _name(axes, [name.replace("_", " ") for name in names])
+    axes.legend(frameon=False)
+    axes.set_xlabel("the paper's ROUGE-L (other data and models)")
+
+
 def _point(axes: Axes, row: int, value: float, ends: list[float] | None) -> None:
     if ends:
         axes.plot(ends, [row, row], color=MUTED, linewidth=2, solid_capstyle="round")
@@ -52,6 +65,6 @@ def _point(axes: Axes, row: int, value: float, ends: list[float] | None) -> None
 
 def _name(axes: Axes, names: list[str]) -> None:
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     axes.spines["right"].set_visible(False)
     axes.tick_params(axis="y", length=0)

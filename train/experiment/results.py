@@ -5,17 +5,20 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from train.dataset import load_data
 from train.experiment.cell import result_of
 from train.experiment.plan import Experiment
-from train.metrics import ROUGE_KEYS, Record, compare, summarise, swap_summary
+from train.files import read_text
+from train.metrics import compare_seeds, pool, summarise_seeds, swap_summary
 
-AVERAGED = ("nll_sum", *ROUGE_KEYS)
-PACKAGES = ("torch", "transformers", "peft", "rouge-score")
+PACKAGES = ("torch", "transformers", "peft", "rouge-score", "sacrebleu")
+PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
 def collect(experiment: Experiment) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "conditions": conditions(experiment),
         "methods": {name: _scores(results) for name, results in found.items()},
         "paired": {
-            f"{first}_vs_{second}": _difference(records[first], records[second])
+            f"{first}_vs_{second}": compare_seeds(records[first], records[second])
             for first, second in experiment.pairs
             if first in records and second in records
         },
@@ -49,42 +52,17 @@ def collect(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def pool(runs: Sequence[Sequence[Record]]) -> list[Record]:
-    """One record per window: its scores averaged over the runs of several seeds.
-
-    The mean is taken first, so that resampling dialogues does not count a window once per seed.
-
-    Raises:
-        ValueError: where the runs do not hold the same windows in the same order.
-    """
-    ids = [[record["id"] for record in run] for run in runs]
-    if any(other != ids[0] for other in ids):
-        raise ValueError("the runs of several seeds do not hold the same windows")
-    return [_mean(window) for window in zip(*runs, strict=True)]
-
-
-def _mean(window: Sequence[Record]) -> Record:
-    first = dict(window[0])
-    for key in AVERAGED:
-        values = [record[key] for record in window]
-        first[key] = None if None in values else sum(values) / len(values)
-    return first | {"empty": any(record["empty"] for record in window)}
-
-
 def _scores(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    pooled = summarise(pool([result["records"] for result in results]))
-    per_seed = [_one_seed(result) for result in results]
-    return {key: value for key, value in pooled.items() if key != "per_querier"} | {"per_seed": per_seed}
+    pooled = summarise_seeds([result["records"] for result in results])
+    seeds = [
+        {"seed": result["seed"], **scores} for result, scores in zip(results, pooled["per_seed"], strict=True)
+    ]
+    return {key: value for key, value in pooled.items() if key != "per_querier"} | {"per_seed": seeds}
 
 
-def _one_seed(result: dict[str, Any]) -> dict[str, Any]:
-    scores = summarise(result["records"])
-    return {"seed": result["seed"], "nll": scores["nll"], "rougeL": scores["rougeL"]}
-
-
-def _difference(first: Sequence[Sequence[Record]], second: Sequence[Sequence[Record]]) -> dict[str, Any]:
-    """Paired over windows, after both are averaged over their seeds."""
-    return compare(pool(first), pool(second))
+def published() -> dict[str, Any]:
+    """The paper's own ROUGE-L, by language, responder and method, in points."""
+    return yaml.safe_load(read_text(PUBLISHED))
 
 
 def conditions(experiment: Experiment) -> dict[str, Any]:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SCORES = {"nll": "NLL per token", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2"}
-PERCENT = ("rougeL", "rouge1", "rouge2")
+SCORES = {
+    "nll": "NLL per token",
+    "rougeL": "ROUGE-L",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "bleu1": "BLEU-1",
+    "bleu4": "BLEU-4",
+    "distinct1": "distinct-1",
+    "distinct2": "distinct-2",
+}
+COMPARED = {"nll": "NLL per token", "rougeL": "ROUGE-L"}
+IN_NATS = ("nll",)
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Both tables, and what is missing, named."""
+    """The tables; what has not run is named."""
     parts = [_methods(results["methods"]), _pairs(results)]
     if results["missing"]:
         parts.append(f"Not run yet: {', '.join(results['missing'])}.")
@@ -18,23 +28,30 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _methods(methods: Mapping[str, Any]) -> str:
-    rows = [["method", "seeds", *SCORES.values(), "empty replies"]]
+    rows = [["method", "seeds", *SCORES.values(), "empty or failed"]]
     for name, scores in methods.items():
         values = [_score(key, scores[key]) for key in SCORES]
-        rows.append([name, str(len(scores["per_seed"])), *values, str(scores["empty"])])
+        rows.append([name, str(len(scores["per_seed"])), *values, str(scores["empty"] + scores["failed"])])
     return table(rows)
 
 
 def _pairs(results: Mapping[str, Any]) -> str:
-    rows = [["difference", "NLL per token", "ROUGE-L"]]
+    rows = [["difference", *COMPARED.values()]]
     for name, difference in results["paired"].items():
         first, second = name.split("_vs_")
-        rows.append(
-            [f"{first} - {second}", *(interval(key, difference.get(key)) for key in ("nll", "rougeL"))]
-        )
+        rows.append([f"{first} - {second}", *(interval(key, difference.get(key)) for key in COMPARED)])
     for name, swap in results["swap"].items():
         nll = {"diff": swap["nll_diff"], "ci95": swap["nll_ci95"]}
         rows.append([f"{name} asked under another id - its own", interval("nll", nll), ""])
+    return table(rows)
+
+
+def published_table(published: Mapping[str, Any]) -> str:
+    """The paper's averages, a row for each language."""
+    languages = {language: found["average"] for language, found in published.items()}
+    names = list(next(iter(languages.values())))
+    rows = [["published ROUGE-L", *names]]
+    rows += [[language, *(f"{means[name]:.2f}" for name in names)] for language, means in languages.items()]
     return table(rows)
 
 
@@ -46,10 +63,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def interval(key: str, difference: Mapping[str, Any] | None) -> str:
-    """``diff [lo, hi]``; ROUGE in points."""
+    """``diff [lo, hi]``; all but NLL in points."""
     if difference is None or difference["diff"] is None:
         return "not measured"
-    scale, digits = (100, 1) if key in PERCENT else (1, 3)
+    scale, digits = (1, 3) if key in IN_NATS else (100, 1)
     text = f"{scale * difference['diff']:+.{digits}f}"
     if difference["ci95"] is None:
         return text
@@ -60,4 +77,4 @@ def interval(key: str, difference: Mapping[str, Any] | None) -> str:
 def _score(key: str, value: float | None) -> str:
     if value is None:
         return "not measured"
-    return f"{100 * value:.1f}" if key in PERCENT else f"{value:.3f}"
+    return f"{value:.3f}" if key in IN_NATS else f"{100 * value:.1f}"
