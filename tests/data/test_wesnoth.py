@@ -7,7 +7,7 @@ import pytest
 from train.cli import run
 from train.data.transcript import Turn, read_transcript
 from train.data.wesnoth import main, read_campaigns
-from train.data.wml import Break, Message, Name, Text, read_wml
+from train.data.wml import Break, Message, Name, read_wml
 from train.errors import UserError
 
 SCENARIO = """\
