@@ -2,20 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 
-import numpy as np
 from sklearn.cluster import KMeans
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer
 
+from train.data.embed import fit_encoder
 from train.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-COMPONENTS = 64
 
 
 def cluster_queries(
@@ -23,9 +16,8 @@ def cluster_queries(
 ) -> tuple[list[int], list[int]]:
     """Cluster ids of ``train`` and ``dev`` queries; everything is fitted on ``train`` alone.
 
-    ``encoder`` is the path of a sentence-transformers model; without it a query is its TF-IDF vector (of
-    letter groups, which suits languages without spaces too) reduced by a truncated SVD. Fewer different
-    queries than clusters reduce ``num_clusters`` with a logged warning.
+    ``encoder`` makes the vectors, see :mod:`train.data.embed`. Fewer different queries than clusters reduce
+    ``num_clusters`` with a logged warning.
     """
     if not train:
         raise UserError("no training queries to cluster")
@@ -39,30 +31,7 @@ def cluster_queries(
         num_clusters = distinct
     if num_clusters == 1:
         return [0] * len(train), [0] * len(dev)
-    train_vectors, dev_vectors = _embed(train, dev, seed, encoder)
-    kmeans = KMeans(num_clusters, n_init=10, random_state=seed).fit(train_vectors)
-    dev_ids = kmeans.predict(dev_vectors).tolist() if dev else []
+    encode = fit_encoder(train, encoder, seed)
+    kmeans = KMeans(num_clusters, n_init=10, random_state=seed).fit(encode(train))
+    dev_ids = kmeans.predict(encode(dev)).tolist() if dev else []
     return kmeans.labels_.tolist(), dev_ids
-
-
-def _embed(
-    train: Sequence[str], dev: Sequence[str], seed: int, encoder: str | None
-) -> tuple[np.ndarray, np.ndarray]:
-    if encoder is not None:
-        model = _sentence_transformer(encoder)
-        return tuple(model.encode(list(texts), normalize_embeddings=True) for texts in (train, dev))
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
-    rank = min(COMPONENTS, len(vectorizer.fit(train).vocabulary_) - 1)
-    if rank < 1:
-        raise UserError("the training queries hold no text to cluster by")
-    pipeline = make_pipeline(vectorizer, TruncatedSVD(rank, random_state=seed), Normalizer())
-    train_vectors = pipeline.fit_transform(train)
-    return train_vectors, pipeline.transform(dev) if dev else np.empty((0, rank))
-
-
-def _sentence_transformer(path: str) -> object:
-    if find_spec("sentence_transformers") is None:
-        raise UserError(f"clustering with '{path}' needs the package sentence-transformers")
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(path)
