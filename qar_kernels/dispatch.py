@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from qar_kernels.dispatch_table import MEASUREMENTS
 
@@ -48,7 +49,8 @@ class Shape:
 def choose_path(device: torch.device, shape: Shape) -> str:
     """``"fused"`` or ``"grouped"``.
 
-    ``QAR_KERNELS_PATH=fused|grouped`` in the environment overrides it.
+    ``QAR_KERNELS_PATH=fused|grouped`` in the environment overrides it. Where several ranks train, all take
+    the same path.
 
     Raises:
         ValueError: if the environment names another path.
@@ -58,7 +60,16 @@ def choose_path(device: torch.device, shape: Shape) -> str:
         if forced not in PATHS:
             raise ValueError(f"{OVERRIDE}: got {forced!r}, expected one of {', '.join(PATHS)}")
         return forced
+    if shape.training and _several_ranks():
+        # Ranks have other numbers of rows, and the paths make gradients in another order: frameworks that
+        # pack gradients as they arrive (ZeRO) would add up different parameters.
+        return "fused"
     return measured_path(MEASUREMENTS, _device_name(device), shape) or default_path(shape)
+
+
+@torch.compiler.assume_constant_result
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.compiler.assume_constant_result

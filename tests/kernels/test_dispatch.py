@@ -97,3 +97,12 @@ def test_what_the_operation_asks_for(monkeypatch, training):
     names = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
     fused_mlp(*(leaves[n] for n in names), Segments.from_ids(case.ids), backend="triton")
     assert asked == [Shape(4, 4, case.H, case.I, case.R, "float32", training)]
+
+
+def test_ranks_that_train_together_take_one_path(monkeypatch):
+    crowded = replace(SHAPE, rows=128, segments=100, training=True)
+    device = torch.device("cpu")
+    assert choose_path(device, crowded) == "grouped"
+    monkeypatch.setattr(dispatch, "_several_ranks", lambda: True)
+    assert choose_path(device, crowded) == "fused"
+    assert choose_path(device, replace(crowded, training=False)) == "grouped"
