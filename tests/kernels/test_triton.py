@@ -236,10 +236,10 @@ def test_nothing_is_read_back_from_the_device(tower):
     d_y_expert = leaves["d_y_specific"] if x_expert is not None else None
     with recording() as recorded:
         outputs = ops.swiglu_experts._init_fn(
-            tower, *tensors, None, segments.perm, plan, 1.0, "sm90_large", True
+            tower, *tensors, None, segments.perm, plan, [], 1.0, "sm90_large", True
         )
         ops.swiglu_experts_backward._init_fn(
-            tower, d_y, d_y_expert, *tensors, *outputs[2:], segments.perm, plan, 1.0, "sm90_large",
-            x is not None, x is not None, x_expert is not None, True,
+            tower, d_y, d_y_expert, *tensors, *outputs[2:], segments.perm, plan, [], 1.0, "sm90_large",
+            x is not None, x is not None, x_expert is not None, True, [],
         )  # fmt: skip
     assert len(recorded) == 5
