@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from scipy.sparse import issparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from train.data.layout import Example, MQDialog
 from train.errors import UserError
-from train.files import read_text
+from train.files import read_mapping
 
 Missing = Literal["error", "name"]
 Embed = Callable[[Sequence[str]], Any]
@@ -34,12 +33,7 @@ SHOTS = "This is how {responder} talks in other conversations:"
 
 def load_profiles(path: Path) -> dict[str, str]:
     """A YAML file of ``name: description``; ``UserError`` naming the file for anything else."""
-    try:
-        profiles = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(profiles, dict):
-        raise UserError(f"{path}: got {type(profiles).__name__}, expected a mapping of names to descriptions")
+    profiles = read_mapping(path)
     for name, profile in profiles.items():
         if not isinstance(name, str) or not isinstance(profile, str) or not profile.strip():
             raise UserError(f"{path}: profile of '{name}': got {profile!r}, expected a description")

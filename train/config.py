@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from train.data.encode import Style
 from train.errors import UserError
-from train.files import read_text
+from train.files import read_mapping, unknown_key
 
 Method = Literal["qar", "ft"]
 Batching = Literal["packed", "grouped", "padded"]
@@ -154,12 +153,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in extended_by:
         raise UserError(f"{path}: extends itself, by way of {extended_by[-1].name}")
-    try:
-        values = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: got {type(values).__name__}, expected a mapping of keys to values")
+    values = read_mapping(path)
     base = values.pop("extends", None)
     if base is None:
         return values
@@ -173,9 +167,7 @@ def config_from(values: dict[str, Any], origin: str) -> TrainConfig:
     hints = get_type_hints(TrainConfig)
     for key in values:
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise UserError(f"{origin}: unknown key '{key}'{hint}")
+            raise unknown_key(key, hints, origin)
     for field in dataclasses.fields(TrainConfig):
         if field.default is dataclasses.MISSING and field.name not in values:
             raise UserError(f"{origin}: key '{field.name}' is missing")

@@ -1,11 +1,15 @@
 """Files and folders that are written whole or not at all, and read with errors that name the place."""
 
+import difflib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from train.errors import UserError
 
@@ -24,6 +28,24 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
     return text
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ``UserError`` naming the file for anything else."""
+    try:
+        values = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: got {type(values).__name__}, expected a mapping of keys to values")
+    return values
+
+
+def unknown_key(key: str, known: Iterable[str], origin: str) -> UserError:
+    """The error for a key that ``origin`` does not know, with the closest that it does."""
+    close = difflib.get_close_matches(str(key), known, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return UserError(f"{origin}: unknown key '{key}'{hint}")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -9,7 +9,7 @@ from train.experiment import __main__ as command
 from train.experiment.cell import result_of
 from train.experiment.plan import load_experiment
 from train.experiment.results import published
-from train.experiment.table import interval, published_table
+from train.experiment.table import interval, markdown, published_table
 
 
 @pytest.fixture
@@ -127,3 +127,12 @@ def test_the_papers_numbers_stand_beside():
         for method, mean in found["average"].items():
             known = [scores[method] for scores in responders if scores[method] is not None]
             assert mean == pytest.approx(sum(known) / len(known), abs=0.01)
+
+
+def test_committed_results_are_what_the_page_and_the_readme_show(request):
+    root = request.config.rootpath
+    results = json.loads((root / "docs/results/plays.json").read_text())
+    page, readme = (root / "docs/results/plays.md").read_text(), (root / "README.md").read_text()
+    tables = markdown(results).split("\n\n")
+    assert all(table in page for table in tables)
+    assert all(table in readme for table in tables[:2])

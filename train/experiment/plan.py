@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from train.config import TrainConfig, config_from
 from train.data.dialogue import PLAY_THRESHOLDS
 from train.data.prepare import PLAYS, PrepareConfig, prepare
 from train.errors import UserError
-from train.files import read_text
+from train.files import read_mapping, unknown_key
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         UserError: naming the file and the key that is unknown, missing or wrong, for every method.
     """
-    try:
-        values = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: got {type(values).__name__}, expected a mapping of keys to values")
+    values = read_mapping(path)
     for override in overrides:
         _override(values, override)
     experiment = _checked(values, path)
@@ -137,9 +131,7 @@ def _checked(values: dict[str, Any], path: Path) -> Experiment:
     known = [field.name for field in fields(Experiment)]
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise UserError(f"{path}: unknown key '{key}'{hint}")
+            raise unknown_key(key, known, str(path))
     for key in ("output_dir", "train", "methods"):
         if key not in values:
             raise UserError(f"{path}: key '{key}' is missing")
