@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 
 import pytest
@@ -5,7 +6,7 @@ from rich.console import Console
 
 from train.data import show
 from train.data.encode import encode
-from train.data.show import choose, panels, stretches
+from train.data.show import DROPPED, LEARNT, SPEAKER, choose, panels, stretches, window_panel
 from train.errors import UserError
 
 
@@ -28,6 +29,23 @@ def test_a_panel_tells_what_was_dropped_and_what_does_not_fit(tiny_data, tiny_to
     assert "does not fit into 2 tokens" in text
 
 
+@pytest.mark.parametrize("style", ["qwen", "chat", "plain"])
+def test_names_are_marked_in_every_style_and_dropped_turns_are_there(tiny_data, tiny_tokenizer, style):
+    example = tiny_data.train[0]
+    asker, responder = (turn.speaker for turn in example.turns)
+    # a reply to nothing comes first, which is dropped
+    longer = dataclasses.replace(example, turns=(example.turns[1], *example.turns))
+    window = encode(longer, tiny_tokenizer, style=style)
+    text = window_panel(longer, window, tiny_tokenizer).renderable
+    styled = {kind: [] for kind in (SPEAKER, DROPPED, LEARNT)}
+    for span in text.spans:
+        styled.setdefault(span.style, []).append(text.plain[span.start : span.end].strip())
+    replier = [responder] if style != "chat" else []  # the template calls the responder the assistant
+    assert styled[SPEAKER] == [responder, asker, *replier]
+    assert styled[DROPPED] == [f"{responder}: {example.reply}"]
+    assert len(styled[LEARNT]) == 1
+
+
 def test_choice_of_windows():
     assert choose(5, 2, 3, 0) == [2]
     assert choose(3, None, 9, 0) == [0, 1, 2]
@@ -43,6 +61,10 @@ def test_command_line_writes_a_page(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["show", "--config", str(path), "--html", str(page), "max_tokens=200"])
     show.main()
     assert "learnt" in page.read_text() and str(page) in capsys.readouterr().out
+    options = ["--data", values["data"], "--index", "0", f"model={values['model']}"]
+    monkeypatch.setattr(sys, "argv", ["show", *options])
+    show.main()
+    assert "learnt" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["show", "--config", str(path), "--split", "valid"])
     with pytest.raises(UserError, match="valid split is empty"):
         show.main()

@@ -1,15 +1,17 @@
-"""Look at windows as the model sees them: what is context, what is learnt, who speaks.
+"""Look at windows as the model sees them: what is context, what is learnt, who speaks, what was dropped.
 
 python -m train.data.show --config train/configs/demo.yaml [--split dev] [--index 3 | --sample 5] [key=value]
-python -m train.data.show --config train/configs/demo.yaml --sample 20 --html windows.html
+python -m train.data.show --data data/my_show --html windows.html model=path/to/qwen
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -27,18 +29,26 @@ from train.dataset import load_data
 from train.errors import UserError
 from train.files import write_atomic
 
-CONTEXT, LEARNT, SPEAKER = "bright_black", "bold green", "bold magenta"
-LEGEND = Text.assemble(
-    ("context", CONTEXT), "  ", ("speaker", SPEAKER), "  ", ("learnt: replies and their end marks", LEARNT)
+DEFAULTS = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONTEXT, LEARNT, SPEAKER, DROPPED = "bright_black", "bold green", "bold magenta", "strike red"
+LEGEND = Text("  ").join(
+    [
+        Text("context", CONTEXT),
+        Text("speaker", SPEAKER),
+        Text("learnt: replies and their end marks", LEARNT),
+        Text("dropped: does not fit, or a reply to nothing", DROPPED),
+    ]
 )
 
 
 def window_panel(example: Example, window: Encoded, tokenizer: PreTrainedTokenizerBase) -> Panel:
     """One window: its tokens as text, each stretch coloured by what it is for."""
     text = Text()
+    for turn in example.turns[: window.dropped_turns]:
+        text.append(f"{turn.speaker}: {turn.text}\n", DROPPED)
     for learnt, piece in stretches(window, tokenizer):
         text.append(piece, LEARNT if learnt else CONTEXT)
-    text.highlight_words([f"{turn.speaker}:" for turn in example.turns], SPEAKER)
+    text.highlight_regex(speaker_pattern({turn.speaker for turn in example.turns}), SPEAKER)
     learnt = sum(label != IGNORE for label in window.labels)
     facts = [
         f"{len(window.input_ids)} tokens",
@@ -60,6 +70,15 @@ def stretches(window: Encoded, tokenizer: PreTrainedTokenizerBase) -> Iterator[t
     marked = zip(window.labels, window.input_ids, strict=True)
     for learnt, run_of in groupby(marked, key=lambda pair: pair[0] != IGNORE):
         yield learnt, tokenizer.decode([token for _, token in run_of])
+
+
+def speaker_pattern(names: Iterable[str]) -> str:
+    """Where a style writes a name: at the start of a line or after a mark, before a colon or a newline.
+
+    Spaces around it are those of a tokenizer that decodes words apart.
+    """
+    either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return rf"(?:^|(?<=[\n>])) *(?:{either})(?= ?[:\n])"
 
 
 def choose(count: int, index: int | None, sample: int, seed: int) -> list[int]:
@@ -85,7 +104,8 @@ def panels(
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file of train/configs")
+    parser.add_argument("--config", type=Path, default=DEFAULTS, help="a YAML file (default: the demo's)")
+    parser.add_argument("--data", help="the data folder, instead of the file's")
     parser.add_argument("--split", choices=("train", "valid", "dev"), default="train")
     parser.add_argument("--index", type=int, help="this window")
     parser.add_argument("--sample", type=int, default=3, help="this many at random (default: %(default)s)")
@@ -98,7 +118,8 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """The command line."""
     arguments = _arguments()
-    config = load_config(arguments.config, arguments.overrides)
+    data = [] if arguments.data is None else [f"data={json.dumps(arguments.data)}"]
+    config = load_config(arguments.config, [*arguments.overrides, *data])
     found = load_data(config)
     examples = {"train": found.data.train, "dev": found.data.dev, "valid": found.valid}[arguments.split]
     if not examples:
