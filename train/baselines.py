@@ -58,7 +58,7 @@ def querier_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missin
     A querier without a profile is a ``UserError`` that lists all such names; with ``missing="name"`` only
     their name is given.
     """
-    names = [asker(example) for example in _examples(data)]
+    names = [example.asker for example in _examples(data)]
     known = _known(profiles, names, missing)
     return _with_contexts(data, [QUERIER.format(name=name, profile=known[name]) for name in names])
 
@@ -83,11 +83,6 @@ def few_shot(data: MQDialog, k: int = 5, embed: Embed | None = None) -> MQDialog
         shots = _nearest([asking[index] for index in indices], windows, k, embed)
         contexts |= {index: _transcript(found) for index, found in zip(indices, shots, strict=True)}
     return _with_contexts(data, [contexts[index] for index in range(len(asking))])
-
-
-def asker(example: Example) -> str:
-    """Who speaks to the responder; where several responders share a data set, ``querier`` names the pair."""
-    return next(turn.speaker for turn in reversed(example.turns) if turn.speaker != example.responder)
 
 
 def _nearest(

@@ -39,6 +39,11 @@ class Example:
         return self.id.rpartition("_part")[0] or self.id
 
     @property
+    def asker(self) -> str:
+        """Who speaks to the responder; where several responders share a data set, ``querier`` is the pair."""
+        return next(turn.speaker for turn in reversed(self.turns) if turn.speaker != self.responder)
+
+    @property
     def query(self) -> str:
         """The last turn before the reply."""
         return self.turns[-2].text
