@@ -43,6 +43,12 @@ class LoRA:
     up: Adapter | None = None
     down: Adapter | None = None
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """``a`` and ``b`` of every adapter there is."""
+        adapters = [adapter for adapter in (self.gate, self.up, self.down) if adapter is not None]
+        return tuple(factor for adapter in adapters for factor in (adapter.a, adapter.b))
+
 
 NO_LORA = LoRA()
 

@@ -166,15 +166,17 @@ def _triton_fused(
 ) -> Tensor:
     from qar_kernels.triton import backend as triton_backend
 
-    if dispatch.choose_path(rows.device, _dispatch_shape(rows, base, experts, seg)) == "fused":
+    shape = _dispatch_shape(rows, base, experts, seg, lora)
+    if dispatch.choose_path(rows.device, shape) == "fused":
         return triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute, lora)
     base_y = torch_backend.swiglu_mlp(rows, *base, lora)
     return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y)
 
 
 def _dispatch_shape(
-    rows: Tensor, base: tuple[Tensor, ...], experts: tuple[Tensor, ...], seg: Segments
+    rows: Tensor, base: tuple[Tensor, ...], experts: tuple[Tensor, ...], seg: Segments, lora: LoRA
 ) -> dispatch.Shape:
+    trainable = rows, *base, *experts, *lora.factors
     intermediate, hidden = base[0].shape
     num_experts, rank, _ = experts[0].shape
     return dispatch.Shape(
@@ -184,7 +186,7 @@ def _dispatch_shape(
         intermediate=intermediate,
         rank=rank,
         dtype=str(rows.dtype).removeprefix("torch."),
-        training=torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *base, *experts)),
+        training=torch.is_grad_enabled() and any(t.requires_grad for t in trainable),
     )
 
 

@@ -83,19 +83,9 @@ def _base_d_hidden_tile(
     d_h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if LORA_RANK > 0:
         d_h = low_rank_input_grad(
-            d_low_ptr,
-            down_a_ptr,
-            mask_ptr,
-            row,
-            T,
-            col,
-            INTER,
-            LORA_RANK,
-            DROPOUT,
-            BLOCK_M,
-            BLOCK_N,
-            PRECISION,
-        )
+            d_low_ptr, down_a_ptr, mask_ptr, row, T, col,
+            INTER, LORA_RANK, DROPOUT, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
     for k in range(0, H, BLOCK_K):
         d_y_tile = load_dense(d_y, row, k, T, H, BLOCK_M, BLOCK_K, TMA)
         down_tile = load_dense(down, k, col, H, INTER, BLOCK_K, BLOCK_N, TMA)

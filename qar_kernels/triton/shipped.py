@@ -60,6 +60,7 @@ def representative(arch: str) -> Iterator[Case]:
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused", lora_rank=16)
     yield Case(large, "Qwen2.5-7B", 128, "fp16", "dual")
     yield Case(decode, "Qwen2.5-7B", 32, "bf16", "fused")
+    yield Case(decode, "Qwen2.5-7B", 32, "bf16", "fused", lora_rank=64)
     yield Case(decode, "Llama-3-8B", 8, "fp16", "dual")
     yield Case(decode, "Qwen2.5-7B", 128, "bf16", "expert")
     yield Case("fp32", "Llama-3-8B", 16, "fp32", "fused")

@@ -1,11 +1,13 @@
 """Every bad argument is named, with what came and what was expected, before anything runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import Case
 from triton.runtime.errors import OutOfResources
 
-from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
+from qar_kernels import Adapter, LoRA, Segments, dual_mlp, expert_mlp, fused_mlp
 from qar_kernels.triton.runner import run_kernel
 
 NAMES = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
@@ -60,6 +62,26 @@ def call(op, given, **options):
 def test_bad_segments(op, seg, error, message):
     with pytest.raises(error, match=message):
         call(op, arguments(seg=seg))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"a": torch.zeros(4, 47)}, ValueError, r"lora\.down\.a: got shape \(4, 47\), expected \(4, 80\)"),
+        ({"b": torch.zeros(48, 5)}, ValueError, r"lora\.down\.b: got shape \(48, 5\), expected \(48, 4\)"),
+        ({"b": torch.zeros(48, 4).half()}, TypeError, r"lora\.down\.b: got dtype torch\.float16, expected"),
+        ({"a": torch.zeros(4, 80).int()}, TypeError, r"lora\.down\.a: got dtype torch\.int32"),
+        ({"a": torch.zeros(4, 80, device="meta")}, ValueError, r"lora\.down\.b: got device cpu"),
+        ({"dropout": 1.0}, ValueError, r"lora\.down\.dropout: got 1\.0, expected at least 0 and below 1"),
+    ],
+)
+@pytest.mark.parametrize("op", [fused_mlp, dual_mlp])
+def test_bad_adapters(op, change, error, message):
+    adapter = replace(Adapter(torch.zeros(4, 80), torch.zeros(48, 4)), **change)
+    with pytest.raises(error, match=message):
+        call(op, arguments(), lora=LoRA(down=adapter))
+    with pytest.raises(TypeError, match="lora: got dict, expected LoRA"):
+        call(op, arguments(), lora={"down": adapter})
 
 
 @pytest.mark.parametrize("op", [fused_mlp, dual_mlp, expert_mlp])

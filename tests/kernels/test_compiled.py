@@ -80,8 +80,15 @@ def test_launches_of_one_step_split_and_do_not_split():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_adapters_are_compiled_too(arch):
     """Low-rank steps and dropout make kernels of their own, held to the same demands."""
-    found = {row["kernel"] for row in rows(arch) if row["lora_rank"]}
-    assert {"gate_up_kernel", "down_kernel", "d_hidden_kernel"} <= found
+    for config in ("large", "decode"):
+        found = {row["kernel"] for row in rows(arch) if row["lora_rank"] and row["config"].endswith(config)}
+        assert {"gate_up_kernel", "down_kernel", "d_hidden_kernel"} <= found
+
+
+def test_adapters_meet_a_split_and_an_undivided_k_loop():
+    cases = [case for case in shipped.representative("sm_90") if case.lora_rank]
+    launches = [launch for case in cases for launch in shipped.training_step(case)]
+    assert {launch.meta["SPLITS"] for launch in launches if launch.kernel.__name__ == "down_kernel"} == {1, 4}
 
 
 def test_roofline():

@@ -8,7 +8,7 @@ from helpers import Case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qar_kernels import Segments, dispatch, fused_mlp
+from qar_kernels import Adapter, LoRA, Segments, dispatch, fused_mlp
 from qar_kernels.dispatch import Shape, choose_path, default_path, measured_path
 
 CARD = "card"
@@ -88,15 +88,17 @@ def test_table_before_rule_and_environment_before_both(monkeypatch):
     assert choose_path(device, SHAPE) == "fused"
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_what_the_operation_asks_for(monkeypatch, training):
+@pytest.mark.parametrize("trained", ["weights", "adapters", "nothing"])
+def test_what_the_operation_asks_for(monkeypatch, trained):
     asked = []
     monkeypatch.setattr(dispatch, "choose_path", lambda device, shape: asked.append(shape) or "fused")
     case = Case([0, 1, 1, -1])
-    leaves = case.leaves(torch.float32, requires_grad=training)
+    leaves = case.leaves(torch.float32, requires_grad=trained == "weights")
     names = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
-    fused_mlp(*(leaves[n] for n in names), Segments.from_ids(case.ids), backend="triton")
-    assert asked == [Shape(4, 4, case.H, case.I, case.R, "float32", training)]
+    a, b = torch.zeros(2, case.H), torch.zeros(case.I, 2, requires_grad=trained == "adapters")
+    seg, lora = Segments.from_ids(case.ids), LoRA(up=Adapter(a, b))
+    fused_mlp(*(leaves[n] for n in names), seg, backend="triton", lora=lora)
+    assert asked == [Shape(4, 4, case.H, case.I, case.R, "float32", trained != "nothing")]
 
 
 def test_ranks_that_train_together_take_one_path(monkeypatch):

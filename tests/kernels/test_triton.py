@@ -9,10 +9,11 @@ from helpers import TOWERS, Case, check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qar_kernels import Segments, fused_mlp
+from qar_kernels import Adapter, LoRA, Segments, fused_mlp
 from qar_kernels.triton import backend as triton_backend
 from qar_kernels.triton import launch, ops, split_k
 from qar_kernels.triton.configs import CONFIGS, Gemm
+from qar_kernels.triton.lora import NUM_ADAPTER_TENSORS, prepare
 from qar_kernels.triton.runner import recording
 
 
@@ -220,8 +221,10 @@ def test_non_contiguous_rows():
     assert torch.equal(y, fused_mlp(leaves["x"], *weights, seg, backend="triton"))
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-def test_nothing_is_read_back_from_the_device(tower):
+@pytest.mark.parametrize(
+    ("tower", "lora_rank"), [("fused", 0), ("dual", 0), ("expert", 0), ("fused", 8), ("dual", 8)]
+)
+def test_nothing_is_read_back_from_the_device(tower, lora_rank):
     """On "meta" tensors reading a value or copying it to the host raises: what a CUDA graph needs."""
     ids = torch.empty(300, dtype=torch.int64, device="meta")
     leaves = {name: t.to("meta", torch.float16) for name, t in Case([0] * 300, R=64).tensors.items()}
@@ -234,12 +237,19 @@ def test_nothing_is_read_back_from_the_device(tower):
     tensors = x, *base, x_expert, *experts
     d_y = leaves["d_y"] if x is not None else None
     d_y_expert = leaves["d_y_specific"] if x_expert is not None else None
+    adapters = []
+    if lora_rank:
+        hidden, inter = leaves["down"].shape
+        up = Adapter(x.new_empty(lora_rank, hidden), x.new_empty(inter, lora_rank), dropout=0.1)
+        down = Adapter(x.new_empty(lora_rank, inter), x.new_empty(hidden, lora_rank), dropout=0.1)
+        adapters = list(prepare(LoRA(up, up, down), x, inter))
     with recording() as recorded:
         outputs = ops.swiglu_experts._init_fn(
-            tower, *tensors, None, segments.perm, plan, [], 1.0, "sm90_large", True
+            tower, *tensors, None, segments.perm, plan, adapters, 1.0, "sm90_large", True
         )
         ops.swiglu_experts_backward._init_fn(
-            tower, d_y, d_y_expert, *tensors, *outputs[2:], segments.perm, plan, [], 1.0, "sm90_large",
-            x is not None, x is not None, x_expert is not None, True, [],
+            tower, d_y, d_y_expert, *tensors, *outputs[2:], segments.perm, plan, adapters, 1.0,
+            "sm90_large", x is not None, x is not None, x_expert is not None, True,
+            [t.is_floating_point() for t in adapters[:NUM_ADAPTER_TENSORS]],
         )  # fmt: skip
     assert len(recorded) == 5

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from test_packing import assert_same, batches, trained
 from tiny_models import (
     QUERIER_IDS,
     TOWERS,
@@ -20,6 +21,7 @@ from torch import nn
 from transformers.utils import logging as hf_logging
 
 from qar_models import apply_qar, base_mlp, experts
+from qar_models.packing import PACKED_ATTENTION
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 OPERATION = {"residual": "fused_mlp", "replace": "dual_mlp"}
@@ -36,10 +38,11 @@ def reasons(caplog):
     return [r.getMessage() for r in caplog.records if r.name == "qar_models.base_mlp"]
 
 
-def adapted(tower="residual", dtype=torch.float32, config=None, **lora):
+def adapted(tower="residual", dtype=torch.float32, config=None, expert_gradients="dense", **lora):
     """A model with random adapters, all of which (and the experts) train."""
     config = config or LoraConfig(**{"r": 4, "target_modules": MLP, **lora})
-    model = apply_qar(get_peft_model(plain_model().to(dtype), config), qar_config(tower))
+    qar = qar_config(tower, expert_gradients=expert_gradients)
+    model = apply_qar(get_peft_model(plain_model().to(dtype), config), qar)
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -123,6 +126,32 @@ def test_dropout_takes_part_in_training_only(tower):
     model.eval()
     assert_same_step(model, tower)
     assert torch.equal(step(model, seed=0)[0], step(model, seed=1)[0])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_row_sparse_expert_gradients(tower):
+    """Adapters and the experts present train as with dense gradients, of the same masks."""
+    dense, sparse = (
+        adapted(tower, expert_gradients=layout, lora_dropout=0.3).train() for layout in ("dense", "sparse")
+    )
+    (loss, expected), got = step(dense), assert_same_step(sparse, tower)
+    assert torch.equal(step(sparse)[0], loss)
+    assert got.keys() == expected.keys()
+    for name, grad in got.items():
+        assert grad.is_sparse == (".experts." in name)
+        assert torch.equal(grad.to_dense(), expected[name]), name
+
+
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_packed_rows(tower, layout):
+    model = adapted(tower, expert_gradients=layout, target_modules=[*MLP, "q_proj", "v_proj"]).train()
+    padded, packed = batches()
+    expected = trained(model, padded)
+    model.get_base_model().set_attn_implementation(PACKED_ATTENTION)
+    with fused_calls(tower) as calls:
+        assert_same(trained(model, packed), expected)
+    assert calls == [True] * 2
 
 
 @pytest.mark.parametrize("tower", TOWERS)
