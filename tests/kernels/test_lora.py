@@ -49,7 +49,7 @@ def test_against_float64(monkeypatch, backend, tower, dropout, dtype):
 )
 def test_some_projections(monkeypatch, projections, dropout):
     ranks = {name: RANKS[name] for name in projections}
-    check(monkeypatch, Case(ids(21, 4)), "fused", "triton", torch.float32, ranks, dropout)
+    check(monkeypatch, Case(ids(9, 4)), "fused", "triton", torch.float32, ranks, dropout)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_shapes(monkeypatch, case):
 
 def test_ranks_of_several_steps(monkeypatch):
     ranks = {"gate": 64, "up": 1, "down": 80}
-    check(monkeypatch, Case(ids(18, 4)), "fused", "triton", torch.float32, ranks, dropout=0.3)
+    check(monkeypatch, Case(ids(9, 4)), "fused", "triton", torch.float32, ranks, dropout=0.3)
 
 
 @pytest.mark.parametrize(("tower", "tma"), [("fused", True), ("dual", False)])
@@ -82,7 +82,7 @@ def test_descriptors(monkeypatch, use_config):  # noqa: F811
 
 
 def test_recompute(monkeypatch):
-    check(monkeypatch, Case(ids(21, 4)), "fused", "triton", torch.float32, dropout=0.3, recompute=True)
+    check(monkeypatch, Case(ids(9, 4)), "fused", "triton", torch.float32, dropout=0.3, recompute=True)
 
 
 def test_grouped_path(monkeypatch):
@@ -101,12 +101,12 @@ def test_grouped_path(monkeypatch):
 )
 def test_frozen_base(monkeypatch, frozen, dropout):
     monkeypatch.setattr(ops, "_base_weight_grads", lambda *_: pytest.fail("the base is frozen"))
-    check(monkeypatch, Case(ids(18, 4)), "fused", "triton", torch.float32, dropout=dropout, frozen=frozen)
+    check(monkeypatch, Case(ids(9, 4)), "fused", "triton", torch.float32, dropout=dropout, frozen=frozen)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_adapters_over_half_rows(backend):
-    case = Case(ids(18, 4))
+    case = Case(ids(9, 4))
     tensors = {name: t.float() if "." in name else t.half() for name, t in with_factors(case, RANKS).items()}
     wanted = ["x", *factor_names(RANKS)]
     tensors = {name: t.requires_grad_(name in wanted) for name, t in tensors.items()}
@@ -123,12 +123,11 @@ def test_float32_adapters_over_half_rows(backend):
         assert (got[name] - ref64).norm() < 2e-3 * ref64.norm(), name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_two_runs_are_bitwise_equal(dropout):
+def test_two_runs_are_bitwise_equal():
     results = []
     for _ in range(2):
         torch.manual_seed(3)
-        results.append(run(Case(ids(21, 4)), "fused", "triton", torch.float16, dropout=dropout)[0])
+        results.append(run(Case(ids(21, 4)), "fused", "triton", torch.float16, dropout=0.3)[0])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
@@ -160,11 +159,11 @@ def test_mask_keeps_the_right_share_independently(probability, shape):
 
 
 def test_checkpointing_draws_the_same_masks():
-    tensors = leaves(with_factors(Case(ids(18, 4)), RANKS), torch.float32, ("x", *factor_names(RANKS)))
+    tensors = leaves(with_factors(Case(ids(9, 4)), RANKS), torch.float32, ("x", *factor_names(RANKS)))
     grads = []
     for checkpointed in (False, True):
         torch.manual_seed(1)
-        layer = lambda x: operation({**tensors, "x": x}, ids(18, 4), "fused", 1.0, "triton", 0.3)["y"]  # noqa: E731
+        layer = lambda x: operation({**tensors, "x": x}, ids(9, 4), "fused", 1.0, "triton", 0.3)["y"]  # noqa: E731
         x = tensors["x"]
         y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
         grads.append(torch.autograd.grad(y.sum(), [tensors[name] for name in ("x", *factor_names(RANKS))]))
