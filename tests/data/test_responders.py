@@ -5,6 +5,7 @@ import pytest
 from train.data.mqdialog import write_mqdialog
 from train.data.planted import planted
 from train.data.responders import load_dialogues, merge
+from train.data.transcript import Turn
 from train.errors import UserError
 
 
@@ -51,3 +52,19 @@ def test_a_folder_of_one_responder_and_one_of_several(tmp_path):
     assert len(both.queriers) == len(first.queriers) + len(second.queriers)
     with pytest.raises(UserError, match="no MQDialog data"):
         load_dialogues(tmp_path / "nothing")
+
+
+def test_what_is_held_out_for_one_responder_is_not_trained_on_for_another():
+    first, second = planted(0, 3), renamed(planted(1, 2), "Rook")
+    seen, shares, other = second.train[:3]
+    held_out = dataclasses.replace(first.dev[0], turns=seen.turns)
+    answer = Turn("Rook", "Another ending.")
+    shares = dataclasses.replace(shares, turns=(*seen.turns, Turn("Ada", "And then?"), answer))
+    same_line = dataclasses.replace(other, turns=(seen.turns[0], answer))
+    both = merge(
+        [
+            dataclasses.replace(first, train=[], dev=[held_out]),
+            dataclasses.replace(second, train=[seen, shares, same_line]),
+        ]
+    )
+    assert [example.turns for example in both.train] == [same_line.turns]

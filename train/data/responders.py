@@ -1,14 +1,18 @@
 """Dialogues of several responders as one data set, in which every (querier, responder) pair has its own id.
 
 One model then answers for all responders: the prompt names who answers, the pair's id chooses the expert.
+Where two responders talk with each other their dialogues are in both folders, each split in its own way: what
+is held out for one is not trained on for the other.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from train.data.layout import PAIR_IDS, Example, MQDialog
 from train.data.mqdialog import load_mqdialog
+from train.data.transcript import Turn
 from train.errors import UserError
 
 ARROW = " > "
@@ -28,6 +32,8 @@ def load_dialogues(folder: Path) -> MQDialog:
 def merge(parts: Sequence[MQDialog]) -> MQDialog:
     """One data set of ``parts``: queriers are pairs, ids and clusters are numbered through.
 
+    Training windows that share an exchange with a held-out window are left out.
+
     Raises ``UserError`` where two parts have the same responder.
     """
     responders = [part.responder for part in parts]
@@ -43,12 +49,23 @@ def merge(parts: Sequence[MQDialog]) -> MQDialog:
             half += [_numbered(example, names, len(queriers), clusters) for example in examples]
         queriers += names
         clusters += part.num_clusters
-    return MQDialog(", ".join(responders), queriers, clusters, *halves)
+    train, dev = halves
+    return MQDialog(", ".join(responders), queriers, clusters, _without_held_out(train, dev), dev)
 
 
 def pair_name(querier: str, responder: str) -> str:
     """What a pair is called among the queriers of a data set of several responders."""
     return f"{querier}{ARROW}{responder}"
+
+
+def _without_held_out(train: Sequence[Example], dev: Sequence[Example]) -> list[Example]:
+    held_out = {exchange for example in dev for exchange in _exchanges(example)}
+    return [example for example in train if held_out.isdisjoint(_exchanges(example))]
+
+
+def _exchanges(example: Example) -> set[tuple[Turn, Turn]]:
+    """Neighbouring turns: one line ("Ay, my lord.") comes back elsewhere, the two together hardly ever."""
+    return set(pairwise(example.turns))
 
 
 def _numbered(example: Example, names: Sequence[str], first_id: int, first_cluster: int) -> Example:
