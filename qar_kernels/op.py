@@ -151,7 +151,10 @@ def expert_mlp(
         experts = (expert_gate, expert_up, expert_down)
         return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y).reshape(x.shape)
     y = _module(name).expert_mlp(rows, expert_gate, expert_up, expert_down, seg)
-    y = y * expert_scale if base_y is None else torch.add(base_y, y, alpha=expert_scale)
+    if base_y is not None:
+        y = torch.add(base_y, y, alpha=expert_scale)
+    elif expert_scale != 1:
+        y = y * expert_scale
     return y.reshape(x.shape)
 
 

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from qar_kernels.row_groups import RowGroups, group_rows
 from qar_kernels.tile_plan import TilePlan, build_tile_plan
 
 _LAST = torch.iinfo(torch.int64).max
@@ -39,6 +40,7 @@ class Segments:
     experts: Tensor
     max_id: int | None = None
     _plans: dict[tuple[int, int, bool], TilePlan] = field(default_factory=dict, repr=False)
+    _groups: dict[int, RowGroups] = field(default_factory=dict, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -78,6 +80,12 @@ class Segments:
                 self.perm, self.offsets, self.experts, block_rows, block_expert
             )
         return self._plans[key]
+
+    def row_groups(self, most: int) -> RowGroups:
+        """The groups of the torch backend, read on the host once per batch and shared by all layers."""
+        if most not in self._groups:
+            self._groups[most] = group_rows(self.perm, self.offsets, self.experts, most)
+        return self._groups[most]
 
     @classmethod
     def from_ids(cls, expert_ids: IdsLike) -> Segments:

@@ -28,24 +28,23 @@ def present_rows(bank: Three, segments: Segments) -> tuple[Three, Segments]:
     others. Gradients arrive at ``bank`` row-sparse.
     """
     ids, renumbered = segments.present
-    gate, up, down = (_TakeRows.apply(weight, ids) for weight in bank)
-    return (gate, up, down), renumbered
+    return _TakeRows.apply(ids, *bank), renumbered
 
 
 class _TakeRows(torch.autograd.Function):
-    """``weight[ids]`` for different ids."""
+    """``weight[ids]`` of every weight, for different ids."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(ids)
-        ctx.shape = weight.shape
-        return weight.index_select(0, ids)
+        ctx.shapes = [weight.shape for weight in weights]
+        return tuple(weight.index_select(0, ids) for weight in weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *d_rows: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        return _row_sparse(ids, d_rows, ctx.shape), None
+        return None, *(_row_sparse(ids, rows, shape) for rows, shape in zip(d_rows, ctx.shapes, strict=True))
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:

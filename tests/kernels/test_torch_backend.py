@@ -143,23 +143,39 @@ def test_experts_added_to_a_base_that_ran_elsewhere(backend):
         expert_mlp(leaves[0], *leaves[4:], seg, backend=backend, base_y=base_y[1:])
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(8))
-def test_isolation_to_the_bit(seed, dtype):
+def test_isolation_to_the_bit(seed, dtype, one_thread):
     """The same T and the same rows of one's own: outputs and gradients do not depend on the company.
 
-    Companies of one, two or five queriers, some without an expert, move the rows to other places of the
-    sorted buffers, whose lengths (37 rows of 8 columns) fit no vector register. R is 8 because BLAS
-    itself rounds by alignment where rows are not whole multiples of 32 bytes (seen at R 9).
+    Nobody, queriers with as many rows (who share batched products), and companies of one, two or five move
+    the rows to other places of the sorted buffers, whose lengths (37 rows of 8 columns) fit no vector
+    register. R is 8 because BLAS itself rounds by alignment where rows are not whole multiples of 32 bytes
+    (seen at R 9).
     """
     own, rows, case = [0, 1, 11, 12, 36], 37, Case([0] * 37, R=8, E=6, seed=seed)
     leaves = case.leaves(dtype)
     x, d_y = leaves["x"], case.tensors["d_y"].to(dtype)
     weights = [leaves[name] for name in NAMES[4:]]
     draw, results = torch.Generator().manual_seed(3), []
-    for company in ([2], [-1], [4], [-1, 0, 1, 2, 4]):
+    alone = torch.full((rows,), -1)
+    alone[own] = 3
+    equally_long = alone.clone()
+    equally_long[[2, 3, 20, 21, 22]], equally_long[[4, 5, 6, 7, 8]] = 0, 5
+    companies = [alone, equally_long]
+    for company in ([2], [4], [-1, 0, 1, 2, 4]):
         ids = torch.tensor(company)[torch.randint(len(company), (rows,), generator=draw)]
         ids[own] = 3
+        companies.append(ids)
+    for ids in companies:
         y = expert_mlp(x, *weights, Segments.from_ids(ids), backend="torch")
         d_x, *d_weights = torch.autograd.grad(y, [x, *weights], d_y)
         results.append([y[own], d_x[own], *(grad[3] for grad in d_weights)])
