@@ -42,7 +42,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks all --device cpu --minutes 4
 
 bench-gpu: $(READY)
-	@if $(HAS_CARD); then $(BIN)/python -m benchmarks all --device cuda --minutes 8; \
+	@if $(HAS_CARD); then $(BIN)/python -m benchmarks all --device cuda --minutes 8 --resume; \
 	else echo "no CUDA device on this machine: nothing was measured"; fi
 
 lint: $(READY)

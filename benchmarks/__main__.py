@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("no CUDA device on this machine: nothing was measured")
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("torch").setLevel(logging.ERROR)
-    out = args.out or _default_out(args.device, args.quick)
+    out = args.out or _default_out(args)
     session = Session(args.device, out, args.minutes, _resumed(out, args) if args.resume else None)
     if args.device == "cuda" and not args.quick:
         from benchmarks.calibrate import calibrate
@@ -75,10 +75,13 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.write(f"{out}\n")
 
 
-def _default_out(device: str, quick: bool) -> Path:
-    machine = describe(device)
-    folder = Path("runs/benchmarks") if quick else _HERE / "results"
-    return folder / f"{machine['name']}-{machine['date']}.json"
+def _default_out(args: argparse.Namespace) -> Path:
+    """Today's file, or the one that this machine's last run left where that is resumed."""
+    machine = describe(args.device)
+    folder = Path("runs/benchmarks") if args.quick else _HERE / "results"
+    today = folder / f"{machine['name']}-{machine['date']}.json"
+    written = sorted(folder.glob(f"{machine['name']}-????-??-??.json"))
+    return written[-1] if args.resume and written else today
 
 
 def _resumed(out: Path, args: argparse.Namespace) -> dict | None:

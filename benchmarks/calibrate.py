@@ -53,12 +53,14 @@ def _base_gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Callable[[], object]:
     from qar_kernels.triton import launch
     from qar_kernels.triton.configs import CONFIGS, select_config
     from qar_kernels.triton.launch import Call, Weights
+    from qar_kernels.triton.lora import LoraOperands
 
     segments = Segments.from_ids(torch.full((x.shape[0],), -1, device=x.device))
     config = CONFIGS[select_config(x.device, x.dtype, x.shape[0])]
     plan = segments.tile_plan(config.block_rows, config.block_expert)
     one = x.new_zeros(1, 16, x.shape[1])
     experts = Weights(one, one, one.reshape(1, x.shape[1], 16))
-    call = Call("fused", Weights(gate, up, gate), experts, segments.perm, plan, 1.0, config)
+    no_lora = LoraOperands.none(x)
+    call = Call("fused", Weights(gate, up, gate), experts, segments.perm, plan, 1.0, config, no_lora)
     launch.gate_up(call, x, x, save=False)
     return lambda: launch.gate_up(call, x, x, save=False)

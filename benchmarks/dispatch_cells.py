@@ -1,7 +1,7 @@
 """From a card's results to the kernels' dispatch table.
 
-``python -m benchmarks.dispatch_cells FILE... > qar_kernels/dispatch_table.py``. A cell is where both paths
-were timed; the ratio is of their medians.
+``python -m benchmarks.dispatch_cells FILE...`` writes ``qar_kernels/dispatch_table.py``. A cell is where both
+paths were timed; the ratio is of their medians.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from pathlib import Path
 
 from benchmarks.schema import load
 from benchmarks.tables import by_cell
+from qar_kernels import dispatch_table
 from train.cli import run
 from train.errors import UserError
+from train.files import write_atomic
 
 _FUSED, _GROUPED = "ours_fused", "ours_grouped"
 _HEAD = '''"""What was measured of the two Triton paths. Written by ``benchmarks.dispatch_cells``."""
@@ -48,14 +50,16 @@ def source(cells: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the module."""
+    """Write the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dispatch_cells", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(dispatch_table.__file__), help="the module")
     args = parser.parse_args(argv)
     cells = [cell for path in args.files for cell in dispatch_cells(load(path))]
     if not cells:
         raise UserError(f"{args.files[0]}: no cell where {_FUSED} and {_GROUPED} were both timed")
-    sys.stdout.write(source(cells))
+    write_atomic(args.out, source(cells))
+    sys.stdout.write(f"{args.out}: {len(cells)} cells\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.clocks import Call
@@ -41,7 +42,7 @@ def footprints(calls: Mapping[str, Call], device: str) -> dict[str, Footprint]:
                 call()
             peaks[name] = torch.cuda.max_memory_allocated() - before if cuda else 0
     # The profiler's own list keeps allocations; its summaries keep only their sums.
-    events = [(e.name(), e.start_ns(), e.start_ns() + e.duration_ns(), e.nbytes()) for e in _events(profiled)]
+    events = [(e.name(), e.start_ns(), e.start_ns() + e.duration_ns(), e.nbytes()) for e in _host(profiled)]
     found = {}
     for name, start, end, _ in events:
         if name.startswith(_MARK):
@@ -53,8 +54,10 @@ def footprints(calls: Mapping[str, Call], device: str) -> dict[str, Footprint]:
     return found
 
 
-def _events(profiled: profile) -> list:
-    return [e for e in profiled.profiler.kineto_results.events() if not e.is_hidden_event()]
+def _host(profiled: profile) -> list:
+    """Events of the host's clock: a mark has a second event of its name on the device's."""
+    events = profiled.profiler.kineto_results.events()
+    return [e for e in events if not e.is_hidden_event() and e.device_type() == DeviceType.CPU]
 
 
 def _peak(allocations: Iterable[tuple[int, int]]) -> int:

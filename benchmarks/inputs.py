@@ -61,7 +61,7 @@ class Inputs:
             base=base,
             experts=experts,
             present=present.tolist(),
-            segments=Segments.from_ids(present.to(device).repeat_interleave(cell.T // cell.Q)),
+            segments=Segments.from_sequences(present.to(device), cell.T // cell.Q),
         )
 
     @property

@@ -18,8 +18,9 @@ from benchmarks.clocks import Call, clock_of
 from benchmarks.footprint import Footprint, footprints
 from benchmarks.machine import describe, versions
 from benchmarks.runner import Step, Timing, interleave
-from benchmarks.schema import OPS, PLACE, cell_key
+from benchmarks.schema import OPS, cell_key
 from benchmarks.shapes import Cell
+from train.errors import UserError
 from train.files import write_atomic
 
 _SHOWN = {"T": 5, "Q": 3, "E": 5, "R": 3, "H": 4}
@@ -69,7 +70,8 @@ class Session:
         self.deadline = time.monotonic() + 60 * minutes
         self.clock = clock_of(device)
         self.result = resume or {"machine": describe(device), "versions": versions(), "rows": []}
-        self._done = {cell_key(row) for row in self.result["rows"]}
+        refused = (row for row in self.result.get("refused", []) if row["provider"] == "*")
+        self._done = {cell_key(row) for row in (*self.result["rows"], *refused)}
 
     def calibrate(self, measure: Callable[[], dict[str, float]]) -> None:
         """Record the card's ceilings, once."""
@@ -95,8 +97,10 @@ class Session:
 
         try:
             self._time(job, self._warm(job, refuse), refuse)
-        except torch.OutOfMemoryError as error:  # of the cell itself: the other cells are smaller
+        except Exception as error:  # noqa: BLE001 - one cell must not cost the others
             refuse("*", error)
+            self._write()
+            _require_device(self.device, error)
         gc.collect()  # autograd's cycles hold tensors; the next cell may need the room
         self._write()
 
@@ -129,12 +133,24 @@ class Session:
 
     def _refuse(self, job: Job, provider: str, error: BaseException) -> None:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        identity = {name: value for name, value in job.identity.items() if name not in PLACE}
-        self.result.setdefault("refused", []).append({**identity, "provider": provider, "reason": reason})
+        self.result.setdefault("refused", []).append({**job.identity, "provider": provider, "reason": reason})
         _say(f"{_label(job.identity)} {provider:20} NOT TIMED  {reason}")
 
     def _write(self) -> None:
         write_atomic(self.out, json.dumps(self.result, indent=1) + "\n")
+
+
+def _require_device(device: str, error: BaseException) -> None:
+    """Raise ``UserError`` if a card takes no work any more, as after an illegal access."""
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as broken:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"the card takes no work any more ({reason}); --resume goes on behind this cell"
+        ) from broken
 
 
 def attempt(name: str, refuse: Refuse, build: Callable[[], T]) -> dict[str, T]:

@@ -61,7 +61,7 @@ def check_experts(
     """Raise unless the experts are ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)`` and match ``x``."""
     _check_floating(name, x)
     hidden = _hidden(x, name)
-    experts, rank = expert_gate.shape[:2] if expert_gate.dim() == 3 else ("E", "R")
+    experts, rank = expert_gate.shape[:2] if expert_gate.dim() == 3 and expert_gate.shape[1] else ("E", "R")
     _check_shape("expert_gate", expert_gate, (experts, rank, hidden))
     _check_shape("expert_up", expert_up, (experts, rank, hidden))
     _check_shape("expert_down", expert_down, (experts, hidden, rank))
@@ -77,8 +77,7 @@ def _check_segments(x: Tensor, name: str, segments: Segments, num_experts: int) 
         raise ValueError(f"seg: got {segments.num_rows} rows, expected {rows} for {name} {tuple(x.shape)}")
     if segments.device != x.device:
         raise ValueError(f"seg: got device {segments.device}, expected {x.device} like {name}")
-    if segments.max_id is not None and segments.max_id >= num_experts:
-        raise ValueError(f"seg: got expert id {segments.max_id}, expected ids below {num_experts} experts")
+    segments.require_ids_below(num_experts)
 
 
 def _hidden(x: Tensor, name: str) -> int:

@@ -18,6 +18,7 @@ from qar_kernels.segments import Segments
 
 _HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "torch", "reference")
+MAX_TRITON_RANK = 128  # of an expert: beyond it tiles do not fit into shared memory
 
 
 def fused_mlp(
@@ -43,8 +44,9 @@ def fused_mlp(
         seg: the expert of each of the T rows.
         expert_scale: weight of the experts' output.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. ``"auto"`` is ``"triton"`` on
-            CUDA where Triton is installed (but for float64), else ``"torch"``.
-        recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass ("triton" only).
+            CUDA where Triton is installed (but for float64 and R above 128), else ``"torch"``.
+        recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass ("triton" only,
+            always on its fused path).
         lora: adapters of the base projections, of any floating dtype. Their dropout is drawn from
             PyTorch's generator, for the hidden units in another way in "triton" than in the others.
 
@@ -61,7 +63,7 @@ def fused_mlp(
     check_lora(lora, gate, down)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
     rows = x.reshape(-1, x.shape[-1])
-    name = _resolve(backend, rows)
+    name = _resolve(backend, expert_gate.shape[1], rows)
     if name == "triton":
         base_weights, experts = (gate, up, down), (expert_gate, expert_up, expert_down)
         y = _triton_fused(rows, base_weights, experts, seg, expert_scale, recompute, lora)
@@ -103,7 +105,7 @@ def dual_mlp(
     check_experts(x_specific, "x_specific", expert_gate, expert_up, expert_down, seg)
     rows = x_general.reshape(-1, x_general.shape[-1])
     specific_rows = x_specific.reshape(-1, x_specific.shape[-1])
-    name = _resolve(backend, rows, specific_rows)
+    name = _resolve(backend, expert_gate.shape[1], rows, specific_rows)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
@@ -144,7 +146,7 @@ def expert_mlp(
         (base_y,) = _autocast(base_y)
         check_base_y(x, base_y)
         base_y = base_y.reshape(rows.shape)
-    name = _resolve(backend, rows)
+    name = _resolve(backend, expert_gate.shape[1], rows)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
@@ -170,7 +172,7 @@ def _triton_fused(
     from qar_kernels.triton import backend as triton_backend
 
     shape = _dispatch_shape(rows, base, experts, seg, lora)
-    if dispatch.choose_path(rows.device, shape) == "fused":
+    if recompute or dispatch.choose_path(rows.device, shape) == "fused":
         return triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute, lora)
     base_y = torch_backend.swiglu_mlp(rows, *base, lora)
     return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y)
@@ -193,23 +195,29 @@ def _dispatch_shape(
     )
 
 
-def _resolve(backend: str, *rows: Tensor) -> str:
-    """The backend that runs: no kernel is launched for an empty batch."""
+def _resolve(backend: str, rank: int, *rows: Tensor) -> str:
+    """The backend that runs: no kernel is launched for an empty batch, or where a rank fills no tile."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "triton":
-        _check_triton()
+        _check_triton(rank)
     elif backend == "auto":
-        kernels = rows[0].device.type == "cuda" and rows[0].dtype != torch.float64 and _HAS_TRITON
+        on_card = rows[0].device.type == "cuda" and _HAS_TRITON
+        kernels = on_card and rows[0].dtype != torch.float64 and rank <= MAX_TRITON_RANK
         backend = "triton" if kernels else "torch"
     if backend == "triton" and any(r.shape[0] == 0 for r in rows):
         return "torch"
     return backend
 
 
-def _check_triton() -> None:
+def _check_triton(rank: int) -> None:
     if not _HAS_TRITON:
         raise ValueError("backend: got 'triton', but Triton is not installed; expected 'auto' or 'torch'")
+    if rank > MAX_TRITON_RANK:
+        raise ValueError(
+            f"expert_gate: got rank {rank}, expected at most {MAX_TRITON_RANK} with backend 'triton' "
+            "(a tile holds a whole rank); 'auto' and 'torch' take any"
+        )
 
 
 def _module(backend: str) -> ModuleType:

@@ -41,6 +41,7 @@ class Segments:
     max_id: int | None = None
     _plans: dict[tuple[int, int, bool], TilePlan] = field(default_factory=dict, repr=False)
     _groups: dict[int, RowGroups] = field(default_factory=dict, repr=False)
+    _bounds_met: set[int] = field(default_factory=set, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -69,17 +70,31 @@ class Segments:
         """The tiles of the sorted rows, computed once per pair of block sizes and shared by all layers.
 
         A plan that was made while a CUDA graph was captured holds nothing until the graph is replayed,
-        so it is never handed to eager calls; under ``torch.compile`` common subexpressions are merged.
+        so it is never handed to eager calls; an eager one serves captures too. Make segments for each graph
+        that is to see other ids. Under ``torch.compile`` common subexpressions are merged.
         """
         if torch.compiler.is_compiling():
             return build_tile_plan(self.perm, self.offsets, self.experts, block_rows, block_expert)
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        key = (block_rows, block_expert, capturing)
+        eager, key = (block_rows, block_expert, False), (block_rows, block_expert, _is_capturing(self.device))
+        if eager in self._plans:
+            return self._plans[eager]
         if key not in self._plans:
             self._plans[key] = build_tile_plan(
                 self.perm, self.offsets, self.experts, block_rows, block_expert
             )
         return self._plans[key]
+
+    def require_ids_below(self, num_experts: int) -> None:
+        """Raise ``ValueError`` for an expert id that is too large; an accelerator asserts it by itself."""
+        if self.max_id is not None:
+            if self.max_id >= num_experts:
+                raise ValueError(
+                    f"seg: got expert id {self.max_id}, expected ids below {num_experts} experts"
+                )
+        elif self.device.type != "cpu" and num_experts not in self._bounds_met:
+            torch._assert_async((self.experts < num_experts).all(), "seg: expert id out of range")
+            if not torch.compiler.is_compiling():
+                self._bounds_met.add(num_experts)
 
     def row_groups(self, most: int) -> RowGroups:
         """The groups of the torch backend, read on the host once per batch and shared by all layers."""
@@ -144,6 +159,10 @@ class Segments:
         used = offsets[1:] > offsets[:-1]
         first = key[offsets[:-1].clamp(max=max(key.shape[0] - 1, 0))] if key.shape[0] else offsets[:-1]
         return cls(row_expert, perm, offsets, torch.where(used, first, -1), max_id)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _integers(values: IdsLike, name: str) -> Tensor:

@@ -68,7 +68,7 @@ def _run(
     config = CONFIGS[name]
     plan = segments.tile_plan(config.block_rows, config.block_expert)
     tensors = [_dense(t) for t in (x, *base, x_expert, *experts, base_y)]
-    adapters = [] if lora is NO_LORA else list(prepare(lora, rows, base[0].shape[0]))
+    adapters = [] if not lora.factors else list(prepare(lora, rows, base[0].shape[0]))
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *adapters))
     outputs = ops.swiglu_experts(
         tower, *tensors, segments.perm, plan_tensors(plan), adapters,

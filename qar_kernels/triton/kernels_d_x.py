@@ -31,9 +31,10 @@ def _segment_d_x(
     """``acc + d_a_e · Ag_q + d_u_e · Au_q`` for the rows inside the segment; the others add exact zeros."""
     inside = (rows >= tl.load(offsets_ptr + segment)) & (rows < tl.load(offsets_ptr + segment + 1))
     weights = tl.load(experts_ptr + segment) * RANK * H
-    # In steps, like every K loop: in one piece R 128 spills on sm_80, and R 64 does in exact fp32.
+    # In steps, like every K loop: in one piece R 128 spills on sm_80, and R 64 does in exact fp32. Up to RANK
+    # and not RANK_PAD: load_rows masks columns only where RANK is no multiple of the step.
     part: tl.constexpr = min(RANK_PAD, BLOCK_K)
-    for first in tl.static_range(0, RANK_PAD, part):
+    for first in tl.static_range(0, RANK, part):
         rank = first + tl.arange(0, part)
         d_a = load_rows(d_a_ptr, rows, inside, first, RANK, part)
         gate = load_rows(gate_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)

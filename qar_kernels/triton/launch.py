@@ -243,7 +243,8 @@ def _rank_pad(rank: int) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    """That of PyTorch's own GEMMs. Its older switches show here too; they raise once this one was used."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

@@ -129,7 +129,7 @@ def swiglu_experts_backward(
         base, expert = launch.gate_up(call, rows, expert_rows, save=True)
     if not (needs_x or needs_base or any(needs_lora)):
         call = call.only_experts()
-    d_low = d_rows @ call.lora.down_b if lora else None
+    d_low = d_rows @ call.lora.down_b if lora and call.tower != "expert" else None
     keep_h = needs_base or (any(needs_lora[4:]) and not call.lora.drops)
     d_base, d_expert = launch.d_hidden(call, d_rows, d_expert_rows, base, expert, keep_h, d_low)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from triton.errors import TritonError
 
 
@@ -42,10 +44,17 @@ def run_kernel(kernel: object, grid: tuple[int, ...], *args: object, **meta: obj
         _recorded.append(Recorded(kernel, args, meta))
         return
     try:
-        kernel[grid](*args, **meta)
+        with _device_of(args):
+            kernel[grid](*args, **meta)
     except (TritonError, RuntimeError) as error:  # the driver and the compiler's passes raise the latter
         raise RuntimeError(
-            f"{kernel.__name__}: got {type(error).__name__} while it was compiled or launched, expected an "
-            'NVIDIA device of compute capability 8.0, 9.0 or 10.0. Pass backend="torch", or set '
-            "QAR_KERNELS_PATH=grouped to leave at least the base MLP to the vendor library"
+            f"{kernel.__name__}: {type(error).__name__} while it was compiled or launched: {error}. Made for "
+            'NVIDIA devices of compute capability 8.0, 9.0 or 10.0; backend="torch" does without, and '
+            "QAR_KERNELS_PATH=grouped leaves at least the base MLP to the vendor library"
         ) from error
+
+
+def _device_of(args: tuple) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors' (``device_map="auto"``)."""
+    tensor = next((arg for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
+    return nullcontext() if tensor is None else torch.cuda.device_of(tensor)

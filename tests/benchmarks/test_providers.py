@@ -9,13 +9,15 @@ import torch
 
 from benchmarks import kernels, libraries
 from benchmarks.__main__ import main
+from benchmarks.calibrate import _base_gate_up
 from benchmarks.inputs import Inputs
 from benchmarks.providers import PROVIDERS, Trial
 from benchmarks.schema import load
-from benchmarks.session import Session
+from benchmarks.session import Job, Session
 from benchmarks.shapes import Cell, matrix
 from benchmarks.verify import Reference, WrongResult
 from qar_kernels.triton import launch
+from qar_kernels.triton.runner import recording
 from train.errors import UserError
 
 CELL = Cell(24, 3, 5, 16, 32, 64, "float32")
@@ -97,6 +99,28 @@ def test_a_wrong_or_failing_provider_is_reported_and_not_timed(monkeypatch, tmp_
     assert "relative error" in reasons["slow_and_wrong"]
     assert reasons["fails"] == "NotImplementedError: no such kernel"
     assert "slow_and_wrong       NOT TIMED" in capsys.readouterr().out
+
+
+def test_a_cell_that_cannot_be_built_costs_no_other_and_is_not_tried_again(tmp_path):
+    def breaks(refuse):
+        raise RuntimeError("an illegal memory access")
+
+    sound = kernels.mlp_job(1, "expert_mlp", dataclasses.replace(CELL, I=0), "cpu", False, budget_s=0.01)
+    broken = Job(0, "fused_mlp", False, CELL, breaks)
+    session = Session("cpu", tmp_path / "result.json", minutes=1)
+    assert session.run([broken, sound]) == []
+    assert session.result["rows"]
+    (refused,) = load(session.out)["refused"]
+    assert refused["provider"] == "*"
+    again = Session("cpu", session.out, minutes=0, resume=load(session.out))
+    assert again.run([broken, sound]) == []
+
+
+def test_the_calibration_launches_what_it_times():
+    x, gate, up = torch.zeros(8, 32), torch.zeros(48, 32), torch.zeros(48, 32)
+    with recording() as recorded:
+        _base_gate_up(x, gate, up)()
+    assert [asked.kernel.__name__ for asked in recorded] == ["gate_up_kernel"] * 2
 
 
 def test_measured_rows_are_kept_and_resumed(monkeypatch, tmp_path):

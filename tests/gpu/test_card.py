@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available() and os.environ.get("QAR_REHEARSE") != "1":
     pytest.skip("no CUDA device: nothing was tested", allow_module_level=True)
 
+import lora_helpers
 from helpers import TOWERS, Case, check, run
 
 from qar_kernels import Segments, fused_mlp, reference
@@ -83,6 +84,26 @@ def test_isolation_and_two_runs(rows, tower):
     for name in ("d_expert_gate", "d_expert_up", "d_expert_down"):
         assert torch.equal(alone[name][1], first[name][1]), name
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("tower", ["fused", "dual"])
+@pytest.mark.parametrize("path", ["fused", "grouped"])
+def test_adapters(monkeypatch, path, tower, dropout):
+    """The paper's recipe: LoRA with dropout on a base, whose weights here train too."""
+    monkeypatch.setenv("QAR_KERNELS_PATH", path)
+    rows, hidden, inter = (300, 272, 656) if CARD else (9, 48, 80)
+    case = Case(ids(rows, 4), H=hidden, I=inter)
+    lora_helpers.check(monkeypatch, case, tower, "triton", HALF, dropout=dropout, device=DEVICE)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recomputed_pre_activations(monkeypatch, dropout):
+    rows, hidden, inter = (300, 272, 656) if CARD else (9, 48, 80)
+    case = Case(ids(rows, 4), H=hidden, I=inter)
+    lora_helpers.check(
+        monkeypatch, case, "fused", "triton", HALF, dropout=dropout, device=DEVICE, recompute=True
+    )
 
 
 def leaves(rows=300, hidden=256, inter=512, requires_grad=False):

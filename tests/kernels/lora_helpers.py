@@ -32,7 +32,7 @@ def with_factors(case, ranks):
 
 def unpack(mask, columns):
     """The bits of a mask as (rows, columns) zeros and ones."""
-    bits = mask[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    bits = mask[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
     return bits.reshape(mask.shape[0], -1)[:, :columns].double()
 
 
@@ -57,7 +57,7 @@ class Masks:
             return x
         name = next(name for name in self.projections if name not in self.kept)
         draw = torch.Generator().manual_seed(PROJECTIONS.index(name))
-        self.kept[name] = (torch.rand(x.shape, generator=draw) >= probability).double()
+        self.kept[name] = (torch.rand(x.shape, generator=draw) >= probability).double().to(x.device)
         return x * self.kept[name].to(x.dtype) / (1 - probability)
 
 
@@ -74,7 +74,7 @@ def formula(tensors, expert_ids, tower, scale, kept, dropout):
     def base(x):
         return project(torch.nn.functional.silu(project(x, "gate")) * project(x, "up"), "down")
 
-    experts = partial(expert_mlp, segments=Segments.from_ids(expert_ids))
+    experts = partial(expert_mlp, segments=segments_of(expert_ids, tensors))
     weights = [tensors[name] for name in WEIGHTS[3:]]
     if tower == "fused":
         return {"y": base(tensors["x"]) + scale * experts(tensors["x"], *weights)}
@@ -88,15 +88,19 @@ def operation(tensors, expert_ids, tower, scale, backend, dropout, **options):
         if f"{name}.a" in tensors
     }
     options |= {"lora": LoRA(**adapters), "backend": backend}
-    weights, seg = [tensors[name] for name in WEIGHTS], Segments.from_ids(expert_ids)
+    weights, seg = [tensors[name] for name in WEIGHTS], segments_of(expert_ids, tensors)
     if tower == "fused":
         return {"y": fused_mlp(tensors["x"], *weights, seg, scale, **options)}
     y, specific = dual_mlp(tensors["x"], tensors["x_specific"], *weights, seg, **options)
     return {"y": y, "y_specific": specific}
 
 
-def leaves(tensors, dtype, wanted, rounded=None):
-    cast = {name: t.to(rounded or dtype).to(dtype) for name, t in tensors.items()}
+def segments_of(expert_ids, tensors):
+    return Segments.from_ids(torch.tensor(expert_ids, device=tensors["x"].device))
+
+
+def leaves(tensors, dtype, wanted, rounded=None, device="cpu"):
+    cast = {name: t.to(rounded or dtype).to(device, dtype) for name, t in tensors.items()}
     return {name: t.requires_grad_(name in wanted) for name, t in cast.items()}
 
 
@@ -107,23 +111,23 @@ def with_grads(outputs, tensors, wanted):
     return got | {f"d_{name}": grad for name, grad in zip(wanted, grads, strict=True)}
 
 
-def run(case, tower, backend, dtype, ranks=RANKS, dropout=0.0, frozen=(), **options):
+def run(case, tower, backend, dtype, ranks=RANKS, dropout=0.0, frozen=(), device="cpu", **options):
     """Outputs and gradients by name of everything that trains: all, except what ``frozen`` names."""
     wanted = [n for n in ("x", "x_specific", *WEIGHTS, *factor_names(ranks)) if n not in frozen]
     wanted = [n for n in wanted if n != "x_specific" or tower == "dual"]
-    tensors = leaves(with_factors(case, ranks), dtype, wanted)
+    tensors = leaves(with_factors(case, ranks), dtype, wanted, device=device)
     outputs = operation(tensors, case.ids, tower, case.scale, backend, dropout, **options)
     return with_grads(outputs, tensors, wanted), wanted
 
 
-def check(monkeypatch, case, tower, backend, dtype, ranks=RANKS, dropout=0.0, **options):
+def check(monkeypatch, case, tower, backend, dtype, ranks=RANKS, dropout=0.0, device="cpu", **options):
     with monkeypatch.context() as patch:
         masks = Masks(patch, ranks)
-        got, wanted = run(case, tower, backend, dtype, ranks, dropout, **options)
+        got, wanted = run(case, tower, backend, dtype, ranks, dropout, device=device, **options)
     assert set(masks.kept) == (set(ranks) if dropout else set())
     expected = []
     for precision in (torch.float64, dtype):
-        tensors = leaves(with_factors(case, ranks), precision, wanted, rounded=dtype)
+        tensors = leaves(with_factors(case, ranks), precision, wanted, rounded=dtype, device=device)
         outputs = formula(tensors, case.ids, tower, case.scale, masks.kept, dropout)
         expected.append(with_grads(outputs, tensors, wanted))
     truth, eager = expected

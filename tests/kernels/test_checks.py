@@ -128,6 +128,17 @@ def test_a_chip_that_the_kernels_do_not_fit(monkeypatch, error):
         def __getitem__(self, grid):
             raise error
 
-    with pytest.raises(RuntimeError, match=r'some_kernel: got .*backend="torch".*QAR_KERNELS_PATH') as raised:
+    with pytest.raises(RuntimeError, match=r'some_kernel: .*backend="torch".*QAR_KERNELS_PATH') as raised:
         run_kernel(Kernel(), (1,))
+    assert str(error) in str(raised.value)
     assert raised.value.__cause__ is error
+
+
+def test_a_rank_that_no_tile_holds():
+    weights = torch.zeros(1, 160, 16), torch.zeros(1, 160, 16), torch.zeros(1, 16, 160)
+    with pytest.raises(ValueError, match="got rank 160, expected at most 128"):
+        expert_mlp(torch.zeros(2, 16), *weights, Segments.from_ids([0, 0]), backend="triton")
+    assert expert_mlp(torch.zeros(2, 16), *weights, Segments.from_ids([0, 0])).shape == (2, 16)
+    none = torch.zeros(1, 0, 16), torch.zeros(1, 0, 16), torch.zeros(1, 16, 0)
+    with pytest.raises(ValueError, match=r"expert_gate: got shape \(1, 0, 16\)"):
+        expert_mlp(torch.zeros(2, 16), *none, Segments.from_ids([0, 0]))

@@ -33,6 +33,8 @@ CASES = {
     "a thousand experts": Case(ids(23, 1000), E=1000, R=8),
     "rank 8": Case(ids(33, 3), E=3, R=8),
     "rank 24": Case(ids(33, 3), E=3, R=24),
+    "rank 40, one step and a part": Case(ids(33, 3), E=3, R=40),
+    "rank 96, three steps of four": Case(ids(33, 3), E=3, R=96),
     "rank 64": Case(ids(33, 3), E=3, R=64),
     "rank 128": Case(ids(20, 3), E=3, R=128),
     "odd multiples of 16": Case(ids(35, 4), H=112, I=144),
