@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import plots
 from benchmarks.schema import OPS
-from benchmarks.tables import OURS, against_best, by_cell
+from benchmarks.tables import OURS, against_best, best_setting, by_cell
 from qar_kernels import roofline
 
 _MIN_POINTS = 2
@@ -36,10 +36,11 @@ def _heat_maps(rows: list[dict], run: str) -> Iterator[tuple[str, str]]:
         cells = by_cell(group).values()
         over_base, over_others = {}, {}
         for cell in cells:
-            if OURS in cell and cell[OURS]["ratio_to_base"]:
-                over_base[cell[OURS]["T"], cell[OURS]["Q"]] = cell[OURS]["ratio_to_base"]
+            ours = best_setting(cell)
+            if ours and ours["ratio_to_base"]:
+                over_base[ours["T"], ours["Q"]] = ours["ratio_to_base"]
             if best := against_best(cell):
-                over_others[cell[OURS]["T"], cell[OURS]["Q"]] = 1 / best[1]
+                over_others[ours["T"], ours["Q"]] = 1 / best[1]
         where = f"{run}, H {hidden}, I {inter}, R {rank}"
         for name, values, unit in (
             ("over-base", over_base, "time with experts / base MLP alone"),

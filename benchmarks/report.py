@@ -25,9 +25,10 @@ _NONE = "No result file is committed yet. `make bench` writes one, `make bench-g
 _TOKEN_OPS = ("prefill", "decode", "train_step", "generate", "finetune_step")
 _EXPLANATION = """\
 Every provider was checked against the float64 reference before it was timed. Rounds in turns, medians
-[20th, 80th percentile]; `ours` is what `backend="auto"` picks, `ours_...` are its forced paths and its
-other tower. The last column is the fastest provider that is not ours and computes experts too: above 1,
-ours is faster.
+[20th, 80th percentile]; `ours` is what `backend="auto"` picks, `ours_...` are its forced paths, its other
+tower and its other storage of expert gradients (`ours_sparse`). The last column is the fastest provider that is
+not ours and computes experts too, over the faster of `ours` and `ours_sparse`, a setting that users choose for
+their number of queriers: above 1, ours is faster.
 `peft_mixed` computes another function with about as many parameters (rank-matched LoRA, inference only).
 """
 

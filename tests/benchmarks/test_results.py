@@ -135,6 +135,13 @@ def test_losses_are_said_as_plainly_as_wins():
     assert "loop | 0.75 |" in report.page("name", lost, [])
 
 
+def test_ours_stands_with_the_faster_storage_of_gradients():
+    rows = [row(name, p50, run="fwd+bwd") for name, p50 in (("base", 1.0), ("ours", 3.0), ("loop", 1.5))]
+    assert tables.against_best({r["provider"]: r for r in rows}) == ("loop", 0.5)
+    rows.append(row("ours_sparse", 1.2, run="fwd+bwd"))
+    assert tables.against_best({r["provider"]: r for r in rows}) == ("loop", pytest.approx(1.25))
+
+
 def test_dispatch_cells_are_what_dispatch_reads(tmp_path):
     cells = dispatch_cells.dispatch_cells(sound())
     namespace = {}
