@@ -26,9 +26,9 @@ _TOKEN_OPS = ("prefill", "decode", "train_step", "generate", "finetune_step")
 _EXPLANATION = """\
 Every provider was checked against the float64 reference before it was timed. Rounds in turns, medians
 [20th, 80th percentile]; `ours` is what `backend="auto"` picks, `ours_...` are its forced paths, its other
-tower and its other storage of expert gradients (`ours_sparse`). The last column is the fastest provider that is
-not ours and computes experts too, over the faster of `ours` and `ours_sparse`, a setting that users choose for
-their number of queriers: above 1, ours is faster.
+tower and its other storage of expert gradients (`ours_sparse`). The last column is the time of the fastest
+provider that is not ours and computes experts too, over the faster of `ours` and `ours_sparse` (a setting
+that users choose for their number of queriers): above 1, ours is faster.
 `peft_mixed` computes another function with about as many parameters (rank-matched LoRA, inference only).
 """
 
