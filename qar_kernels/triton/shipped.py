@@ -24,8 +24,8 @@ TOWERS = ("fused", "dual", "expert")
 LORA_RANKS = (16, 64)  # of adapters on all three base projections, with dropout
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Each of them gives the split K loops another number of parts at the shapes above.
-_DECODE_ROWS = (64, 128, 256)
-_PREFILL_ROWS = (512,)
+_DECODE_ROWS = (64,)
+_PREFILL_ROWS = (1024, 512, 256, 128)
 
 
 @dataclass(frozen=True)

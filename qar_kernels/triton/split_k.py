@@ -18,12 +18,12 @@ _COLUMNS = 1024
 
 
 def count(tiles: int, programs: int, max_splits: int) -> int:
-    """Parts of the K loop: a power of two that gives each program up to two tiles.
+    """Parts of the K loop: the least power of two that gives three quarters of the programs a tile.
 
     Depends on shapes and the device only, never on the ids: a row's sum has one order in all company.
     """
     splits = 1
-    while 2 * splits <= max_splits and splits * tiles < programs:
+    while 2 * splits <= max_splits and 4 * splits * tiles < 3 * programs:
         splits *= 2
     return splits
 

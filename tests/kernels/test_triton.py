@@ -106,7 +106,8 @@ def test_split_k(use_config, slots_used, tower, tma):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "programs", "splits"), [(64, 132, 4), (66, 132, 2), (132, 132, 1), (1, 132, 8), (9, 2, 1)]
+    ("tiles", "programs", "splits"),
+    [(64, 132, 2), (32, 132, 4), (98, 132, 2), (99, 132, 1), (132, 132, 1), (1, 132, 8), (9, 2, 1)],
 )
 def test_number_of_splits(tiles, programs, splits):
     assert split_k.count(tiles, programs, max_splits=8) == splits
