@@ -5,6 +5,7 @@ from io import StringIO
 
 import pytest
 import torch
+from recast import answered_by
 from rich.console import Console
 
 from train.chat import Chat
@@ -14,24 +15,6 @@ from train.data.transcript import Turn
 from train.errors import UserError
 from train.generate import answer_table, known_querier, prompt_as
 from train.trained import untrained
-
-
-def told_by(data, name):
-    """``data`` of another responder."""
-    halves = {}
-    for half in ("train", "dev"):
-        halves[half] = [
-            dataclasses.replace(
-                example,
-                responder=name,
-                turns=tuple(
-                    dataclasses.replace(turn, speaker=name) if turn.speaker == data.responder else turn
-                    for turn in example.turns
-                ),
-            )
-            for example in getattr(data, half)
-        ]
-    return dataclasses.replace(data, responder=name, **halves)
 
 
 def asked_alike(trained, example):
@@ -46,7 +29,7 @@ def asked_alike(trained, example):
 @pytest.fixture
 def pairs(config, tiny_data):
     """A model of two responders, and its data."""
-    data = merge([tiny_data, told_by(tiny_data, "Amy Farrah Fowler")])
+    data = merge([tiny_data, answered_by(tiny_data, "Amy Farrah Fowler")])
     return untrained(config.replace(names_in_prompt=True), data.responder, tuple(data.queriers)), data
 
 
