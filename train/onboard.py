@@ -46,8 +46,8 @@ def onboard(
     contrastive loss is left out: its clusters are those of the dialogues that the model was trained on.
 
     Raises:
-        UserError: if nobody in ``source`` has an expert of their own, the newcomer is no newcomer, or ``data``
-            is of another responder or has no training window of theirs.
+        UserError: if nobody in ``source`` has an expert of their own, the newcomer is no newcomer, or
+            ``data`` is of another responder or has no training window of theirs.
     """
     trained = load_trained(source)
     if trained.model.qar.experts == "shared":
