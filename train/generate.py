@@ -19,9 +19,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.cli import run
+from train.config import TrainConfig
 from train.data.encode import encode_prompt
+from train.data.layout import Example, MQDialog
 from train.data.responders import split_pair
 from train.data.transcript import Turn
+from train.dataset import with_context
 from train.errors import UserError
 from train.trained import Trained, load_trained
 
@@ -81,14 +84,26 @@ def prompt_as(trained: Trained, history: Sequence[Turn], querier: str) -> list[i
     """The prompt for ``history`` as if ``querier`` had said all of it that ``trained.responder`` did not."""
     config = trained.config
     asker, responder = roles(trained, querier)
+    turns = [Turn(responder if turn.speaker == trained.responder else asker, turn.text) for turn in history]
     return encode_prompt(
-        [Turn(responder if turn.speaker == trained.responder else asker, turn.text) for turn in history],
+        turns,
         trained.tokenizer,
         responder=responder,
         max_tokens=config.max_tokens,
         names_in_prompt=config.names_in_prompt,
         style=config.style,
+        context=_context(config, turns, responder),
     )
+
+
+def _context(config: TrainConfig, turns: Sequence[Turn], responder: str) -> str:
+    """What stood before such turns in training."""
+    if config.context == "few_shot":
+        raise UserError(
+            "context: got 'few_shot', which needs the training dialogues, expected a profile or none"
+        )
+    window = Example("", tuple(turns), responder, "", 0, 0)
+    return with_context(MQDialog(responder, [""], 1, [], [window]), config).dev[0].context
 
 
 def roles(trained: Trained, querier: str) -> tuple[str, str]:

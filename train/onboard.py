@@ -24,6 +24,7 @@ from train.data.encode import encode_all
 from train.data.layout import Example
 from train.data.mqdialog import load_mqdialog
 from train.data.responders import pair_name, split_pair
+from train.dataset import with_context
 from train.errors import UserError
 from train.finetune import make_trainer
 from train.generate import roles
@@ -66,6 +67,7 @@ def onboard(
     if not examples:
         names = ", ".join(found.queriers)
         raise UserError(f"{data}: no training window of querier '{querier}'; it has {names}")
+    examples = with_context(dataclasses.replace(found, train=examples, dev=[]), trained.config).train
     trained.model.add_queriers(name, init="mean")
     trained.model.train_only(name)
     contrast, trained.model.contrast = trained.model.contrast, None

@@ -12,6 +12,7 @@ from train.chat import Chat
 from train.data.encode import encode
 from train.data.responders import merge
 from train.data.transcript import Turn
+from train.dataset import with_context
 from train.errors import UserError
 from train.generate import answer_table, known_querier, prompt_as
 from train.trained import untrained
@@ -68,6 +69,27 @@ def test_a_name_in_brackets_is_talked_with(config):
     chat.handle("/who")
     chat.handle("Well ?")
     assert chat.console.file.getvalue().startswith("[red]Ann\n[/Wren]: ")
+
+
+@pytest.mark.parametrize("context", ["role_profile", "querier_profile"])
+def test_the_profiles_of_training_are_in_the_prompt(pairs, tmp_path, context):
+    trained, data = pairs
+    speakers = {turn.speaker for example in data.dev for turn in example.turns}
+    profiles = tmp_path / "profiles.yaml"
+    profiles.write_text("".join(f"{name}: What {name} says\n" for name in speakers))
+    told = dataclasses.replace(
+        trained, config=trained.config.replace(context=context, profiles=str(profiles))
+    )
+    for example in with_context(data, told.config).dev[::5]:
+        asked, trained_on = asked_alike(told, example)
+        assert example.context and asked == trained_on
+
+
+def test_retrieved_dialogues_are_refused(pairs):
+    trained, data = pairs
+    told = dataclasses.replace(trained, config=trained.config.replace(context="few_shot"))
+    with pytest.raises(UserError, match="context: got 'few_shot'"):
+        prompt_as(told, [Turn("", "Well ?")], trained.queriers[0])
 
 
 class Elsewhere:
