@@ -86,7 +86,7 @@ def test_the_profiles_of_training_are_in_the_prompt(pairs, tmp_path, context):
 
 
 def test_retrieved_dialogues_are_refused(pairs):
-    trained, data = pairs
+    trained, _ = pairs
     told = dataclasses.replace(trained, config=trained.config.replace(context="few_shot"))
     with pytest.raises(UserError, match="context: got 'few_shot'"):
         prompt_as(told, [Turn("", "Well ?")], trained.queriers[0])
