@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -96,6 +97,8 @@ class QARForCausalLMMixin(MembershipMixin):
         """As the base class, with ``querier_ids`` (B,), one per prompt, checked before any work."""
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         batch_size = next((len(prompt) for prompt in prompts if prompt is not None), 1)
+        if kwargs.get("querier_ids") is not None:
+            kwargs["querier_ids"] = torch.as_tensor(kwargs["querier_ids"])  # beams repeat tensors only
         check_prompt_ids(kwargs.get("querier_ids"), self.qar, batch_size)
         return super().generate(inputs, *args, **kwargs)
 
@@ -145,6 +148,7 @@ class QARForCausalLMMixin(MembershipMixin):
             num_items_in_batch: labelled tokens of the whole optimizer step; the losses are then that
                 step's share, so that their sum over micro-batches is the mean over tokens.
         """
+        querier_ids = None if querier_ids is None else torch.as_tensor(querier_ids)
         outputs: QARModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

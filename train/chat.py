@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 from transformers import TextStreamer
 
 from train.cli import run
 from train.data.transcript import Turn
 from train.errors import UserError
-from train.generate import answer, end_marks, prompt_as, querier_id
+from train.generate import answer, answer_table, end_marks, known_querier, prompt_as, querier_id, roles
 from train.trained import Trained, load_trained
 
 
@@ -35,8 +35,7 @@ class Chat:
 
     def switch(self, querier: str) -> None:
         """From now on somebody else asks."""
-        querier_id(self.trained.queriers, querier)
-        self.querier = querier
+        self.querier = known_querier(self.trained.queriers, querier)
 
     def handle(self, line: str) -> None:
         """A command, or something to answer."""
@@ -44,7 +43,7 @@ class Chat:
         if command == "/as":
             self.switch(rest.strip())
         elif command == "/who":
-            self.console.print(", ".join(self.trained.queriers))
+            self.console.print(Text(", ".join(self.trained.queriers)))
         elif command == "/all":
             self._answer_all()
         elif line.startswith("/"):
@@ -56,12 +55,14 @@ class Chat:
         self.history.append(Turn(self.querier, query))
         tokenizer = self.trained.tokenizer
         prompt = prompt_as(self.trained, self.history, self.querier)
-        self.console.print(f"[bold]{self.trained.responder}[/]: ", end="")
-        ids = torch.tensor([prompt])
-        out = self.trained.model.generate(
+        responder = roles(self.trained, self.querier)[1]
+        self.console.print(Text.assemble((responder, "bold"), ": "), end="")
+        model, asking = self.trained.model, querier_id(self.trained.queriers, self.querier)
+        ids = torch.tensor([prompt], device=model.device)
+        out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            querier_ids=torch.tensor([querier_id(self.trained.queriers, self.querier)]),
+            querier_ids=torch.tensor([asking], device=model.device),
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             eos_token_id=end_marks(tokenizer),
@@ -76,11 +77,8 @@ class Chat:
         if not asked:
             raise UserError("/all answers the last query, but nothing was asked yet")
         history = self.history[: asked[-1] + 1]
-        table = Table("asked by", f"{self.trained.responder} answers", show_lines=True)
         replies = answer(self.trained, history, self.trained.queriers, self.max_new_tokens)
-        for name, reply in replies.items():
-            table.add_row(name, reply)
-        self.console.print(table)
+        self.console.print(answer_table(self.trained, replies))
 
 
 def main() -> None:
@@ -90,13 +88,15 @@ def main() -> None:
     parser.add_argument("--querier", required=True, help="who asks first")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: got {arguments.max_new_tokens}, expected at least 1")
     logging.basicConfig(level=logging.WARNING)
     transformers.logging.disable_progress_bar()
     console = Console()
     chat = Chat(load_trained(arguments.model), arguments.querier, console, arguments.max_new_tokens)
     while True:
         try:
-            line = console.input(f"[dim]{chat.querier}:[/] ")
+            line = console.input(Text(f"{chat.querier}: ", "dim"))
         except EOFError:
             return
         if line.strip() == "/quit":
@@ -104,7 +104,7 @@ def main() -> None:
         try:
             chat.handle(line)
         except UserError as error:  # a slip while talking does not end the talk
-            console.print(f"[red]{error}[/]")
+            console.print(Text(str(error), "red"))
 
 
 if __name__ == "__main__":

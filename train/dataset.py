@@ -29,7 +29,7 @@ def load_data(config: TrainConfig) -> RunData:
     Raises:
         UserError: what is wrong with the files, naming file, record and key.
     """
-    data, valid = _with_context(load_dialogues(Path(config.data)), config), []
+    data, valid = with_context(load_dialogues(Path(config.data)), config), []
     if config.validation:
         data, valid = split_validation(data, config.validation)
     if config.windows == "covering":
@@ -37,7 +37,11 @@ def load_data(config: TrainConfig) -> RunData:
     return RunData(data, valid)
 
 
-def _with_context(data: MQDialog, config: TrainConfig) -> MQDialog:
+def with_context(data: MQDialog, config: TrainConfig) -> MQDialog:
+    """``data`` with what the configuration puts before the turns.
+
+    Raises ``UserError`` for profiles that are damaged or lack somebody.
+    """
     if config.context == "role_profile":
         return role_profile(data, load_profiles(Path(config.profiles)))
     if config.context == "querier_profile":

@@ -8,18 +8,23 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.cli import run
+from train.config import TrainConfig
 from train.data.encode import encode_prompt
+from train.data.layout import Example, MQDialog
+from train.data.responders import split_pair
 from train.data.transcript import Turn
+from train.dataset import with_context
 from train.errors import UserError
 from train.trained import Trained, load_trained
 
@@ -64,7 +69,8 @@ def answer(
 ) -> dict[str, str]:
     """The same query, the last turn of ``history``, asked by each of ``queriers`` in one batch.
 
-    ``history`` is rewritten as spoken by each querier in turn, so that nothing but who asks differs.
+    ``history`` is rewritten as spoken by each querier in turn, so that nothing but who asks differs; of a
+    model of several responders the querier's own one answers.
     """
     ids = [querier_id(trained.queriers, name) for name in queriers]
     prompts = [prompt_as(trained, history, name) for name in queriers]
@@ -75,22 +81,54 @@ def answer(
 
 
 def prompt_as(trained: Trained, history: Sequence[Turn], querier: str) -> list[int]:
-    """The prompt for ``history`` as if ``querier`` had spoken all of it that is not the responder's."""
+    """The prompt for ``history`` as if ``querier`` had said all of it that ``trained.responder`` did not."""
     config = trained.config
+    asker, responder = roles(trained, querier)
+    turns = [Turn(responder if turn.speaker == trained.responder else asker, turn.text) for turn in history]
     return encode_prompt(
-        [turn if turn.speaker == trained.responder else Turn(querier, turn.text) for turn in history],
+        turns,
         trained.tokenizer,
-        responder=trained.responder,
+        responder=responder,
         max_tokens=config.max_tokens,
         names_in_prompt=config.names_in_prompt,
         style=config.style,
+        context=_context(config, turns, responder),
     )
 
 
+def _context(config: TrainConfig, turns: Sequence[Turn], responder: str) -> str:
+    """What stood before such turns in training."""
+    if config.context == "few_shot":
+        raise UserError(
+            "context: got 'few_shot', which needs the training dialogues, expected a profile or none"
+        )
+    window = Example("", tuple(turns), responder, "", 0, 0)
+    return with_context(MQDialog(responder, [""], 1, [], [window]), config).dev[0].context
+
+
+def roles(trained: Trained, querier: str) -> tuple[str, str]:
+    """Who asks and who answers; in a model of several responders ``querier`` is the name of a pair."""
+    asker, responder = split_pair(known_querier(trained.queriers, querier))
+    return asker, responder or trained.responder
+
+
 def querier_id(queriers: Sequence[str], name: str) -> int:
-    """The id of a name; one that is unknown is a ``UserError`` with the closest that are."""
+    """The id of a name that :func:`known_querier` knows."""
+    return list(queriers).index(known_querier(queriers, name))
+
+
+def known_querier(queriers: Sequence[str], name: str) -> str:
+    """One of ``queriers`` by name; of pairs also by who asks, where they ask one responder only.
+
+    Raises ``UserError`` with all that ``name`` could mean, or for an unknown one the closest names.
+    """
     if name in queriers:
-        return list(queriers).index(name)
+        return name
+    pairs = [pair for pair in queriers if split_pair(pair)[0] == name]
+    if len(pairs) > 1:
+        raise UserError(f"querier '{name}' asks several; expected {' or '.join(map(repr, pairs))}")
+    if pairs:
+        return pairs[0]
     close = difflib.get_close_matches(name, queriers, n=1) or list(queriers)[:5]
     raise UserError(f"querier '{name}' is unknown; did you mean {' or '.join(close)}?")
 
@@ -100,6 +138,15 @@ def end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     vocabulary = tokenizer.get_vocab()
     marks = [vocabulary[mark] for mark in ("<|im_end|>", "<|eot_id|>") if mark in vocabulary]
     return sorted({tokenizer.eos_token_id, *marks})
+
+
+def answer_table(trained: Trained, replies: Mapping[str, str]) -> Table:
+    """Replies by who asks, side by side; whatever their brackets or length, they are shown as they are."""
+    columns = (Column(heading, overflow="fold") for heading in ("asked by", "answered by", "reply"))
+    table = Table(*columns, show_lines=True)
+    for name, reply in replies.items():
+        table.add_row(*map(Text, (*roles(trained, name), reply)))
+    return table
 
 
 def main() -> None:
@@ -112,14 +159,13 @@ def main() -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=48)
     arguments = parser.parse_args()
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: got {arguments.max_new_tokens}, expected at least 1")
     logging.basicConfig(level=logging.WARNING)
     trained = load_trained(arguments.model)
     queriers = arguments.queriers or list(trained.queriers)
     replies = answer(trained, [Turn(queriers[0], arguments.query)], queriers, arguments.max_new_tokens)
-    table = Table("asked by", f"{trained.responder} answers", show_lines=True)
-    for name, reply in replies.items():
-        table.add_row(name, reply)
-    Console().print(table)
+    Console().print(answer_table(trained, replies))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
@@ -22,8 +23,11 @@ from train.cli import run
 from train.data.encode import encode_all
 from train.data.layout import Example
 from train.data.mqdialog import load_mqdialog
+from train.data.responders import pair_name, split_pair
+from train.dataset import with_context
 from train.errors import UserError
 from train.finetune import make_trainer
+from train.generate import roles
 from train.trained import Trained, load_trained, save_with_adapter_of
 
 EPOCHS, LEARNING_RATE = 4.0, 5e-3
@@ -39,25 +43,45 @@ def onboard(
 ) -> Path:
     """Add ``querier`` to the trained model in ``source``, train that expert alone, write ``out``.
 
+    Where the model answers for several responders, the newcomer gets an expert for the one of ``data``. The
+    contrastive loss is left out: its clusters are those of the dialogues that the model was trained on.
+
     Raises:
-        UserError: if the newcomer is no newcomer, or ``data`` has no training window of theirs.
+        UserError: if nobody in ``source`` has an expert of their own, the newcomer is no newcomer, or
+            ``data`` is of another responder or has no training window of theirs.
     """
     trained = load_trained(source)
-    if querier in trained.queriers:
-        raise UserError(f"querier '{querier}' is known to {source} already")
+    if trained.model.qar.experts == "shared":
+        settings = f"method={trained.config.method}, experts={trained.config.experts}"
+        raise UserError(
+            f"{source}: got {settings}, expected a model whose queriers have experts of their own"
+        )
     found = load_mqdialog(data)
-    if found.responder != trained.responder:
-        raise UserError(f"{data}: the responder is {found.responder}, expected {trained.responder}")
+    name = _name_beside(trained.queriers, querier, found.responder)
+    if name in trained.queriers:
+        raise UserError(f"querier '{name}' is known to {source} already")
+    responders = sorted({roles(trained, known)[1] for known in trained.queriers})
+    if found.responder not in responders:
+        raise UserError(f"{data}: the responder is {found.responder}, expected {' or '.join(responders)}")
     examples = [example for example in found.train if example.querier == querier]
     if not examples:
         names = ", ".join(found.queriers)
         raise UserError(f"{data}: no training window of querier '{querier}'; it has {names}")
-    trained.model.add_queriers(querier, init="mean")
-    trained.model.train_only(querier)
-    _train(trained, examples, trained.model.queriers[querier], epochs, learning_rate)
+    examples = with_context(dataclasses.replace(found, train=examples, dev=[]), trained.config).train
+    trained.model.add_queriers(name, init="mean")
+    trained.model.train_only(name)
+    contrast, trained.model.contrast = trained.model.contrast, None
+    _train(trained, examples, trained.model.queriers[name], epochs, learning_rate)
+    trained.model.contrast = contrast
     trained.model.train_only(None)
     save_with_adapter_of(source, trained, out)
     return out
+
+
+def _name_beside(queriers: Sequence[str], querier: str, responder: str) -> str:
+    """Among pairs the newcomer is a pair."""
+    pairs = split_pair(queriers[0])[1] is not None
+    return pair_name(querier, responder) if pairs else querier
 
 
 def _train(

@@ -95,3 +95,10 @@ def test_logits_to_keep(tower):
         torch.testing.assert_close(
             model(**batch, querier_ids=QUERIER_IDS, logits_to_keep=kept).logits, expected
         )
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=str)
+def test_querier_ids_may_be_a_list(settings):
+    model, batch = aware_model(), left_padded_batch()
+    as_list = generate(model, batch, QUERIER_IDS.tolist(), **settings)
+    assert torch.equal(as_list, generate(model, batch, **settings))

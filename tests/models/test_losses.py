@@ -66,6 +66,13 @@ def test_micro_batches_with_num_items_sum_to_the_whole_batch():
     torch.testing.assert_close(sum(part.lm_loss for part in parts), whole.lm_loss)
 
 
+def test_querier_ids_may_be_a_list_with_the_contrastive_loss():
+    model, batch = aware_model(num_clusters=2, memory_size=2, projection_dim=8), training_batch()
+    batch |= {"response_mask": batch["attention_mask"], "cluster_ids": torch.tensor([0, 1, 1])}
+    expected = model.eval()(**batch).loss
+    assert torch.equal(model(**batch | {"querier_ids": batch["querier_ids"].tolist()}).loss, expected)
+
+
 def test_no_labelled_token_gives_zero_and_no_nan():
     model, batch = aware_model(), training_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)

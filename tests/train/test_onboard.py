@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from recast import answered_by
 
 from train.comparison import Comparison
 from train.data.mqdialog import write_mqdialog
@@ -65,3 +66,37 @@ def test_refusals_name_what_is_wrong(config, tiny_data, tmp_path):
     with pytest.raises(UserError, match="no training window of querier 'Ghost'"):
         onboard(source, tmp_path / "data", "Ghost", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{"method": "ft"}, {"experts": "shared"}], ids=str)
+def test_models_without_experts_of_ones_own_are_refused(config, tmp_path, changes):
+    source = finetune(config.replace(epochs=0.2, **changes))
+    expected = "got method=.*experts=.*, expected a model whose queriers have experts of their own"
+    with pytest.raises(UserError, match=expected):
+        onboard(source, tmp_path / "data", NEWCOMER, tmp_path / "out")
+
+
+def test_newcomers_clusters_are_not_those_of_the_contrastive_loss(config, tiny_data, tmp_path):
+    """The newcomer's folder has a clustering of its own, with ids that mean nothing to the model."""
+    source = finetune(config.replace(epochs=0.2, contrastive_weight=1.0, memory_size=4, projection_dim=8))
+    data = _with_newcomer(tiny_data)
+    clusters = tiny_data.num_clusters + 3
+    moved = [dataclasses.replace(example, cluster_id=clusters - 1) for example in data.train]
+    write_mqdialog(dataclasses.replace(data, num_clusters=clusters, train=moved), tmp_path / "new", "planted")
+    extended = load_trained(onboard(source, tmp_path / "new", NEWCOMER, tmp_path / "out", epochs=0.5))
+    before, after = (model.contrast.state_dict() for model in (load_trained(source).model, extended.model))
+    assert torch.equal(after["writes"][:, :3], before["writes"]) and not after["writes"][:, 3].any()
+    assert torch.equal(after["memory"][:, :, :3], before["memory"])
+
+
+def test_newcomer_to_several_responders_is_a_pair(config, tiny_data, tmp_path):
+    write_mqdialog(tiny_data, tmp_path / "both" / "one", "planted")
+    other = answered_by(tiny_data, "Amy")
+    write_mqdialog(other, tmp_path / "both" / "two", "planted")
+    source = finetune(config.replace(data=str(tmp_path / "both"), epochs=0.2))
+    write_mqdialog(_with_newcomer(other), tmp_path / "new", "planted")
+    extended = load_trained(onboard(source, tmp_path / "new", NEWCOMER, tmp_path / "out", epochs=0.5))
+    assert extended.queriers[-1] == f"{NEWCOMER} > Amy"
+    with pytest.raises(UserError, match="the responder is Zed, expected Amy or "):
+        write_mqdialog(_with_newcomer(answered_by(other, "Zed")), tmp_path / "zed", "planted")
+        onboard(source, tmp_path / "zed", NEWCOMER, tmp_path / "out")

@@ -58,6 +58,12 @@ def pair_name(querier: str, responder: str) -> str:
     return f"{querier}{ARROW}{responder}"
 
 
+def split_pair(name: str) -> tuple[str, str | None]:
+    """Who asks and who answers in a pair's name; a name that is no pair's has None for the latter."""
+    querier, arrow, responder = name.partition(ARROW)
+    return querier, responder if arrow else None
+
+
 def _without_held_out(train: Sequence[Example], dev: Sequence[Example]) -> list[Example]:
     held_out = {exchange for example in dev for exchange in _exchanges(example)}
     return [example for example in train if held_out.isdisjoint(_exchanges(example))]

@@ -1,0 +1,110 @@
+"""Who asks and who answers when a trained model is talked to, and how replies are shown."""
+
+import dataclasses
+from io import StringIO
+
+import pytest
+import torch
+from recast import answered_by
+from rich.console import Console
+
+from train.chat import Chat
+from train.data.encode import encode
+from train.data.responders import merge
+from train.data.transcript import Turn
+from train.dataset import with_context
+from train.errors import UserError
+from train.generate import answer_table, known_querier, prompt_as
+from train.trained import untrained
+
+
+def asked_alike(trained, example):
+    """The prompt for the window's query, as generation writes it, and as training did."""
+    history = [turn if turn.speaker != example.responder else Turn(trained.responder, turn.text)
+               for turn in example.turns[:-1]]  # fmt: skip
+    options = {key: getattr(trained.config, key) for key in ("max_tokens", "names_in_prompt", "style")}
+    window = encode(example, trained.tokenizer, **options)
+    return prompt_as(trained, history, example.querier), window.input_ids[: window.prompt_length]
+
+
+@pytest.fixture
+def pairs(config, tiny_data):
+    """A model of two responders, and its data."""
+    data = merge([tiny_data, answered_by(tiny_data, "Amy Farrah Fowler")])
+    return untrained(config.replace(names_in_prompt=True), data.responder, tuple(data.queriers)), data
+
+
+def test_of_several_responders_the_pairs_own_is_prompted(pairs):
+    trained, data = pairs
+    for example in (data.dev[0], data.dev[-1]):
+        asked, trained_on = asked_alike(trained, example)
+        assert asked == trained_on
+
+
+def test_a_pair_is_known_by_who_asks_where_that_is_clear():
+    queriers = ("Bob > Alice", "Bob > Zed", "Carol > Zed")
+    assert known_querier(queriers, "Bob > Zed") == "Bob > Zed"
+    assert known_querier(queriers, "Carol") == "Carol > Zed"
+    with pytest.raises(UserError, match="'Bob' asks several; expected 'Bob > Alice' or 'Bob > Zed'"):
+        known_querier(queriers, "Bob")
+    with pytest.raises(UserError, match="'Carla' is unknown; did you mean Carol > Zed"):
+        known_querier(("Carol > Zed",), "Carla")
+
+
+def test_replies_are_shown_whole_and_as_they_are(pairs):
+    trained, _ = pairs
+    first, second, *_ = trained.queriers
+    chinese = "今天天气好吗" * 12
+    screen = Console(width=60, file=StringIO())
+    screen.print(answer_table(trained, {first: "[sighs] Well [/quietly]", second: chinese}))
+    shown = screen.file.getvalue()
+    letters = "".join(letter for letter in shown if not letter.isspace() and letter != "│")
+    assert "[sighs]Well[/quietly]" in letters
+    assert shown.count("今") == 12 and "…" not in shown
+
+
+def test_a_name_in_brackets_is_talked_with(config):
+    trained = untrained(config, "[/Wren]", ("[red]Ann",))
+    chat = Chat(trained, "[red]Ann", Console(width=60, file=StringIO()), max_new_tokens=2)
+    chat.handle("/who")
+    chat.handle("Well ?")
+    assert chat.console.file.getvalue().startswith("[red]Ann\n[/Wren]: ")
+
+
+@pytest.mark.parametrize("context", ["role_profile", "querier_profile"])
+def test_the_profiles_of_training_are_in_the_prompt(pairs, tmp_path, context):
+    trained, data = pairs
+    speakers = {turn.speaker for example in data.dev for turn in example.turns}
+    profiles = tmp_path / "profiles.yaml"
+    profiles.write_text("".join(f"{name}: What {name} says\n" for name in speakers))
+    told = dataclasses.replace(
+        trained, config=trained.config.replace(context=context, profiles=str(profiles))
+    )
+    for example in with_context(data, told.config).dev[::5]:
+        asked, trained_on = asked_alike(told, example)
+        assert example.context and asked == trained_on
+
+
+def test_retrieved_dialogues_are_refused(pairs):
+    trained, _ = pairs
+    told = dataclasses.replace(trained, config=trained.config.replace(context="few_shot"))
+    with pytest.raises(UserError, match="context: got 'few_shot'"):
+        prompt_as(told, [Turn("", "Well ?")], trained.queriers[0])
+
+
+class Elsewhere:
+    """A model on another device than the CPU; it notes what comes, and says nothing."""
+
+    device = torch.device("meta")
+
+    def generate(self, input_ids, attention_mask, querier_ids, **settings):
+        self.devices = {tensor.device for tensor in (input_ids, attention_mask, querier_ids)}
+        return torch.zeros(input_ids.shape, dtype=torch.int64)
+
+
+def test_chat_asks_where_the_model_is(pairs):
+    trained, _ = pairs
+    model = Elsewhere()
+    talking = dataclasses.replace(trained, model=model)
+    Chat(talking, trained.queriers[0], Console(file=StringIO()), max_new_tokens=2).handle("Well ?")
+    assert model.devices == {Elsewhere.device}
