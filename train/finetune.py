@@ -152,12 +152,13 @@ def validation_loader(prepared: Prepared, config: TrainConfig) -> DataLoader:
 
 def _checkpoint_to_resume(output: Path, resume: bool) -> Path | None:
     """The newest whole checkpoint; damaged newer ones make room for the steps to come."""
-    checkpoint = checkpoints.last_checkpoint(output)
-    if checkpoint is not None and not resume:
+    found = checkpoints.all_checkpoints(output)
+    if found and not resume:
         raise UserError(
-            f"{output}: holds {checkpoint.name}; --resume continues it, another output_dir starts anew"
+            f"{output}: holds {found[-1].name}; --resume continues it, another output_dir starts anew"
         )
-    checkpoints.remove_newer(output, checkpoint)
+    checkpoint = checkpoints.last_checkpoint(output)
+    checkpoints.make_room(output, checkpoint)
     return checkpoint
 
 

@@ -15,7 +15,7 @@ from processes import completed, log_of, start
 from safetensors.torch import load_file
 
 from train import checkpoints, plan
-from train.checkpoints import BUILDING, SEAL, damage, last_checkpoint, remove_newer, seal
+from train.checkpoints import BUILDING, SEAL, damage, last_checkpoint, make_room, seal
 from train.consolidate import consolidate
 from train.errors import UserError
 from train.finetune import finetune
@@ -178,7 +178,8 @@ def test_disk_use_is_bounded_and_leftovers_go(finished):
     assert [path.name for path in checkpoints.all_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
     (run / BUILDING).mkdir()
     (run / "checkpoint-5").mkdir()
-    remove_newer(run, run / "checkpoint-4")
+    (run / "checkpoint-5" / SEAL).touch()
+    make_room(run, run / "checkpoint-4")
     assert [path.name for path in run.glob("*checkpoint*")] == ["checkpoint-4"]
     assert not (run / BUILDING).exists()
     with pytest.raises(UserError, match="save_total_limit: got 0"):
@@ -205,6 +206,19 @@ def test_consolidate_refuses_what_is_no_run(finished, tmp_path):
         (path / SEAL).unlink()
     with pytest.raises(UserError, match="no whole checkpoint"):
         consolidate(run, tmp_path / "out")
+
+
+def test_checkpoints_of_others_are_never_deleted(config):
+    run = Path(config.output_dir)
+    for step in (1, 700):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        (run / f"checkpoint-{step}" / "model.bin").write_bytes(b"months of work")
+    with pytest.raises(UserError, match="holds checkpoint-700"):
+        finetune(config)
+    assert len(checkpoints.all_checkpoints(run)) == 2
+    finetune(config, resume=True)
+    kept = sorted(path.parent.name.rsplit("-", 1)[0] for path in run.glob("*/model.bin"))
+    assert kept == ["unsealed-checkpoint-1", "unsealed-checkpoint-700"]
 
 
 def test_seal_tells_an_added_byte(tmp_path):
