@@ -32,18 +32,18 @@ from train.batches import Collator, Windows
 from train.callbacks import LossProgress, StopOnInterrupt
 from train.cli import run
 from train.config import TrainConfig, load_config
-from train.consolidate import describe
 from train.data.encode import encode_all
-from train.data.layout import Example
+from train.data.layout import Example, MQDialog
 from train.dataset import RunData, load_data
 from train.errors import UserError
 from train.files import write_atomic
 from train.layers import lower_states, upper_part
 from train.packing import PackingCollator, use_packed_attention
 from train.report.run_page import write_run_page
+from train.run_file import check_continues, write_run
 from train.trained import TRAINED, build, first_trained_layer, save_trained
 from train.trainer import QARTrainer
-from train.validation import KeepBest
+from train.validation import KeepBest, discard_best
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOG = "log.json"
@@ -78,15 +78,17 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
         return folder
     ranks.start(config.deepspeed)
     found = load_data(config)
-    checkpoint = ranks.from_main(_checkpoint_to_resume(output, resume) if ranks.is_main() else None)
+    mine = _checkpoint_to_resume(config, found.data, resume) if ranks.is_main() else None
+    checkpoint = ranks.from_main(mine)
     prepared = prepare(config, found)
     trainer = make_trainer(prepared.model, prepared.tokenizer, prepared.windows, config)
-    stop, keep = StopOnInterrupt(), KeepBest(trainer, validation_loader(prepared, config))
+    stop = StopOnInterrupt()
     trainer.add_callback(stop)
     if config.validation:
+        keep = KeepBest(trainer, validation_loader(prepared, config))
         trainer.add_callback(keep)
     if ranks.is_main():
-        describe(config, found.data)
+        write_run(config, found.data)
     with ranks.watching():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.interrupted:
@@ -150,14 +152,19 @@ def validation_loader(prepared: Prepared, config: TrainConfig) -> DataLoader:
     return DataLoader(prepared.valid, batch_size=config.batch_size, collate_fn=collator)
 
 
-def _checkpoint_to_resume(output: Path, resume: bool) -> Path | None:
-    """The newest whole checkpoint; damaged newer ones make room for the steps to come."""
+def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> Path | None:
+    """The newest whole checkpoint; what is damaged, or an earlier run's, makes room for the steps to come."""
+    output = Path(config.output_dir)
     found = checkpoints.all_checkpoints(output)
     if found and not resume:
         raise UserError(
             f"{output}: holds {found[-1].name}; --resume continues it, another output_dir starts anew"
         )
     checkpoint = checkpoints.last_checkpoint(output)
+    if checkpoint is None:
+        discard_best(output)
+    else:
+        check_continues(config, data)
     checkpoints.make_room(output, checkpoint)
     return checkpoint
 

@@ -1,5 +1,6 @@
 """Runs that are killed, that run out of disk or of numbers, and checkpoints that are damaged."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,6 +20,7 @@ from train.checkpoints import BUILDING, SEAL, damage, last_checkpoint, make_room
 from train.consolidate import consolidate
 from train.errors import UserError
 from train.finetune import finetune
+from train.run_file import RUN, check_continues
 from train.trained import EXPERTS
 from train.trainer import WEIGHTS, QARTrainer
 
@@ -195,6 +197,24 @@ def test_a_finished_run_leaves_its_curves(finished):
     wanted = {"lm_loss", "contrastive_loss", "grad_norm", "learning_rate", "expert_learning_rate"}
     assert wanted | {"tokens_per_second"} <= row.keys()
     assert row["loss"] == pytest.approx(row["lm_loss"] + 0.5 * row["contrastive_loss"], rel=1e-5)
+
+
+def test_resume_refuses_another_run(config, tiny_data):
+    finetune(config)
+    shutil.rmtree(Path(config.output_dir) / "trained")
+    for changes, named in [
+        ({"expert_rank": 8}, "started with expert_rank=4, got 8"),
+        ({"data": f"{config.data}/."}, "started with data="),
+    ]:
+        with pytest.raises(UserError, match=f"run.json: the run was {named}"):
+            finetune(config.replace(**changes), resume=True)
+    other = dataclasses.replace(tiny_data, queriers=tiny_data.queriers[::-1])
+    with pytest.raises(UserError, match="started with queriers="):
+        check_continues(config, other)
+    assert finetune(config.replace(save_steps=5, save_total_limit=1), resume=True).is_dir()
+    (Path(config.output_dir) / RUN).write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json: damaged, 'config' is missing"):
+        check_continues(config, tiny_data)
 
 
 def test_consolidate_refuses_what_is_no_run(finished, tmp_path):
