@@ -15,10 +15,11 @@ from pathlib import Path
 from train.base_model import load_base
 from train.checkpoints import last_checkpoint
 from train.cli import run
+from train.config import DTYPES
 from train.errors import UserError
 from train.layers import upper_part
 from train.run_file import RUN, read_run
-from train.trained import build, first_trained_layer, save_trained
+from train.trained import build, check_replaceable, first_trained_layer, save_trained
 from train.trainer import load_parts
 
 logger = logging.getLogger(__name__)
@@ -28,15 +29,17 @@ def consolidate(folder: Path, out: Path) -> Path:
     """Write the trained parts of the newest whole checkpoint of the run in ``folder`` to ``out``.
 
     Raises:
-        UserError: if there is no run or no whole checkpoint in ``folder``, or its model is another one.
+        UserError: if there is no run or no whole checkpoint in ``folder``, or its model is another one;
+            if something other than trained parts lies in ``out``.
     """
+    check_replaceable(out)
     if not (folder / RUN).is_file():
         raise UserError(f"{folder}: no run there ({RUN} is missing)")
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"{folder}: no whole checkpoint there")
     config, about = read_run(folder)
-    model, _ = load_base(config.model)
+    model, _ = load_base(config.model, DTYPES[config.dtype])
     peft = build(model, config, tuple(about["queriers"]), about["num_clusters"])
     first = first_trained_layer(config, model.config.num_hidden_layers)
     load_parts(upper_part(model, first) if first else model, checkpoint)

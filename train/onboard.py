@@ -14,6 +14,7 @@ import logging
 import tempfile
 from pathlib import Path
 
+import torch
 import transformers
 from transformers.trainer_utils import SaveStrategy
 
@@ -24,7 +25,7 @@ from train.data.layout import Example
 from train.data.mqdialog import load_mqdialog
 from train.errors import UserError
 from train.finetune import make_trainer
-from train.trained import Trained, load_trained, save_with_adapter_of
+from train.trained import Trained, check_replaceable, load_trained, save_with_adapter_of
 
 EPOCHS, LEARNING_RATE = 4.0, 5e-3
 
@@ -42,7 +43,8 @@ def onboard(
     Raises:
         UserError: if the newcomer is no newcomer, or ``data`` has no training window of theirs.
     """
-    trained = load_trained(source)
+    check_replaceable(out)
+    trained = load_trained(source, torch.float32)  # the others' experts are written back as they are
     if querier in trained.queriers:
         raise UserError(f"querier '{querier}' is known to {source} already")
     found = load_mqdialog(data)

@@ -20,6 +20,7 @@ from train.checkpoints import BUILDING, SEAL, damage, last_checkpoint, make_room
 from train.consolidate import consolidate
 from train.errors import UserError
 from train.finetune import finetune
+from train.onboard import onboard
 from train.run_file import RUN, check_continues
 from train.trained import EXPERTS
 from train.trainer import WEIGHTS, QARTrainer
@@ -222,6 +223,11 @@ def test_consolidate_refuses_what_is_no_run(finished, tmp_path):
     assert load_file(consolidate(run, tmp_path / "out") / EXPERTS).keys()
     with pytest.raises(UserError, match="no run there"):
         consolidate(tmp_path, tmp_path / "out")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").touch()
+    for deed in (consolidate, functools.partial(onboard, data=tmp_path, querier="Newcomer")):
+        with pytest.raises(UserError, match="thesis: is there and holds no trained model"):
+            deed(run, out=tmp_path / "thesis")
     for path in checkpoints.all_checkpoints(run):
         (path / SEAL).unlink()
     with pytest.raises(UserError, match="no whole checkpoint"):
