@@ -79,7 +79,7 @@ def install(model: PreTrainedModel) -> None:
     family = family_of(model)
     if model.config.qar is None:
         raise ValueError(
-            f"config.qar: missing; build {type(model).__name__} with from_base or from_pretrained"
+            f"config.qar: missing; a plain model loads with {type(model).__name__}.from_base(model, qar)"
         )
     qar = QARConfig.from_dict(model.config.qar)
     _check_fits(model, qar)

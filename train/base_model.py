@@ -33,8 +33,9 @@ def load_base(
         UserError: if there is no such model, or its folder is damaged.
     """
     tokenizer = load_tokenizer(name, cache)
+    source = _source(name, cache)
     try:
-        model = AutoModelForCausalLM.from_pretrained(_source(name, cache), dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
     return model, tokenizer
@@ -42,8 +43,9 @@ def load_base(
 
 def load_tokenizer(name: str, cache: Path = CACHE) -> PreTrainedTokenizerBase:
     """The tokenizer alone; one without a padding token of its own pads with its end mark."""
+    source = _source(name, cache)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_source(name, cache))
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TextStreamer
 
-from train.cli import run
+from train.cli import positive_int, run
 from train.data.transcript import Turn
 from train.errors import UserError
 from train.generate import answer, answer_table, end_marks, known_querier, prompt_as, querier_id, roles
@@ -86,10 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a folder that train.finetune wrote")
     parser.add_argument("--querier", required=True, help="who asks first")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=64)
     arguments = parser.parse_args()
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: got {arguments.max_new_tokens}, expected at least 1")
     logging.basicConfig(level=logging.WARNING)
     transformers.logging.disable_progress_bar()
     console = Console()

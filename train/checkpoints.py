@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -79,10 +80,19 @@ def all_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
 
 
-def remove_newer(run: Path, kept: Path | None) -> None:
-    """Delete what came after ``kept``: damaged checkpoints, and one that a killed run was building."""
+def make_room(run: Path, kept: Path | None) -> None:
+    """Delete what came after ``kept``: damaged checkpoints, and one that a killed run was building.
+
+    A folder without a seal may hold somebody's own work: wherever it stands, it is renamed, and so kept from
+    the rotation too.
+    """
     shutil.rmtree(run / BUILDING, ignore_errors=True)
     found = all_checkpoints(run)
+    for path in found:
+        if not (path / SEAL).exists():
+            aside = Path(tempfile.mkdtemp(prefix=f"unsealed-{path.name}-", dir=run))
+            os.replace(path, aside)
+            logger.warning("%s has no %s; it is %s now", path, SEAL, aside)
     for path in found[found.index(kept) + 1 if kept else 0 :]:
         shutil.rmtree(path, ignore_errors=True)
 

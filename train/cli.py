@@ -1,5 +1,6 @@
 """What every command-line entry point of ``train`` shares."""
 
+import argparse
 import errno
 import os
 import sys
@@ -31,6 +32,13 @@ def run(main: Callable[[], None]) -> None:
         _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPT_EXIT) from None
+
+
+def positive_int(text: str) -> int:
+    """An ``argparse`` type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1")
+    return int(text)
 
 
 def _fail(message: str) -> None:

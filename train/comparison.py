@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from train.base_model import load_base
 from train.config import TrainConfig
 from train.data.layout import MQDialog
@@ -48,7 +50,8 @@ class Comparison:
         """The model of a method."""
         if method == "zero_shot":
             return untrained(self.config, self.data.responder, tuple(self.data.queriers))
-        return load_trained(Path(self.run_of(method).output_dir) / "trained")
+        folder = Path(self.run_of(method).output_dir) / "trained"
+        return load_trained(folder, torch.float32)  # scored as the untrained is
 
     def evaluate(self, method: str) -> dict[str, Any]:
         """Records of every held-out window; for QAR also under swapped ids, expert similarity, samples."""

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 
+from qar_models import QARConfig
 from train.data.encode import Style
 from train.errors import UserError
 from train.files import read_mapping, unknown_key
 
 Method = Literal["qar", "ft"]
 Batching = Literal["packed", "grouped", "padded"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_COUNTS = ("lora_rank", "batch_size", "gradient_accumulation", "max_tokens", "save_steps", "save_total_limit")
+_RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
+    "at least 1": (_COUNTS, lambda value: value >= 1),
+    "a positive number": (
+        ("learning_rate", "expert_learning_rate", "epochs", "lora_alpha"),
+        lambda value: 0 < value < math.inf,
+    ),
+    "a number of at least 0": (
+        ("weight_decay", "expert_weight_decay", "contrastive_weight"),
+        lambda value: 0 <= value < math.inf,
+    ),
+    "at least 0 and less than 1": (
+        ("lora_dropout", "adam_beta2", "warmup_ratio", "validation"),
+        lambda value: 0 <= value < 1,
+    ),
+    "0 to 4294967295": (("seed",), lambda value: 0 <= value < 2**32),  # what NumPy takes
+}
 
 
 @dataclass(frozen=True)
@@ -101,15 +122,19 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("expert_rank", "lora_rank", "batch_size", "gradient_accumulation")
-        for name in (*counts, "save_steps", "save_total_limit"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "expert_learning_rate", "epochs", "lora_alpha"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}: got {getattr(self, name)}, expected a positive number")
-        if self.expert_gradients == "sparse" and self.experts == "shared":
-            raise UserError("expert_gradients: got 'sparse' with experts=shared, expected 'dense'")
+        for expected, (names, holds) in _RANGES.items():
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise UserError(f"{name}: got {getattr(self, name)}, expected {expected}")
+        try:
+            self.qar_config(("anybody",), num_clusters=1, first_expert_layer=0)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if self.validation and self.epochs < 1:
+            raise UserError(
+                f"epochs: got {self.epochs} with validation={self.validation}, expected at least 1: "
+                "the state that is kept is that of a whole epoch"
+            )
         if self.context.endswith("profile") and self.profiles is None:
             raise UserError(
                 f"context: got '{self.context}' without profiles, expected the path of a YAML file"
@@ -122,6 +147,24 @@ class TrainConfig:
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
+
+    def qar_config(self, queriers: tuple[str, ...], num_clusters: int, first_expert_layer: int) -> QARConfig:
+        """The settings of the querier-specific tower; ``ft`` has them too, for a model without experts."""
+        aware = self.method == "qar"
+        return QARConfig(
+            num_queriers=len(queriers),
+            querier_names=queriers,
+            expert_rank=self.expert_rank,
+            tower=self.tower if aware else "residual",
+            experts=self.experts if aware else "shared",
+            unknown_querier=self.unknown_querier if aware else None,
+            expert_gradients=self.expert_gradients if aware else "dense",
+            first_expert_layer=first_expert_layer,
+            num_clusters=num_clusters if aware and self.contrastive_weight else 0,
+            contrastive_weight=self.contrastive_weight,
+            memory_size=self.memory_size,
+            projection_dim=self.projection_dim,
+        )
 
     def changed(self) -> dict[str, Any]:
         """The values that are not the defaults, for JSON: what makes this run this run."""
@@ -146,7 +189,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"override '{override}': expected key=value")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"override '{override}': the value is not valid YAML") from error
     return config_from(values, str(path))
 
 

@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, and read with errors that name the place."""
 
 import difflib
+import json
 import os
 import shutil
 import tempfile
@@ -38,6 +39,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: got {type(values).__name__}, expected a mapping of keys to values")
+    return values
+
+
+def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """The JSON object in ``path``, which must have ``keys``; ``UserError`` naming the file otherwise."""
+    try:
+        values = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
+    missing = [key for key in keys if not isinstance(values, dict) or key not in values]
+    if missing:
+        raise UserError(f"{path}: damaged, '{missing[0]}' is missing")
     return values
 
 

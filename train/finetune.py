@@ -23,7 +23,7 @@ import transformers
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from train import checkpoints, ranks
@@ -31,21 +31,20 @@ from train.base_model import load_base
 from train.batches import Collator, Windows
 from train.callbacks import LossProgress, StopOnInterrupt
 from train.cli import run
-from train.config import TrainConfig, load_config
-from train.consolidate import describe
+from train.config import DTYPES, TrainConfig, load_config
 from train.data.encode import encode_all
-from train.data.layout import Example
+from train.data.layout import Example, MQDialog
 from train.dataset import RunData, load_data
 from train.errors import UserError
 from train.files import write_atomic
 from train.layers import lower_states, upper_part
 from train.packing import PackingCollator, use_packed_attention
 from train.report.run_page import write_run_page
-from train.trained import TRAINED, build, first_trained_layer, save_trained
+from train.run_file import check_continues, write_run
+from train.trained import TRAINED, build, first_trained_layer, read_about, save_trained
 from train.trainer import QARTrainer
-from train.validation import KeepBest
+from train.validation import KeepBest, discard_best
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOG = "log.json"
 logger = logging.getLogger(__name__)
 
@@ -78,15 +77,17 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
         return folder
     ranks.start(config.deepspeed)
     found = load_data(config)
-    checkpoint = ranks.from_main(_checkpoint_to_resume(output, resume) if ranks.is_main() else None)
+    mine = _checkpoint_to_resume(config, found.data, resume) if ranks.is_main() else None
+    checkpoint = ranks.from_main(mine)
     prepared = prepare(config, found)
     trainer = make_trainer(prepared.model, prepared.tokenizer, prepared.windows, config)
-    stop, keep = StopOnInterrupt(), KeepBest(trainer, validation_loader(prepared, config))
+    stop = StopOnInterrupt()
     trainer.add_callback(stop)
     if config.validation:
+        keep = KeepBest(trainer, validation_loader(prepared, config))
         trainer.add_callback(keep)
     if ranks.is_main():
-        describe(config, found.data)
+        write_run(config, found.data)
     with ranks.watching():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.interrupted:
@@ -104,8 +105,7 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
 
 def prepare(config: TrainConfig, found: RunData) -> Prepared:
     """Model and windows, ready for :func:`make_trainer`."""
-    if config.dtype == "float16" and not torch.cuda.is_available():
-        raise UserError("dtype: float16 needs a GPU (it scales the loss); on a CPU use bfloat16 or float32")
+    _check_machine(config)
     data = found.data
     transformers.set_seed(config.seed)
     with ranks.main_first():
@@ -120,6 +120,15 @@ def prepare(config: TrainConfig, found: RunData) -> Prepared:
     peft = build(model, config, tuple(data.queriers), data.num_clusters)
     trained = upper_part(model, first) if first else model
     return Prepared(peft, trained, tokenizer, windows, valid)
+
+
+def _check_machine(config: TrainConfig) -> None:
+    if config.dtype == "float16" and not torch.cuda.is_available():
+        raise UserError("dtype: float16 needs a GPU (it scales the loss); on a CPU use bfloat16 or float32")
+    installed = get_available_reporting_integrations()
+    if config.report_to not in ("none", "all", "tensorboard", *installed):
+        names = ", ".join(["none", *installed])
+        raise UserError(f"report_to: '{config.report_to}' is not installed or unknown; there are {names}")
 
 
 def window_set(
@@ -150,22 +159,26 @@ def validation_loader(prepared: Prepared, config: TrainConfig) -> DataLoader:
     return DataLoader(prepared.valid, batch_size=config.batch_size, collate_fn=collator)
 
 
-def _checkpoint_to_resume(output: Path, resume: bool) -> Path | None:
-    """The newest whole checkpoint; damaged newer ones make room for the steps to come."""
-    checkpoint = checkpoints.last_checkpoint(output)
-    if checkpoint is not None and not resume:
+def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> Path | None:
+    """The newest whole checkpoint; what is damaged, or an earlier run's, makes room for the steps to come."""
+    output = Path(config.output_dir)
+    found = checkpoints.all_checkpoints(output)
+    if found and not resume:
         raise UserError(
-            f"{output}: holds {checkpoint.name}; --resume continues it, another output_dir starts anew"
+            f"{output}: holds {found[-1].name}; --resume continues it, another output_dir starts anew"
         )
-    checkpoints.remove_newer(output, checkpoint)
+    checkpoint = checkpoints.last_checkpoint(output)
+    if checkpoint is None:
+        discard_best(output)
+    else:
+        check_continues(config, data)
+    checkpoints.make_room(output, checkpoint)
     return checkpoint
 
 
 def _is_finished(folder: Path, config: TrainConfig) -> bool:
-    path = folder / TRAINED
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["config"] == json.loads(
-        json.dumps(config.to_dict())
-    )
+    as_stored = json.loads(json.dumps(config.to_dict()))
+    return (folder / TRAINED).is_file() and read_about(folder)["config"] == as_stored
 
 
 def make_trainer(

@@ -18,7 +18,7 @@ from rich.text import Text
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from train.cli import run
+from train.cli import positive_int, run
 from train.config import TrainConfig
 from train.data.encode import encode_prompt
 from train.data.layout import Example, MQDialog
@@ -157,10 +157,8 @@ def main() -> None:
     parser.add_argument(
         "--as", dest="queriers", nargs="+", metavar="NAME", help="who asks (default: everybody)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=48)
     arguments = parser.parse_args()
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: got {arguments.max_new_tokens}, expected at least 1")
     logging.basicConfig(level=logging.WARNING)
     trained = load_trained(arguments.model)
     queriers = arguments.queriers or list(trained.queriers)

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import transformers
 from transformers.trainer_utils import SaveStrategy
 
@@ -28,7 +29,7 @@ from train.dataset import with_context
 from train.errors import UserError
 from train.finetune import make_trainer
 from train.generate import roles
-from train.trained import Trained, load_trained, save_with_adapter_of
+from train.trained import Trained, check_replaceable, load_trained, save_with_adapter_of
 
 EPOCHS, LEARNING_RATE = 4.0, 5e-3
 
@@ -50,7 +51,8 @@ def onboard(
         UserError: if nobody in ``source`` has an expert of their own, the newcomer is no newcomer, or
             ``data`` is of another responder or has no training window of theirs.
     """
-    trained = load_trained(source)
+    check_replaceable(out)
+    trained = load_trained(source, torch.float32)  # the others' experts are written back as they are
     if trained.model.qar.experts == "shared":
         settings = f"method={trained.config.method}, experts={trained.config.experts}"
         raise UserError(
@@ -105,6 +107,7 @@ def _train(
             expert_learning_rate=learning_rate,
             deepspeed=None,
             report_to="none",
+            validation=0.0,
         )
         trainer = make_trainer(trained.model, trained.tokenizer, Windows(windows), settings)
         trainer.args.save_strategy = SaveStrategy.NO  # minutes of work, and nothing of the others' to lose

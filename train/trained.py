@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qar_models import QARConfig, apply_qar
 from train.base_model import default_device, load_base
-from train.config import TrainConfig, config_from
+from train.config import DTYPES, TrainConfig, config_from
 from train.errors import UserError
-from train.files import build_directory, read_text
+from train.files import build_directory, read_json
 
 TRAINED, EXPERTS = "trained.json", "experts.safetensors"
 EXPERT_NAMES = (".experts.", "norm_specific.", "contrast.")
@@ -55,7 +57,7 @@ def build(
     """
     layers = model.config.num_hidden_layers
     first = first_trained_layer(config, layers)
-    apply_qar(model, _qar_config(config, queriers, num_clusters, first if config.method == "qar" else layers))
+    apply_qar(model, config.qar_config(queriers, num_clusters, first if config.method == "qar" else layers))
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -81,7 +83,7 @@ def untrained(config: TrainConfig, responder: str, queriers: tuple[str, ...]) ->
     """The base model as it is, under the interface of the trained ones (zero-shot)."""
     model, tokenizer = load_base(config.model)
     layers = model.config.num_hidden_layers
-    apply_qar(model, _qar_config(config.replace(method="ft"), queriers, 0, layers))
+    apply_qar(model, config.replace(method="ft").qar_config(queriers, 0, layers))
     return Trained(model.to(default_device()).eval(), tokenizer, config, responder, queriers)
 
 
@@ -91,26 +93,6 @@ def first_trained_layer(config: TrainConfig, num_layers: int) -> int:
     if trained > num_layers:
         raise UserError(f"trainable_layers: got {trained}, but the model has {num_layers} layers")
     return num_layers - trained
-
-
-def _qar_config(
-    config: TrainConfig, queriers: tuple[str, ...], num_clusters: int, first_expert_layer: int
-) -> QARConfig:
-    aware = config.method == "qar"
-    return QARConfig(
-        num_queriers=len(queriers),
-        querier_names=queriers,
-        expert_rank=config.expert_rank,
-        tower=config.tower if aware else "residual",
-        experts=config.experts if aware else "shared",
-        unknown_querier=config.unknown_querier if aware else None,
-        expert_gradients=config.expert_gradients if aware else "dense",
-        first_expert_layer=first_expert_layer,
-        num_clusters=num_clusters if aware and config.contrastive_weight else 0,
-        contrastive_weight=config.contrastive_weight,
-        memory_size=config.memory_size,
-        projection_dim=config.projection_dim,
-    )
 
 
 def save_trained(peft: PeftModel, config: TrainConfig, responder: str, folder: Path) -> None:
@@ -136,33 +118,44 @@ def _write_experts(model: PreTrainedModel, config: TrainConfig, responder: str, 
     (folder / TRAINED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def load_trained(folder: Path) -> Trained:
+def check_replaceable(out: Path) -> None:
+    """``UserError`` if writing trained parts to ``out`` would take the place of anything else."""
+    if out.exists() and not (out / TRAINED).is_file() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out}: is there and holds no trained model; choose an empty or a new folder")
+
+
+def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
     """The base model with the trained parts of ``folder`` on it, for answering.
+
+    Args:
+        folder: what :func:`save_trained` wrote.
+        dtype: of all weights (None: the base's in training).
 
     Raises:
         UserError: if the folder or a file of it is missing or damaged.
     """
-    about = _read_about(folder)
+    about = read_about(folder)
     config = config_from(about["config"], str(folder / TRAINED))
-    qar = QARConfig.from_dict(about["qar"])
-    model, tokenizer = load_base(config.model)
+    try:
+        qar = QARConfig.from_dict(about["qar"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / TRAINED}: {error}") from error
+    model, tokenizer = load_base(config.model, dtype or DTYPES[config.dtype])
     apply_qar(model, qar)
     _load_experts(model, folder / EXPERTS)
     try:
         peft = PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from error
     merged = peft.merge_and_unload().to(default_device()).eval()
     return Trained(merged, tokenizer, config, about["responder"], qar.querier_names or ())
 
 
-def _read_about(folder: Path) -> dict:
+def read_about(folder: Path) -> dict[str, Any]:
+    """What ``trained.json`` says: ``config``, ``responder`` and ``qar``."""
     if not (folder / TRAINED).is_file():
         raise UserError(f"{folder}: no trained model there ({TRAINED} is missing)")
-    try:
-        return json.loads(read_text(folder / TRAINED))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / TRAINED}:{error.lineno}: damaged JSON ({error.msg})") from error
+    return read_json(folder / TRAINED, ("config", "responder", "qar"))
 
 
 def _expert_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -176,8 +169,12 @@ def _load_experts(model: PreTrainedModel, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     expected = _expert_state(model)
-    if set(stored) != set(expected):
+    if _shapes(stored) != _shapes(expected):
         raise UserError(f"{path}: holds other experts than {TRAINED} describes")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(stored[name])
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 from torch import nn
@@ -15,11 +16,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from train import ranks
 from train.evaluate import reply_nll
-from train.files import build_directory, read_text
+from train.files import build_directory, read_json
 from train.trainer import QARTrainer, load_parts
 
 BEST, SCORE = "best", "validation.json"
 logger = logging.getLogger(__name__)
+
+
+def discard_best(run: Path) -> None:
+    """Delete the best state of an earlier run, which a run that starts anew would take for its own."""
+    if (run / BEST / SCORE).is_file():
+        shutil.rmtree(run / BEST)
 
 
 class KeepBest(TrainerCallback):
@@ -68,7 +75,7 @@ class KeepBest(TrainerCallback):
 
     def _stored(self) -> float:
         path = self.folder / SCORE
-        return json.loads(read_text(path))["nll"] if path.is_file() else float("inf")
+        return read_json(path, ("nll",))["nll"] if path.is_file() else float("inf")
 
     def _score(self, model: nn.Module) -> float:
         was_training = model.training

@@ -91,7 +91,7 @@ def test_double_conversion_and_removal():
 
 
 def test_config_without_qar():
-    with pytest.raises(ValueError, match=r"config.qar: missing.*from_base"):
+    with pytest.raises(ValueError, match=r"config.qar: missing; a plain model loads with .*from_base"):
         QARLlamaForCausalLM(QARLlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
 
 

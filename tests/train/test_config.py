@@ -1,6 +1,11 @@
+import argparse
+import sys
+
 import pytest
 
+from train.cli import positive_int
 from train.config import TrainConfig, load_config
+from train.data import build, show
 from train.errors import UserError
 from train.experiment.plan import load_experiment
 
@@ -45,6 +50,63 @@ def test_mistakes_are_named(tmp_path, text, named):
     with pytest.raises(UserError, match=r"run\.yaml|batch_size") as error:
         load_config(write(tmp_path, text))
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("contrastive_weight=-1", "contrastive_weight: got -1.0, expected a number of at least 0"),
+        ("memory_size=0", "memory_size: got 0, expected at least 1"),
+        ("expert_rank=0", "expert_rank: got 0, expected at least 1"),
+        ("epochs=.nan", "epochs: got nan, expected a positive number"),
+        ("weight_decay=-1", "weight_decay: got -1.0, expected a number of at least 0"),
+        ("warmup_ratio=-1", "warmup_ratio: got -1.0, expected at least 0 and less than 1"),
+        ("lora_dropout=2", "lora_dropout: got 2.0, expected at least 0 and less than 1"),
+        ("seed=-1", "seed: got -1, expected 0 to"),
+        ("data=[", "override 'data=[': the value is not valid YAML"),
+    ],
+)
+def test_values_out_of_range_are_named(tmp_path, override, named):
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, "data: d\noutput_dir: o\n"), [override])
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["tower=replace", "unknown_querier=none"], "unknown_querier: got 'none' with tower='replace'"),
+        (["experts=per_querier", "unknown_querier=shared"], "unknown_querier: got 'shared' with experts="),
+        (["epochs=0.5", "validation=0.1"], "epochs: got 0.5 with validation=0.1"),
+    ],
+)
+def test_values_that_exclude_each_other_are_named(tmp_path, overrides, named):
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, "data: d\noutput_dir: o\n"), overrides)
+    assert named in str(error.value)
+
+
+def test_what_a_method_does_not_use_is_not_checked():
+    config = TrainConfig("d", "o", method="ft", tower="replace", unknown_querier="none")
+    assert config.qar_config(("a", "b"), num_clusters=5, first_expert_layer=3).num_clusters == 0
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
+def test_counts_on_the_command_line(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"got {text}, expected a whole number"):
+        positive_int(text)
+    assert positive_int("12") == 12
+
+
+@pytest.mark.parametrize(
+    ("module", "option"), [(build, "--min-turns"), (build, "--clusters"), (show, "--sample")]
+)
+def test_counts_of_the_data_tools(module, option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tool", option, "-5"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert f"{option}: got -5, expected a whole number" in capsys.readouterr().err
 
 
 def test_missing_file_and_bad_override(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from train import finetune as module
 from train.callbacks import StopOnInterrupt
@@ -15,7 +15,7 @@ from train.checkpoints import last_checkpoint
 from train.data.encode import IGNORE
 from train.errors import UserError
 from train.finetune import finetune
-from train.trained import EXPERTS, load_trained
+from train.trained import EXPERTS, TRAINED, load_trained
 from train.trainer import WEIGHTS
 
 
@@ -98,7 +98,8 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
     [
         ({"lora_targets": ("nothing",)}, "lora_targets: none of 'nothing'"),
         ({"trainable_layers": 9}, "trainable_layers: got 9, but the model has 3"),
-        ({"model": "./absent"}, "model './absent': no such folder"),
+        ({"model": "./absent"}, "^model './absent': no such folder"),
+        ({"report_to": "foo"}, "report_to: 'foo' is not installed or unknown"),
         ({"data": "absent"}, "absent"),
         ({"max_tokens": 5}, "max_tokens=5"),
         pytest.param(
@@ -136,6 +137,26 @@ def test_damaged_result_is_refused(config):
         load_trained(folder)
     with pytest.raises(UserError, match="no trained model there"):
         load_trained(folder.parent)
+    (folder / TRAINED).write_text('{"config": ')
+    with pytest.raises(UserError, match="damaged JSON"):
+        finetune(config)
+    (folder / TRAINED).write_text("{}")
+    with pytest.raises(UserError, match="damaged, 'config' is missing"):
+        load_trained(folder)
+
+
+def test_a_loaded_model_has_the_dtype_of_training_and_experts_of_one_shape(config):
+    folder = finetune(config.replace(dtype="bfloat16"))
+    ids, asker = torch.arange(5)[None], torch.tensor([0])
+    for dtype, expected in ((None, torch.bfloat16), (torch.float32, torch.float32)):
+        model = load_trained(folder, dtype).model
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+        assert model(ids, querier_ids=asker).logits.isfinite().all()
+    stored = experts_of(folder)
+    name = next(name for name in stored if name.endswith("experts.down"))
+    save_file(stored | {name: stored[name][:1]}, folder / EXPERTS)  # would be broadcast
+    with pytest.raises(UserError, match="holds other experts"):
+        load_trained(folder)
 
 
 def test_command_line_shows_one_line_and_fails(tmp_path, request):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_the_best_epoch_is_kept_not_the_last(config, tmp_path, scores):
     assert moved
     for name in moved:  # the trained layers alone are numbered from 0 there
         assert any(torch.equal(kept[name], tensor) for tensor in best.values())
+
+
+def test_the_best_of_a_run_without_checkpoint_does_not_win(config, tmp_path, scores):
+    scores[:] = [1.0]
+    final(config, tmp_path, "run", epochs=1)
+    for path in [*(tmp_path / "runs" / "run").glob("checkpoint-*"), tmp_path / "runs" / "run" / "trained"]:
+        shutil.rmtree(path)  # as if it had been killed before its first checkpoint
+    scores[:] = [2.0]
+    final(config, tmp_path, "run", epochs=1, seed=1)
+    assert json.loads((tmp_path / "runs" / "run" / BEST / SCORE).read_text())["nll"] == 2.0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

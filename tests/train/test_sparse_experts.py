@@ -81,5 +81,5 @@ def test_what_does_not_fit_is_refused(config):
     for stage, dtype in ((3, "float32"), (2, "float16")):
         with pytest.raises(UserError, match=f"expert_gradients: got 'sparse' with ZeRO-{stage} and {dtype}"):
             ExpertOptimizer(bank, {"lr": 1e-3}, stage, dtype)
-    with pytest.raises(UserError, match="expert_gradients: got 'sparse' with experts=shared"):
+    with pytest.raises(UserError, match="expert_gradients: got 'sparse' with experts='shared'"):
         config.replace(experts="shared")

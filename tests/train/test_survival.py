@@ -1,5 +1,6 @@
 """Runs that are killed, that run out of disk or of numbers, and checkpoints that are damaged."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,10 +16,12 @@ from processes import completed, log_of, start
 from safetensors.torch import load_file
 
 from train import checkpoints, plan
-from train.checkpoints import BUILDING, SEAL, damage, last_checkpoint, remove_newer, seal
+from train.checkpoints import BUILDING, SEAL, damage, last_checkpoint, make_room, seal
 from train.consolidate import consolidate
 from train.errors import UserError
 from train.finetune import finetune
+from train.onboard import onboard
+from train.run_file import RUN, check_continues
 from train.trained import EXPERTS
 from train.trainer import WEIGHTS, QARTrainer
 
@@ -178,7 +181,8 @@ def test_disk_use_is_bounded_and_leftovers_go(finished):
     assert [path.name for path in checkpoints.all_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
     (run / BUILDING).mkdir()
     (run / "checkpoint-5").mkdir()
-    remove_newer(run, run / "checkpoint-4")
+    (run / "checkpoint-5" / SEAL).touch()
+    make_room(run, run / "checkpoint-4")
     assert [path.name for path in run.glob("*checkpoint*")] == ["checkpoint-4"]
     assert not (run / BUILDING).exists()
     with pytest.raises(UserError, match="save_total_limit: got 0"):
@@ -196,15 +200,51 @@ def test_a_finished_run_leaves_its_curves(finished):
     assert row["loss"] == pytest.approx(row["lm_loss"] + 0.5 * row["contrastive_loss"], rel=1e-5)
 
 
+def test_resume_refuses_another_run(config, tiny_data):
+    finetune(config)
+    shutil.rmtree(Path(config.output_dir) / "trained")
+    for changes, named in [
+        ({"expert_rank": 8}, "started with expert_rank=4, got 8"),
+        ({"data": f"{config.data}/."}, "started with data="),
+    ]:
+        with pytest.raises(UserError, match=f"run.json: the run was {named}"):
+            finetune(config.replace(**changes), resume=True)
+    other = dataclasses.replace(tiny_data, queriers=tiny_data.queriers[::-1])
+    with pytest.raises(UserError, match="started with queriers="):
+        check_continues(config, other)
+    assert finetune(config.replace(save_steps=5, save_total_limit=1), resume=True).is_dir()
+    (Path(config.output_dir) / RUN).write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json: damaged, 'config' is missing"):
+        check_continues(config, tiny_data)
+
+
 def test_consolidate_refuses_what_is_no_run(finished, tmp_path):
     run = Path(finished.output_dir)
     assert load_file(consolidate(run, tmp_path / "out") / EXPERTS).keys()
     with pytest.raises(UserError, match="no run there"):
         consolidate(tmp_path, tmp_path / "out")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").touch()
+    for deed in (consolidate, functools.partial(onboard, data=tmp_path, querier="Newcomer")):
+        with pytest.raises(UserError, match="thesis: is there and holds no trained model"):
+            deed(run, out=tmp_path / "thesis")
     for path in checkpoints.all_checkpoints(run):
         (path / SEAL).unlink()
     with pytest.raises(UserError, match="no whole checkpoint"):
         consolidate(run, tmp_path / "out")
+
+
+def test_checkpoints_of_others_are_never_deleted(config):
+    run = Path(config.output_dir)
+    for step in (1, 700):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        (run / f"checkpoint-{step}" / "model.bin").write_bytes(b"months of work")
+    with pytest.raises(UserError, match="holds checkpoint-700"):
+        finetune(config)
+    assert len(checkpoints.all_checkpoints(run)) == 2
+    finetune(config, resume=True)
+    kept = sorted(path.parent.name.rsplit("-", 1)[0] for path in run.glob("*/model.bin"))
+    assert kept == ["unsealed-checkpoint-1", "unsealed-checkpoint-700"]
 
 
 def test_seal_tells_an_added_byte(tmp_path):

