@@ -16,10 +16,9 @@ def check_base(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
     _check_floating("x", x)
     hidden = _hidden(x, "x")
     intermediate = gate.shape[0] if gate.dim() == 2 else 0
-    _check_shape("gate", gate, (intermediate or "I", hidden))
-    _check_shape("up", up, (intermediate, hidden))
-    _check_shape("down", down, (hidden, intermediate))
-    _check_like(x, "x", gate=gate, up=up, down=down)
+    _check("gate", gate, (intermediate or "I", hidden), x, "x")
+    _check("up", up, (intermediate, hidden), x, "x")
+    _check("down", down, (hidden, intermediate), x, "x")
 
 
 def check_lora(lora: LoRA, gate: Tensor, down: Tensor) -> None:
@@ -40,9 +39,8 @@ def check_lora(lora: LoRA, gate: Tensor, down: Tensor) -> None:
         out_features, in_features = weight.shape
         rank = adapter.a.shape[0] if adapter.a.dim() == 2 else "r"
         _check_floating(a_name, adapter.a)
-        _check_shape(a_name, adapter.a, (rank, in_features))
-        _check_shape(b_name, adapter.b, (out_features, rank))
-        _check_like(adapter.a, a_name, **{b_name: adapter.b})
+        _check(a_name, adapter.a, (rank, in_features), adapter.a, a_name)
+        _check(b_name, adapter.b, (out_features, rank), adapter.a, a_name)
         if adapter.a.device != weight.device:
             raise ValueError(f"{a_name}: got device {adapter.a.device}, expected {weight.device} like {name}")
         if not 0 <= adapter.dropout < 1:
@@ -51,8 +49,7 @@ def check_lora(lora: LoRA, gate: Tensor, down: Tensor) -> None:
 
 def check_base_y(x: Tensor, base_y: Tensor) -> None:
     """Raise unless ``base_y`` has the shape, dtype and device of ``x``."""
-    _check_shape("base_y", base_y, tuple(x.shape))
-    _check_like(x, "x", base_y=base_y)
+    _check("base_y", base_y, tuple(x.shape), x, "x")
 
 
 def check_experts(
@@ -62,10 +59,9 @@ def check_experts(
     _check_floating(name, x)
     hidden = _hidden(x, name)
     experts, rank = expert_gate.shape[:2] if expert_gate.dim() == 3 and expert_gate.shape[1] else ("E", "R")
-    _check_shape("expert_gate", expert_gate, (experts, rank, hidden))
-    _check_shape("expert_up", expert_up, (experts, rank, hidden))
-    _check_shape("expert_down", expert_down, (experts, hidden, rank))
-    _check_like(x, name, expert_gate=expert_gate, expert_up=expert_up, expert_down=expert_down)
+    _check("expert_gate", expert_gate, (experts, rank, hidden), x, name)
+    _check("expert_up", expert_up, (experts, rank, hidden), x, name)
+    _check("expert_down", expert_down, (experts, hidden, rank), x, name)
     _check_segments(x, name, segments, expert_gate.shape[0])
 
 
@@ -91,15 +87,11 @@ def _check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected a floating-point dtype")
 
 
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        shown = "(" + ", ".join(str(size) for size in expected) + ")"
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shown}")
-
-
-def _check_like(x: Tensor, x_name: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype} like {x_name}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {x.device} like {x_name}")
+def _check(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor, like_name: str) -> None:
+    if tensor.shape != shape:
+        expected = "(" + ", ".join(str(size) for size in shape) + ")"
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {like.dtype} like {like_name}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected {like.device} like {like_name}")

@@ -62,7 +62,7 @@ def fused_mlp(
     check_base(x, gate, up, down)
     check_lora(lora, gate, down)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     name = _resolve(backend, expert_gate.shape[1], rows)
     if name == "triton":
         base_weights, experts = (gate, up, down), (expert_gate, expert_up, expert_down)
@@ -71,7 +71,8 @@ def fused_mlp(
     impl = _module(name)
     base = impl.swiglu_mlp(rows, gate, up, down, lora)
     expert = impl.expert_mlp(rows, expert_gate, expert_up, expert_down, seg)
-    return torch.add(base, expert, alpha=expert_scale).reshape(x.shape)
+    y = torch.add(base, expert, alpha=expert_scale)
+    return y if x.dim() == 2 else y.reshape(x.shape)
 
 
 def dual_mlp(
@@ -103,8 +104,8 @@ def dual_mlp(
     check_base(x_general, gate, up, down)
     check_lora(lora, gate, down)
     check_experts(x_specific, "x_specific", expert_gate, expert_up, expert_down, seg)
-    rows = x_general.reshape(-1, x_general.shape[-1])
-    specific_rows = x_specific.reshape(-1, x_specific.shape[-1])
+    rows = _rows(x_general)
+    specific_rows = _rows(x_specific)
     name = _resolve(backend, expert_gate.shape[1], rows, specific_rows)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
@@ -141,7 +142,7 @@ def expert_mlp(
     """
     x, expert_gate, expert_up, expert_down = _autocast(x, expert_gate, expert_up, expert_down)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     if base_y is not None:
         (base_y,) = _autocast(base_y)
         check_base_y(x, base_y)
@@ -157,7 +158,12 @@ def expert_mlp(
         y = torch.add(base_y, y, alpha=expert_scale)
     elif expert_scale != 1:
         y = y * expert_scale
-    return y.reshape(x.shape)
+    return y if x.dim() == 2 else y.reshape(x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(..., H)`` as ``(T, H)``; a call less where it is so already."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _triton_fused(
@@ -227,7 +233,7 @@ def _module(backend: str) -> ModuleType:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to the autocast dtype where autocast is on, as ``F.linear`` would do."""
     device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # it has no autocast, and raises
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)

@@ -64,7 +64,7 @@ def _source(name: str, cache: Path) -> str | Path:
 
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _looks_like_path(name: str) -> bool:

@@ -8,11 +8,18 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
-_EMPTY, _EMPTY_LIKE, _NEW_EMPTY = torch.empty, torch.empty_like, torch.Tensor.new_empty
+_EMPTY, _EMPTY_LIKE = torch.empty, torch.empty_like
 
 
 def _poison(tensor):
-    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    if tensor.is_floating_point():
+        tensor.detach().fill_(float("nan"))
+    return tensor
+
+
+def _new_empty(like, *size, dtype=None, device=None):
+    # not by the method itself, which torch.compile of PyTorch 2.11 does not trace without an instance
+    return _poison(_EMPTY(*size, dtype=dtype or like.dtype, device=device or like.device))
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +27,7 @@ def poisoned_allocations(monkeypatch):
     """An element that no kernel writes is NaN, and NaN fails every comparison."""
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(_EMPTY(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(_EMPTY_LIKE(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(_NEW_EMPTY(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _new_empty)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qar_kernels import Segments, expert_mlp, torch_backend
+from qar_kernels import Segments, expert_mlp, row_products, torch_backend
 
 
 def groups_of(ids, most):
@@ -75,6 +75,28 @@ def test_copied_and_read_in_place_agree(limit, monkeypatch):
 
     together = outcome()
     each = shapes[0][1] * shapes[0][2] * 8
-    monkeypatch.setattr(torch_backend, limit, 0 if limit == "_COPY_BYTES" else 2 * each)
+    monkeypatch.setattr(row_products, limit, 0 if limit == "_COPY_BYTES" else 2 * each)
     for a, b in zip(together, outcome(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 40])
+@pytest.mark.parametrize("rank", [2, 4, 16])
+def test_a_segment_alone_has_the_bits_of_one_in_a_batch(length, rank):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for shape in ((9, rank, 48), (9, rank, 48), (9, 48, rank))]
+    x = torch.randn(3 * length, 48)
+
+    def outcome(ids):
+        leaves = [t.clone().requires_grad_() for t in (x[: len(ids) * length], *weights)]
+        y = expert_mlp(*leaves, Segments.from_sequences(ids, length), backend="torch")
+        d_x, *d_weights = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        return [y[:length], d_x[:length], *(d_weight[4] for d_weight in d_weights)]
+
+    try:
+        for alone, together in zip(outcome([4]), outcome([4, 0, 7]), strict=True):
+            assert torch.equal(alone, together)
+    finally:
+        torch.set_num_threads(threads)

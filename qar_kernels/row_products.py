@@ -1,0 +1,111 @@
+"""Products of grouped rows with their own experts' matrices, on a CPU.
+
+Small experts of equally long segments share batched products, for which their weights are copied once a
+segment (never once a row); large ones, and an expert alone, are read in place. Absent experts are never
+touched.
+
+T rows in grouped order, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qar_kernels.row_groups import Group, RowGroups
+
+# Measured on one core: up to here a copy of an expert costs less than the calls that batched products save.
+_COPY_BYTES = 64 * 2**10
+# Copies of a group stay in a core's second-level cache.
+_CACHE_BYTES = 2**20
+# Multiply-adds from which PyTorch leaves a product in a batch to the vendor's library, as it does with one
+# alone: the bits are the same from there on.
+_LEAST_ALONE = 400
+
+
+def most_together(weight: Tensor) -> int:
+    """How many experts' weights ``(E, R, H)`` may be copied to share a batched product."""
+    each = weight.shape[1] * weight.shape[2] * weight.element_size()
+    return _CACHE_BYTES // each if 0 < each <= _COPY_BYTES else 1
+
+
+def in_groups(tensor: Tensor, rows: RowGroups) -> Tensor:
+    """Rows of ``(T, n)`` from the batch's order into the grouped one."""
+    return tensor if rows.order is None else tensor.index_select(0, rows.order)
+
+
+def in_batch(tensor: Tensor, rows: RowGroups) -> Tensor:
+    """Rows of ``(T, n)`` from the grouped order back into the batch's."""
+    return tensor if rows.order is None else torch.empty_like(tensor).index_copy_(0, rows.order, tensor)
+
+
+def linear(x: Tensor, weight: Tensor, rows: RowGroups) -> Tensor:
+    """Every row through its own ``weight`` (E, m, n), as ``F.linear`` would: ``x`` (T, n) -> (T, m).
+
+    Rows without an expert give zeros.
+    """
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for group in rows.groups:
+        if _alone(group, weight):
+            torch.mm(_part(x, group), weight[group.experts.start].t(), out=_part(out, group))
+        else:
+            torch.bmm(_batch(x, group), _weights(weight, group).mT, out=_batch(out, group))
+    return _cleared(out, rows)
+
+
+def linear_backward(d_out: Tensor, weight: Tensor, rows: RowGroups, add_to: Tensor | None = None) -> Tensor:
+    """The gradient of ``x`` in :func:`linear`: ``d_out`` (T, m) -> (T, n), added to ``add_to`` if given."""
+    d_x = d_out.new_empty(d_out.shape[0], weight.shape[2]) if add_to is None else add_to
+    beta = 0 if add_to is None else 1
+    for group in rows.groups:
+        if _alone(group, weight):
+            part = _part(d_x, group)
+            torch.addmm(part, _part(d_out, group), weight[group.experts.start], beta=beta, out=part)
+        else:
+            part = _batch(d_x, group)
+            torch.baddbmm(part, _batch(d_out, group), _weights(weight, group), beta=beta, out=part)
+    return d_x if rows.used == d_x.shape[0] or beta else _cleared(d_x, rows)
+
+
+def weight_gradient(d_out: Tensor, x: Tensor, like: Tensor, rows: RowGroups) -> Tensor:
+    """The gradient of the weights ``like`` (E, m, n) in :func:`linear`, zero for absent experts."""
+    # With every expert present there is nothing to clear: filling is half the cost of a small batch.
+    grad = torch.empty_like(like) if rows.present == like.shape[0] else torch.zeros_like(like)
+    for group in rows.groups:
+        if _alone(group, like):
+            torch.mm(_part(d_out, group).t(), _part(x, group), out=grad[group.experts.start])
+        elif isinstance(group.experts, slice):
+            torch.bmm(_batch(d_out, group).mT, _batch(x, group), out=grad[group.experts])
+        else:
+            grad.index_copy_(0, group.experts, torch.bmm(_batch(d_out, group).mT, _batch(x, group)))
+    return grad
+
+
+def _alone(group: Group, weight: Tensor) -> bool:
+    """Whether a plain product, fewer calls than a batch of one, gives the bits of a batched one."""
+    size = (group.stop - group.start) * weight.shape[1] * weight.shape[2]
+    return group.count == 1 and size >= _LEAST_ALONE
+
+
+def _part(tensor: Tensor, group: Group) -> Tensor:
+    """The group's rows of ``(T, n)``."""
+    return tensor if group.stop - group.start == tensor.shape[0] else tensor[group.start : group.stop]
+
+
+def _batch(tensor: Tensor, group: Group) -> Tensor:
+    """The same as ``(count, length, n)``."""
+    return _part(tensor, group).view(group.count, -1, tensor.shape[1])
+
+
+def _weights(weight: Tensor, group: Group) -> Tensor:
+    """The group's experts: a view where they are neighbours, else a copy."""
+    if isinstance(group.experts, slice):
+        return weight[group.experts]
+    return weight.index_select(0, group.experts)
+
+
+def _cleared(tensor: Tensor, rows: RowGroups) -> Tensor:
+    """``tensor`` with zeros in the rows without an expert, which come last."""
+    if rows.used < tensor.shape[0]:
+        tensor[rows.used :] = 0
+    return tensor
