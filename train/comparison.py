@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from train.base_model import load_base
 from train.config import TrainConfig
 from train.data.layout import MQDialog
-from train.evaluate import HeldOut, querier_similarity
-from train.finetune import window_set
-from train.trained import Trained, first_trained_layer, load_trained, untrained
+from train.heldout import HeldOut, held_out_windows, querier_similarity
+from train.trained import Trained, load_trained, untrained
 
 METHODS = ("zero_shot", "ft", "qar")
 GENERATED = 32
@@ -41,10 +39,7 @@ class Comparison:
     @cached_property
     def held_out(self) -> HeldOut:
         """The held-out windows, with the states below the trained layers."""
-        model, tokenizer = load_base(self.config.model)
-        first = first_trained_layer(self.config, model.config.num_hidden_layers)
-        windows = window_set(self.data.dev, model, tokenizer, self.config, first)
-        return HeldOut(self.data.dev, windows, tokenizer, first)
+        return held_out_windows(self.config, self.data)
 
     def load(self, method: str) -> Trained:
         """The model of a method."""

@@ -1,16 +1,22 @@
-"""The dialogues of a run, as its configuration asks for them."""
+"""The dialogues of a run, as its configuration asks for them, and as windows that its model reads."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from train.baselines import few_shot, load_profiles, querier_profile, role_profile
+from train.batches import Windows
 from train.config import TrainConfig
 from train.data.covering import covering
+from train.data.encode import encode_all
 from train.data.layout import Example, MQDialog
 from train.data.responders import load_dialogues
 from train.data.validation import split_validation
+from train.layers import lower_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +53,25 @@ def with_context(data: MQDialog, config: TrainConfig) -> MQDialog:
     if config.context == "querier_profile":
         return querier_profile(data, load_profiles(Path(config.profiles)))
     return few_shot(data) if config.context == "few_shot" else data
+
+
+def window_set(
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    first_layer: int,
+) -> Windows:
+    """``examples`` as the configuration writes them, with a plain model's states below ``first_layer``.
+
+    Runs side by side under one parent folder share the states.
+    """
+    windows = encode_all(
+        examples,
+        tokenizer,
+        max_tokens=config.max_tokens,
+        names_in_prompt=config.names_in_prompt,
+        style=config.style,
+    )
+    cache = Path(config.output_dir).parent / "states"
+    return Windows(windows, lower_states(model, windows, first_layer, cache) if first_layer else None)

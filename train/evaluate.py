@@ -1,153 +1,167 @@
-"""Held-out replies: how likely they are, and how close the generated ones come.
+"""Score a trained model on held-out dialogues, and against another one.
 
-B windows, S tokens.
+python -m train.evaluate --model runs/alice/qar/trained [--against runs/alice/ft/trained] [--data FOLDER]
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+import argparse
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
-from train.batches import Collator, Windows
-from train.data.encode import IGNORE, Encoded
-from train.data.layout import Example
-from train.generate import generate_replies
-from train.layers import upper_part
-from train.metrics import Record, Tokens, score_reply, tokens_for, unscored
+from train.cli import positive_int, run
+from train.data.layout import Example, MQDialog
+from train.dataset import load_data
+from train.errors import UserError
+from train.files import write_atomic
+from train.generate import known_querier, querier_id
+from train.heldout import held_out_windows, score
+from train.metrics import Record, compare, summarise, swap_summary
+from train.trained import Trained, load_trained
 
-
-@torch.inference_mode()
-def reply_nll(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """NLL in nats summed over each reply, and its number of tokens: ``(B,)``, ``(B,)``."""
-    text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
-    batch = {key: batch[key].to(model.device) for key in (text, "attention_mask", "querier_ids", "labels")}
-    labels, inputs = batch["labels"], {key: batch[key] for key in batch if key != "labels"}
-    states = model.model(**inputs, use_cache=False).last_hidden_state
-    targets = labels[:, 1:]
-    kept = targets != IGNORE
-    logits = model.lm_head(states[:, :-1][kept]).float()
-    losses = F.cross_entropy(logits, targets[kept], reduction="none")
-    rows = kept.nonzero()[:, 0]
-    return losses.new_zeros(len(labels)).index_add_(0, rows, losses), kept.sum(1)
+GENERATED, MAX_NEW_TOKENS = 128, 48
+COLUMNS = {
+    "nll": "NLL",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "corpus_bleu4": "BLEU-4",
+    "distinct2": "dist-2",
+}
 
 
-class HeldOut:
-    """The held-out windows of one responder, scored under any model of the same base.
+def evaluate(
+    folder: Path, data: Path | None = None, generated: int = GENERATED, max_new_tokens: int = MAX_NEW_TOKENS
+) -> dict[str, Any]:
+    """The scores of a trained model on the held-out windows of ``data``, by default of its training data.
 
     Args:
-        examples: the windows' text.
-        windows: the same, encoded, with their states below ``first_layer``.
+        folder: what :func:`train.trained.save_trained` wrote.
+        generated: windows that are answered; all are scored by NLL.
+
+    Returns:
+        ``scores`` (:func:`train.metrics.summarise`), ``swap`` (:func:`train.metrics.swap_summary`; None
+        without experts of one's own), ``left_out`` (windows whose reply does not fit), ``records``.
+
+    Raises:
+        UserError: what is wrong with the model, the data or the profiles, or who in the data is unknown.
     """
-
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        windows: Windows,
-        tokenizer: PreTrainedTokenizerBase,
-        first_layer: int = 0,
-        batch_size: int = 16,
-    ) -> None:
-        self.examples, self.windows, self.tokenizer = examples, windows.windows, tokenizer
-        self.first_layer, self.batch_size = first_layer, batch_size
-        collator = Collator(tokenizer.pad_token_id, label_key="reply_labels")
-        self.loader = DataLoader(windows, batch_size=batch_size, collate_fn=collator)
-
-    @property
-    def querier_ids(self) -> list[int]:
-        """Who really asked."""
-        return [window.querier_id for window in self.windows]
-
-    def nll(self, model: PreTrainedModel, querier_ids: Sequence[int]) -> list[tuple[float, int]]:
-        """``(sum, tokens)`` of every reply as asked by ``querier_ids``."""
-        scored = upper_part(model, self.first_layer) if self.first_layer else model
-        asked_by = torch.tensor(querier_ids).split(self.batch_size)
-        results: list[tuple[float, int]] = []
-        for batch, ids in zip(tqdm(self.loader, desc="scoring", leave=False), asked_by, strict=True):
-            sums, counts = reply_nll(scored, batch | {"querier_ids": ids})
-            results += list(zip(sums.tolist(), counts.tolist(), strict=True))
-        return results
-
-    def generate(
-        self, model: PreTrainedModel, indices: Sequence[int], querier_ids: Sequence[int], max_new_tokens: int
-    ) -> list[str]:
-        """Greedy replies to the windows at ``indices``, asked by ``querier_ids``."""
-        windows = [self.windows[index] for index in indices]
-        prompts = [window.input_ids[: window.prompt_length] for window in windows]
-        end_marks = sorted({_end_mark(window) for window in self.windows})
-        return generate_replies(
-            model, self.tokenizer, prompts, querier_ids, max_new_tokens, end_marks, self.batch_size
-        )
-
-    def swapped_ids(self, num_queriers: int, seed: int) -> list[int]:
-        """For each window the id of somebody else, drawn at random."""
-        draw = random.Random(seed)
-        return [(true + draw.randrange(1, num_queriers)) % num_queriers for true in self.querier_ids]
-
-    def sample(self, count: int, seed: int) -> list[int]:
-        """``count`` windows drawn at random, in order."""
-        everything = range(len(self.windows))
-        return sorted(random.Random(seed).sample(everything, min(count, len(everything))))
-
-    def records(
-        self,
-        scores: Sequence[tuple[float, int]],
-        replies: Mapping[int, str | None],
-        tokens: Tokens | None = None,
-    ) -> list[Record]:
-        """One record per window.
-
-        Args:
-            replies: for each window that was to be answered the text, or None where generation failed.
-            tokens: what ROUGE and BLEU compare, see :func:`train.metrics.rouge`; None chooses by all replies
-                in the data.
-        """
-        tokens = tokens or tokens_for(example.reply for example in self.examples)
-        return [
-            {
-                "id": example.id,
-                "dialogue": example.dialogue,
-                "querier": example.querier,
-                "nll_sum": nll,
-                "tokens": count,
-                **(
-                    score_reply(replies[index], example.reply, tokens)
-                    if index in replies
-                    else unscored(example.reply)
-                ),
-            }
-            for index, (example, (nll, count)) in enumerate(zip(self.examples, scores, strict=True))
-        ]
+    trained = load_trained(folder, torch.float32)
+    # the states of frozen layers lie beside the run, where the run itself put them
+    config = trained.config.replace(data=str(data or trained.config.data), output_dir=str(folder.parent))
+    held_out = held_out_windows(config, _as_known(trained, load_data(config).data))
+    records, swapped = score(trained, held_out, generated, max_new_tokens)
+    return {
+        "model": str(folder),
+        "base": config.model,
+        "data": config.data,
+        "max_new_tokens": max_new_tokens,
+        "left_out": held_out.left_out,
+        "scores": summarise(records),
+        "swap": swap_summary(records, swapped) if swapped else None,
+        "records": records,
+    }
 
 
-def _end_mark(window: Encoded) -> int:
-    """The token that ends a reply: the last one that is learnt."""
-    return next(label for label in reversed(window.reply_labels) if label != IGNORE)
+def _as_known(trained: Trained, data: MQDialog) -> MQDialog:
+    """``data`` with the ids that its queriers have in the model."""
+
+    def known(example: Example) -> Example:
+        name = known_querier(trained.queriers, example.querier)
+        return dataclasses.replace(example, querier=name, querier_id=querier_id(trained.queriers, name))
+
+    return dataclasses.replace(data, dev=[known(example) for example in data.dev])
 
 
-@torch.inference_mode()
-def querier_similarity(model: PreTrainedModel, held_out: HeldOut, count: int = 8) -> list[list[float]]:
-    """How alike the experts are, ``(Q, Q)`` cosines between the ways they move the same states.
+def difference(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Any]:
+    """:func:`train.metrics.compare`, with ``UserError`` where two models read other windows."""
+    try:
+        return compare(ours, theirs)
+    except ValueError as error:
+        raise UserError(f"the two models do not compare: {error}") from error
 
-    Each of the Q queriers asks the same ``count`` windows; what is compared is the last hidden state minus
-    its mean over queriers. (Weights themselves do not compare: each expert has a basis of its own.)
-    """
-    scored = upper_part(model, held_out.first_layer) if held_out.first_layer else model
-    batch = next(iter(held_out.loader))
-    text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
-    inputs = {key: batch[key][:count].to(model.device) for key in (text, "attention_mask")}
-    mask = inputs["attention_mask"].unsqueeze(-1)
-    states = []
-    for querier_id in range(model.qar.num_queriers):
-        ids = torch.full((len(mask),), querier_id, device=model.device)
-        out = scored.model(**inputs, querier_ids=ids, use_cache=False).last_hidden_state
-        states.append((out * mask).flatten())
-    stacked = torch.stack(states)
-    moves = F.normalize(stacked - stacked.mean(0), dim=1)
-    return (moves @ moves.T).tolist()
+
+def score_table(result: dict[str, Any]) -> Table:
+    """All windows, the mean over queriers, and every querier."""
+    scores = result["scores"]
+    names = Column("asked by", overflow="fold", min_width=16)
+    numbers = [Column(heading, justify="right") for heading in ("windows", *COLUMNS.values())]
+    table = Table(names, *numbers, title=result["model"], box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_row("everybody", str(scores["examples"]), *_cells(scores))
+    table.add_row("mean over queriers", "", *_cells(scores["macro"]), end_section=True)
+    for name, own in sorted(scores["per_querier"].items(), key=lambda item: -item[1]["examples"]):
+        table.add_row(Text(name), str(own["examples"]), *_cells(own))
+    return table
+
+
+def _cells(scores: dict[str, Any]) -> list[str]:
+    return [_cell(scores[key], key) for key in COLUMNS]
+
+
+def _cell(value: float | None, key: str, sign: str = "") -> str:
+    """NLL in nats, all else in points; nothing where no reply was generated."""
+    if value is None:
+        return ""
+    return f"{value:{sign}.3f}" if key == "nll" else f"{100 * value:{sign}.1f}"
+
+
+def difference_table(differences: dict[str, Any], ours: str, theirs: str) -> Table:
+    """What one model has more of than another, on the same windows."""
+    table = Table("", "difference", "95 % interval", "p", title=f"{ours} - {theirs}", box=SIMPLE)
+    for key, found in differences.items():
+        if key in COLUMNS:
+            bounds = ", ".join(_cell(bound, key, "+") for bound in found["ci95"] or ())
+            p = "" if found["p"] is None else f"{found['p']:.4f}"
+            table.add_row(COLUMNS[key], _cell(found["diff"], key, "+"), f"[{bounds}]" if bounds else "", p)
+    return table
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    scores, swap = result["scores"], result["swap"]
+    notes = [
+        f"{scores['generated']} replies generated, {scores['empty']} empty, {scores['failed']} failed; "
+        f"{result['left_out']} windows left out, whose reply does not fit"
+    ]
+    if swap:
+        interval = "" if swap["nll_ci95"] is None else " [{:+.3f}, {:+.3f}]".format(*swap["nll_ci95"])
+        notes.append(f"asked under somebody else's id, NLL per token: {swap['nll_diff']:+.3f}{interval}")
+    return notes
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a folder that train.finetune wrote")
+    parser.add_argument("--against", type=Path, help="another one, for paired differences")
+    parser.add_argument("--data", type=Path, help="dialogues (default: those that it was trained on)")
+    parser.add_argument("--generated", type=positive_int, default=GENERATED, help="replies to generate")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=MAX_NEW_TOKENS)
+    parser.add_argument("--out", type=Path, help="scores and every window's record, as JSON")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers.logging.disable_progress_bar()
+    console, results = Console(), []
+    for folder in filter(None, (arguments.model, arguments.against)):
+        results.append(evaluate(folder, arguments.data, arguments.generated, arguments.max_new_tokens))
+        console.print(score_table(results[-1]), *_notes(results[-1]), sep="\n")
+    report = {"models": results}
+    if arguments.against:
+        report["differences"] = difference(results[0]["records"], results[1]["records"])
+        console.print(difference_table(report["differences"], *(found["model"] for found in results)))
+    if arguments.out:
+        write_atomic(arguments.out, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +31,11 @@ from train.batches import Collator, Windows
 from train.callbacks import LossProgress, StopOnInterrupt
 from train.cli import run
 from train.config import DTYPES, TrainConfig, load_config
-from train.data.encode import encode_all
-from train.data.layout import Example, MQDialog
-from train.dataset import RunData, load_data
+from train.data.layout import MQDialog
+from train.dataset import RunData, load_data, window_set
 from train.errors import UserError
 from train.files import write_atomic
-from train.layers import lower_states, upper_part
+from train.layers import upper_part
 from train.packing import PackingCollator, use_packed_attention
 from train.report.run_page import write_run_page
 from train.run_file import check_continues, write_run
@@ -129,28 +127,6 @@ def _check_machine(config: TrainConfig) -> None:
     if config.report_to not in ("none", "all", "tensorboard", *installed):
         names = ", ".join(["none", *installed])
         raise UserError(f"report_to: '{config.report_to}' is not installed or unknown; there are {names}")
-
-
-def window_set(
-    examples: Sequence[Example],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: TrainConfig,
-    first_layer: int,
-) -> Windows:
-    """``examples`` as the configuration writes them, with a plain model's states below ``first_layer``.
-
-    Runs side by side under one parent folder share the states.
-    """
-    windows = encode_all(
-        examples,
-        tokenizer,
-        max_tokens=config.max_tokens,
-        names_in_prompt=config.names_in_prompt,
-        style=config.style,
-    )
-    cache = Path(config.output_dir).parent / "states"
-    return Windows(windows, lower_states(model, windows, first_layer, cache) if first_layer else None)
 
 
 def validation_loader(prepared: Prepared, config: TrainConfig) -> DataLoader:

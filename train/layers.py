@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from train.base_model import default_device
 from train.data.encode import Encoded
 
 
@@ -41,7 +42,8 @@ def lower_states(
 ) -> list[Tensor]:
     """Hidden states ``(S, H)`` of every window after the first ``num_layers`` layers of a plain model.
 
-    They are kept in ``cache``, under a name that the model and the windows decide.
+    The accelerator, if there is one, computes them; they are kept in ``cache``, under a name that the model
+    and the windows decide.
     """
     path = cache / f"{_fingerprint(model, windows, num_layers)}.safetensors"
     states = _read(path, len(windows))
@@ -61,19 +63,22 @@ def _run_lower(
     config = _config_of_layers(model.config, 0, num_layers)
     decoder = _decoder_part(model.model, config, 0, num_layers).eval()
     decoder.norm = nn.Identity()
+    home, device = model.device, default_device()
+    decoder.to(device)
     order = sorted(range(len(windows)), key=lambda index: len(windows[index].input_ids))
     states: dict[int, Tensor] = {}
     progress = tqdm(total=len(windows), desc="frozen layers", unit="window")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         rows = [torch.tensor(windows[index].input_ids) for index in chosen]
-        ids = pad_sequence(rows, batch_first=True).to(model.device)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
+        ids = pad_sequence(rows, batch_first=True).to(device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
         out = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         for index, row, state in zip(chosen, rows, out, strict=True):
-            states[index] = state[: len(row)].clone()
+            states[index] = state[: len(row)].to("cpu", copy=True)
         progress.update(len(chosen))
     progress.close()
+    decoder.to(home)
     return [states[index] for index in range(len(windows))]
 
 

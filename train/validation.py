@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from train import ranks
-from train.evaluate import reply_nll
 from train.files import build_directory, read_json
+from train.heldout import reply_nll
 from train.trainer import QARTrainer, load_parts
 
 BEST, SCORE = "best", "validation.json"

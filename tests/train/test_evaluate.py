@@ -1,96 +1,94 @@
-import pytest
-import torch
-from rich.console import Console
+"""The command that scores a trained model on its own or other held-out dialogues."""
 
-from train.chat import Chat
+import dataclasses
+import json
+import sys
+
+import pytest
+
+from train import evaluate as command
+from train.cli import run
 from train.comparison import Comparison
-from train.data.transcript import Turn
+from train.data.mqdialog import write_mqdialog
 from train.errors import UserError
+from train.evaluate import evaluate
 from train.finetune import finetune
-from train.generate import answer
 
 
 @pytest.fixture
-def comparison(config, tiny_data):
-    finetune(config)
-    return Comparison(config, tiny_data, lambda _method: config)
+def trained(config):
+    return finetune(config)
 
 
-def test_nll_is_that_of_the_last_reply_alone(comparison):
-    model, held_out = comparison.load("qar").model, comparison.held_out
-    scores = held_out.nll(model, held_out.querier_ids)
-    for window, (nll, tokens) in zip(held_out.windows, scores, strict=True):
-        ids = torch.tensor([window.input_ids])
-        with torch.no_grad():
-            logits = model(ids, querier_ids=torch.tensor([window.querier_id])).logits[0].double()
-        learnt = [i for i, label in enumerate(window.reply_labels) if label != -100]
-        expected = -sum(logits[i - 1].log_softmax(-1)[window.input_ids[i]] for i in learnt)
-        assert tokens == len(learnt)
-        assert nll == pytest.approx(float(expected), rel=1e-4)
+def test_scores_are_those_of_the_held_out_windows(trained, config, tiny_data):
+    result = evaluate(trained, generated=3, max_new_tokens=4)
+    comparison = Comparison(config, tiny_data, lambda _method: config)
+    expected = comparison.held_out.nll(comparison.load("qar").model, comparison.held_out.querier_ids)
+    assert [(r["nll_sum"], r["tokens"]) for r in result["records"]] == expected
+    assert (result["scores"]["generated"], result["left_out"]) == (3, 0)
+    assert set(result["scores"]["per_querier"]) == set(tiny_data.queriers)
+    assert result["swap"]["nll_true"] == result["scores"]["nll"] != result["swap"]["nll_swapped"]
 
 
-def test_replies_in_a_mixed_batch_equal_those_alone(comparison):
-    model, held_out = comparison.load("qar").model, comparison.held_out
-    everything = list(range(len(held_out.windows)))
-    together = held_out.generate(model, everything, held_out.querier_ids, 8)
-    alone = [held_out.generate(model, [i], [held_out.querier_ids[i]], 8)[0] for i in everything]
-    assert together == alone
+def test_queriers_of_other_data_are_known_by_name(trained, config, tiny_data, tmp_path):
+    known = evaluate(trained, generated=1, max_new_tokens=4)
+    order = [2, 0, 1]
+    turned = dataclasses.replace(tiny_data, queriers=[tiny_data.queriers[index] for index in order])
+    for split in ("train", "dev"):
+        moved = [
+            dataclasses.replace(e, querier_id=order.index(e.querier_id)) for e in getattr(tiny_data, split)
+        ]
+        turned = dataclasses.replace(turned, **{split: moved})
+    write_mqdialog(turned, tmp_path / "turned", "planted")
+    again = evaluate(trained, tmp_path / "turned", generated=1, max_new_tokens=4)
+    nll = [{r["id"]: r["nll_sum"] for r in result["records"]} for result in (known, again)]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-5)
 
 
-def test_swapped_ids_are_always_of_somebody_else(comparison):
-    for seed in range(20):
-        swapped = comparison.held_out.swapped_ids(3, seed)
-        assert all(0 <= other < 3 for other in swapped)
-        assert all(a != b for a, b in zip(swapped, comparison.held_out.querier_ids, strict=True))
+def test_somebody_unknown_is_named(trained, tiny_data, tmp_path):
+    names = ["Zoe", *tiny_data.queriers[1:]]
+    renamed = [
+        dataclasses.replace(e, querier=names[e.querier_id]) for e in (*tiny_data.train, *tiny_data.dev)
+    ]
+    count = len(tiny_data.train)
+    write_mqdialog(
+        dataclasses.replace(tiny_data, queriers=names, train=renamed[:count], dev=renamed[count:]),
+        tmp_path / "renamed",
+        "planted",
+    )
+    with pytest.raises(UserError, match="querier 'Zoe' is unknown"):
+        evaluate(trained, tmp_path / "renamed")
 
 
-def test_swapping_changes_nothing_without_experts(comparison):
-    model = comparison.load("zero_shot").model
-    held_out = comparison.held_out
-    assert held_out.nll(model, held_out.querier_ids) == held_out.nll(model, held_out.swapped_ids(3, 0))
+def test_windows_that_do_not_fit_are_left_out_and_counted(config, tiny_data, trained):
+    lengths = [len(e.reply.split()) for e in tiny_data.dev]
+    long = max(range(len(lengths)), key=lengths.__getitem__)
+    turns = tiny_data.dev[long].turns
+    reply = dataclasses.replace(turns[-1], text=" ".join([turns[-1].text] * 200))
+    dev = list(tiny_data.dev)
+    dev[long] = dataclasses.replace(dev[long], turns=(*turns[:-1], reply))
+    held_out = Comparison(config, dataclasses.replace(tiny_data, dev=dev), lambda _: config).held_out
+    assert held_out.left_out == 1
+    assert [e.id for e in held_out.examples] == [w.id for w in held_out.windows]
+    model = Comparison(config, tiny_data, lambda _: config).load("qar").model
+    records = held_out.records(held_out.nll(model, held_out.querier_ids), {})
+    assert dev[long].id not in {record["id"] for record in records}
+    assert len(records) == len(dev) - 1
 
 
-def test_evaluation_has_all_parts(comparison, tiny_data):
-    result = comparison.evaluate("qar")
-    assert len(result["records"]) == len(result["swapped"]) == len(tiny_data.dev)
-    assert all(0 <= record["rougeL"] <= 1 for record in result["records"])
-    matrix = torch.tensor(result["similarity"]["matrix"])
-    torch.testing.assert_close(matrix.diagonal(), torch.ones(3))
-    assert matrix.min() < 0.9
-    sample = result["samples"][0]
-    assert sample["asked_by"] in sample["answers"]
-    assert len(sample["answers"]) == 3
-
-
-def test_answer_knows_its_queriers(comparison, tiny_data):
-    trained = comparison.load("qar")
-    history = [Turn(tiny_data.queriers[0], tiny_data.train[0].query)]
-    replies = answer(trained, history, tiny_data.queriers, max_new_tokens=4)
-    assert list(replies) == tiny_data.queriers
-    with pytest.raises(UserError, match="querier 'Nobody' is unknown"):
-        answer(trained, history, ["Nobody"])
-
-
-def test_windows_of_one_dialogue_are_resampled_together(tiny_data):
-    from dataclasses import replace
-
-    first = replace(tiny_data.train[0], id="scene_1_dialogue_2_part3")
-    assert first.dialogue == "scene_1_dialogue_2"
-
-
-def test_chat_switches_who_asks_and_survives_slips(comparison, tiny_data, capsys):
-    first, second = tiny_data.queriers[:2]
-    chat = Chat(comparison.load("qar"), first, Console(width=200), max_new_tokens=4)
-    chat.handle(tiny_data.train[0].query)
-    assert [turn.speaker for turn in chat.history] == [first, tiny_data.responder]
-    chat.handle(f"/as {second}")
-    assert chat.querier == second
-    with pytest.raises(UserError, match="querier 'Nobody' is unknown"):
-        chat.handle("/as Nobody")
-    with pytest.raises(UserError, match="command '/dance' is unknown"):
-        chat.handle("/dance")
-    capsys.readouterr()
-    chat.handle("/all")
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in tiny_data.queriers)
-    assert chat.querier == second
+def test_command_line(config, trained, tmp_path, monkeypatch, capsys):
+    ft = finetune(config.replace(method="ft", output_dir=str(tmp_path / "ft")))
+    out = tmp_path / "scores.json"
+    arguments = ["--model", str(trained), "--against", str(ft), "--generated", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments, "--max-new-tokens", "4"])
+    run(command.main)
+    qar, other = (report := json.loads(out.read_text()))["models"]
+    assert other["swap"] is None
+    assert qar["swap"] is not None
+    expected = qar["scores"]["nll"] - other["scores"]["nll"]
+    assert report["differences"]["nll"]["diff"] == pytest.approx(expected)
+    assert f"{expected:+.3f}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="2"):
+        run(command.main)
+    assert capsys.readouterr().err.count("\n") == 1

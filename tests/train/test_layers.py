@@ -65,3 +65,13 @@ def test_padding_keeps_end_marks_and_masks(loaded, windows):
     assert batch["attention_mask"].sum(1).tolist() == [size, len(long.input_ids)]
     assert tokenizer.pad_token_id in short.labels  # the end mark is the padding token, and is learnt
     assert (batch["response_mask"][0, size:] == 0).all()
+
+
+def test_computed_where_the_model_will_be_and_kept_on_the_cpu(loaded, windows, tmp_path, monkeypatch):
+    model, _ = loaded
+    card, moved, move = torch.device("cpu", 0), [], torch.nn.Module.to
+    monkeypatch.setattr("train.layers.default_device", lambda: card)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, to: (moved.append(to), move(self, to))[1])
+    states = lower_states(model, windows, 2, tmp_path)
+    assert moved == [card, model.device]
+    assert all(state.device == torch.device("cpu") for state in states)

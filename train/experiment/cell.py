@@ -10,20 +10,16 @@ from typing import Any
 
 import torch
 
-from train.base_model import load_base
 from train.config import TrainConfig
 from train.data.layout import MQDialog
 from train.dataset import load_data
-from train.evaluate import HeldOut
 from train.experiment.plan import Cell, Experiment
 from train.files import read_text, write_atomic
-from train.finetune import finetune, window_set
-from train.metrics import Record
-from train.trained import Trained, first_trained_layer, load_trained, untrained
+from train.finetune import finetune
+from train.heldout import held_out_windows, score
+from train.trained import Trained, load_trained, untrained
 
 RESULT = "result.json"
-SAMPLE_SEED = 0
-"""Every cell answers the same windows, whatever its own seed."""
 
 
 def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
@@ -49,21 +45,14 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     config = experiment.config(cell)
     data = load_data(config).data
     trained = _model(config, data, cell.method.trained)
-    held_out = _held_out(config, data)
-    generated = held_out.sample(experiment.generated, SAMPLE_SEED)
-    scores = held_out.nll(trained.model, held_out.querier_ids)
-    replies = held_out.generate(
-        trained.model,
-        generated,
-        [held_out.querier_ids[index] for index in generated],
-        experiment.max_new_tokens,
-    )
+    held_out = held_out_windows(config, data)
+    records, swapped = score(trained, held_out, experiment.generated, experiment.max_new_tokens)
     result = {
         "key": _key(experiment, cell),
         "method": cell.method.name,
         "seed": cell.seed,
-        "records": held_out.records(scores, dict(zip(generated, replies, strict=True))),
-        "swapped": _swapped(trained, held_out) if _knows_who_asks(config, cell) else None,
+        "records": records,
+        "swapped": swapped,
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_atomic(_folder(experiment, cell) / RESULT, json.dumps(result, ensure_ascii=False))
@@ -88,20 +77,3 @@ def _model(config: TrainConfig, data: MQDialog, is_trained: bool) -> Trained:
     if is_trained:
         return load_trained(finetune(config, resume=True), torch.float32)  # scored as the untrained is
     return untrained(config, data.responder, tuple(data.queriers))
-
-
-def _held_out(config: TrainConfig, data: MQDialog) -> HeldOut:
-    model, tokenizer = load_base(config.model)
-    first = first_trained_layer(config, model.config.num_hidden_layers)
-    windows = window_set(data.dev, model, tokenizer, config, first)
-    return HeldOut(data.dev, windows, tokenizer, first)
-
-
-def _knows_who_asks(config: TrainConfig, cell: Cell) -> bool:
-    return cell.method.trained and config.method == "qar" and config.experts != "shared"
-
-
-def _swapped(trained: Trained, held_out: HeldOut) -> list[Record]:
-    """The NLL of every window under somebody else's id."""
-    asked_by = held_out.swapped_ids(len(trained.queriers), SAMPLE_SEED)
-    return held_out.records(held_out.nll(trained.model, asked_by), {})

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from rich.console import Console
+
+from train.chat import Chat
+from train.comparison import Comparison
+from train.data.transcript import Turn
+from train.errors import UserError
+from train.finetune import finetune
+from train.generate import answer
+
+
+@pytest.fixture
+def comparison(config, tiny_data):
+    finetune(config)
+    return Comparison(config, tiny_data, lambda _method: config)
+
+
+def test_nll_is_that_of_the_last_reply_alone(comparison):
+    model, held_out = comparison.load("qar").model, comparison.held_out
+    scores = held_out.nll(model, held_out.querier_ids)
+    for window, (nll, tokens) in zip(held_out.windows, scores, strict=True):
+        ids = torch.tensor([window.input_ids])
+        with torch.no_grad():
+            logits = model(ids, querier_ids=torch.tensor([window.querier_id])).logits[0].double()
+        learnt = [i for i, label in enumerate(window.reply_labels) if label != -100]
+        expected = -sum(logits[i - 1].log_softmax(-1)[window.input_ids[i]] for i in learnt)
+        assert tokens == len(learnt)
+        assert nll == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_replies_in_a_mixed_batch_equal_those_alone(comparison):
+    model, held_out = comparison.load("qar").model, comparison.held_out
+    everything = list(range(len(held_out.windows)))
+    together = held_out.generate(model, everything, held_out.querier_ids, 8)
+    alone = [held_out.generate(model, [i], [held_out.querier_ids[i]], 8)[0] for i in everything]
+    assert together == alone
+
+
+def test_swapped_ids_are_always_of_somebody_else(comparison):
+    for seed in range(20):
+        swapped = comparison.held_out.swapped_ids(3, seed)
+        assert all(0 <= other < 3 for other in swapped)
+        assert all(a != b for a, b in zip(swapped, comparison.held_out.querier_ids, strict=True))
+
+
+def test_swapping_changes_nothing_without_experts(comparison):
+    model = comparison.load("zero_shot").model
+    held_out = comparison.held_out
+    assert held_out.nll(model, held_out.querier_ids) == held_out.nll(model, held_out.swapped_ids(3, 0))
+
+
+def test_evaluation_has_all_parts(comparison, tiny_data):
+    result = comparison.evaluate("qar")
+    assert len(result["records"]) == len(result["swapped"]) == len(tiny_data.dev)
+    assert all(0 <= record["rougeL"] <= 1 for record in result["records"])
+    matrix = torch.tensor(result["similarity"]["matrix"])
+    torch.testing.assert_close(matrix.diagonal(), torch.ones(3))
+    assert matrix.min() < 0.9
+    sample = result["samples"][0]
+    assert sample["asked_by"] in sample["answers"]
+    assert len(sample["answers"]) == 3
+
+
+def test_answer_knows_its_queriers(comparison, tiny_data):
+    trained = comparison.load("qar")
+    history = [Turn(tiny_data.queriers[0], tiny_data.train[0].query)]
+    replies = answer(trained, history, tiny_data.queriers, max_new_tokens=4)
+    assert list(replies) == tiny_data.queriers
+    with pytest.raises(UserError, match="querier 'Nobody' is unknown"):
+        answer(trained, history, ["Nobody"])
+
+
+def test_windows_of_one_dialogue_are_resampled_together(tiny_data):
+    from dataclasses import replace
+
+    first = replace(tiny_data.train[0], id="scene_1_dialogue_2_part3")
+    assert first.dialogue == "scene_1_dialogue_2"
+
+
+def test_chat_switches_who_asks_and_survives_slips(comparison, tiny_data, capsys):
+    first, second = tiny_data.queriers[:2]
+    chat = Chat(comparison.load("qar"), first, Console(width=200), max_new_tokens=4)
+    chat.handle(tiny_data.train[0].query)
+    assert [turn.speaker for turn in chat.history] == [first, tiny_data.responder]
+    chat.handle(f"/as {second}")
+    assert chat.querier == second
+    with pytest.raises(UserError, match="querier 'Nobody' is unknown"):
+        chat.handle("/as Nobody")
+    with pytest.raises(UserError, match="command '/dance' is unknown"):
+        chat.handle("/dance")
+    capsys.readouterr()
+    chat.handle("/all")
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in tiny_data.queriers)
+    assert chat.querier == second
