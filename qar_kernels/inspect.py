@@ -31,6 +31,8 @@ from qar_kernels.triton.machine_code import (
 from qar_kernels.triton.runner import Recorded
 from qar_kernels.triton.shipped import Case
 
+NO_PRODUCTS = ("reduce_kernel", "dropout_mask_kernel")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,7 +50,7 @@ class Row:
             found.append(f"{self.code.spills} spills")
         if self.code.shared_bytes > SHARED_LIMIT[self.arch]:
             found.append(f"shared memory over {SHARED_LIMIT[self.arch]}")
-        if self.kernel == "reduce_kernel" or self.case.config == "fp32":  # no matrix products; exact ones
+        if self.kernel in NO_PRODUCTS or self.case.config == "fp32":  # exact products have no matrix unit
             return found
         if not self.code.mma:
             found.append("no matrix instructions")

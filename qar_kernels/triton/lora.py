@@ -76,8 +76,7 @@ def _low_and_b(adapter: Adapter | None, x: Tensor, out_features: int) -> tuple[T
     return adapter.low(x).to(x.dtype).contiguous(), adapter.b.to(x.dtype).contiguous()
 
 
-@torch.library.custom_op("qar::dropout_mask", mutates_args=())
-def dropout_mask(seed: Tensor, rows: int, columns: int, probability: float) -> Tensor:
+def draw_mask(seed: Tensor, rows: int, columns: int, probability: float) -> Tensor:
     """``(rows, ceil(columns / 8))`` uint8: bit ``c % 8`` of byte ``c // 8`` is 0 with ``probability``.
 
     A function of ``seed`` (1,) int64 alone, so that a checkpointed layer draws the same mask again. Bits
@@ -90,6 +89,9 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, probability: float) -> T
         round(probability * _MASK_LEVELS), BLOCK=_MASK_BLOCK, num_warps=4, num_stages=1,
     )  # fmt: skip
     return mask
+
+
+dropout_mask = torch.library.custom_op("qar::dropout_mask", draw_mask, mutates_args=())
 
 
 @dropout_mask.register_fake

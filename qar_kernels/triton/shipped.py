@@ -15,7 +15,7 @@ from qar_kernels.segments import Segments
 from qar_kernels.triton import launch
 from qar_kernels.triton.configs import CONFIGS
 from qar_kernels.triton.launch import Call, Hidden, Weights
-from qar_kernels.triton.lora import LoraOperands
+from qar_kernels.triton.lora import LoraOperands, draw_mask
 from qar_kernels.triton.runner import Recorded, recording
 
 SHAPES = {"Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
@@ -102,6 +102,10 @@ def _launches(
                 grads = launch.d_hidden(call, x, x, base, expert, kept, low)
             launch.d_input(call, *grads, x)
             launch.expert_weight_grads(call, x, x, grads[1])
+        if case.lora_rank:
+            draw_mask(
+                torch.empty(1, dtype=torch.int64, device="meta"), x.shape[0], SHAPES[case.shape][1], 0.1
+            )
     return recorded
 
 

@@ -12,6 +12,7 @@ from functools import cache
 
 import pytest
 
+from qar_kernels.inspect import NO_PRODUCTS
 from qar_kernels.triton import shipped
 from qar_kernels.triton.configs import CONFIGS
 from qar_kernels.triton.machine_code import specialisation
@@ -25,7 +26,7 @@ def rows(arch):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "qar_kernels.inspect", "--json", "--arch", arch]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:] or result.stdout[-2000:]
+    assert result.returncode in (0, 1), result.stderr[-2000:]  # 1: there is a fault, which a test below names
     return json.loads(result.stdout)
 
 
@@ -38,7 +39,7 @@ def test_no_spills_and_shared_memory_fits(arch):
 
 def test_hopper_uses_warpgroup_matrices_and_bulk_copies():
     for row in rows("sm_90"):
-        if row["kernel"] == "reduce_kernel" or row["config"] == "fp32":  # exact fp32 has no matrix unit
+        if row["kernel"] in NO_PRODUCTS or row["config"] == "fp32":  # exact fp32 has no matrix unit
             continue
         # Tiles of 16 rows of one segment are too low for a warpgroup, so they may have HMMA instead.
         assert any("HGMMA" in name for name in row["mma"]) or row["tower"] == "expert", row
@@ -49,7 +50,7 @@ def test_hopper_uses_warpgroup_matrices_and_bulk_copies():
 
 def test_ampere_uses_tensor_cores_and_no_bulk_copies():
     for row in rows("sm_80"):
-        if row["kernel"] != "reduce_kernel" and row["config"] != "fp32":
+        if row["kernel"] not in NO_PRODUCTS and row["config"] != "fp32":
             assert any(name.startswith("HMMA") for name in row["mma"]), row
         assert row["tma_loads"] == 0, row
 
@@ -83,6 +84,7 @@ def test_adapters_are_compiled_too(arch):
     for config in ("large", "decode"):
         found = {row["kernel"] for row in rows(arch) if row["lora_rank"] and row["config"].endswith(config)}
         assert {"gate_up_kernel", "down_kernel", "d_hidden_kernel"} <= found
+    assert "dropout_mask_kernel" in {row["kernel"] for row in rows(arch)}
 
 
 def test_adapters_meet_a_split_and_an_undivided_k_loop():
