@@ -108,17 +108,18 @@ class Experts(nn.Module):
 
     def _extras(self, x: Tensor, towers: TowerBatch) -> Iterator[Tensor]:
         """What comes on top of the bank: experts that train alone, the shared one, the mean of all."""
-        known = towers.segments.row_expert >= 0
         if self.trained is not None:
             yield expert_mlp(x, *self.trained.bank, towers.trained, self.qar.backend)
-            known = known | (towers.trained.row_expert >= 0)
         if self.qar.experts == "shared+per_querier":
             yield swiglu_mlp(x, self.shared_gate, self.shared_up, self.shared_down)
         if self.qar.unknown_querier == "mean":
             # a mean's gradient is dense: with sparse gradients unknown queriers train nobody's expert
             bank = [weight.detach() for weight in self.bank] if self.sparse_parameters else self.bank
             mean = swiglu_mlp(x, *(weight.mean(0) for weight in bank))
-            yield mean * ~known.view(*x.shape[:-1], 1)
+            unknown = towers.segments.row_expert < 0
+            if self.trained is not None:
+                unknown = unknown & (towers.trained.row_expert < 0)
+            yield mean * unknown.view(*x.shape[:-1], 1)
 
     def train_only(self, rows: list[int]) -> None:
         """Freeze the bank and train copies of these rows; no rows: take the copies back into the bank.
