@@ -13,6 +13,7 @@ from qar_models.families import (
     QARQwen3Config,
     QARQwen3ForCausalLM,
 )
+from qar_models.merge import merge_shared
 from qar_models.optim import RowSparseAdamW
 from qar_models.row_sparse import average_row_gradients, clip_grad_norm_, sparse_parameters
 from qar_models.upstream import load_upstream
@@ -34,6 +35,7 @@ __all__ = [
     "average_row_gradients",
     "clip_grad_norm_",
     "load_upstream",
+    "merge_shared",
     "remove_qar",
     "sparse_parameters",
 ]

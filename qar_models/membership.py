@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qar_models import expert_files
+from qar_models.config import QARConfig
 from qar_models.experts import Experts
 
 Names = str | Sequence[str]
@@ -171,7 +172,10 @@ class MembershipMixin:
             self.contrast.num_queriers = len(kept) + added
 
     def _set_names(self, names: tuple[str, ...]) -> None:
-        qar = dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names)
+        self.set_qar(dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names))
+
+    def set_qar(self, qar: QARConfig) -> None:
+        """Change the settings everywhere that they are kept; the modules must fit them already."""
         self.qar = self.model.qar = qar
         self.config.qar = qar.to_dict()
         for layer in self.model.layers:

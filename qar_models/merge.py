@@ -1,0 +1,84 @@
+"""The shared expert as a part of the base MLP, for serving.
+
+H hidden, I intermediate, R expert rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qar_kernels.lora import NO_LORA
+from qar_models.base_mlp import BaseMLP, fusable
+
+_TILE = 128  # columns of the kernels' largest tile
+
+
+@torch.no_grad()
+def merge_shared(model: PreTrainedModel) -> None:
+    """Widen every base MLP by the shared expert, in place; ``experts`` becomes ``"per_querier"``.
+
+    Units of a SwiGLU add up, so ``base(x) + scale * shared(x)`` is one MLP of I + R units: the shared expert
+    then costs R / I of the base instead of calls of its own. Answers change by rounding only. Layers without
+    experts, and what is missing to a multiple of 128 where I is one, are filled with units that give zero.
+    Optimizers are built afterwards.
+
+    Raises:
+        ValueError: without a shared expert beside those of one's own, for ``tower="replace"`` (where it
+            belongs to the other stream), while ``train_only`` is on, or where a base MLP has adapters,
+            biases or quantised weights.
+    """
+    qar = model.qar
+    if (qar.tower, qar.experts) != ("residual", "shared+per_querier"):
+        raise ValueError(
+            f"model: got tower={qar.tower!r}, experts={qar.experts!r}, "
+            "expected tower='residual', experts='shared+per_querier'"
+        )
+    if model.model.trained_ids:
+        raise ValueError("train_only: still on; end it with train_only(None) first")
+    bases = [_plain(layer.mlp) for layer in model.model.layers]
+    intermediate = model.config.intermediate_size
+    step = math.gcd(intermediate, _TILE)
+    added = math.ceil((intermediate + qar.expert_rank) / step) * step - intermediate
+    for layer, base in zip(model.model.layers, bases, strict=True):
+        _widen(layer, base, added, qar.expert_scale)
+    model.config.intermediate_size = intermediate + added
+    unknown = "none" if qar.unknown_querier == "shared" else qar.unknown_querier
+    model.set_qar(dataclasses.replace(qar, experts="per_querier", unknown_querier=unknown))
+
+
+def _plain(mlp: nn.Module) -> BaseMLP:
+    base = fusable(mlp)
+    if base is None or base.lora != NO_LORA:
+        raise ValueError(
+            "model: got a base MLP with adapters or special weights, expected plain ones; merge them first"
+        )
+    return base
+
+
+def _widen(layer: nn.Module, base: BaseMLP, added: int, scale: float) -> None:
+    gate, up, down = base.weights
+    extra = [
+        gate.new_zeros(added, gate.shape[1]),
+        up.new_zeros(added, up.shape[1]),
+        down.new_zeros(down.shape[0], added),
+    ]
+    if layer.experts is not None:
+        rank = layer.experts.shared_gate.shape[0]
+        extra[0][:rank] = layer.experts.shared_gate
+        extra[1][:rank] = layer.experts.shared_up
+        extra[2][:, :rank] = layer.experts.shared_down * scale
+        del layer.experts.shared_gate, layer.experts.shared_up, layer.experts.shared_down
+    for name, dim, part in zip(("gate", "up", "down"), (0, 0, 1), extra, strict=True):
+        _set_weight(getattr(layer.mlp, f"{name}_proj"), part, dim)
+    layer.mlp.intermediate_size = gate.shape[0] + added
+
+
+def _set_weight(linear: nn.Linear, extra: Tensor, dim: int) -> None:
+    weight = torch.cat((linear.weight, extra), dim)
+    linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    linear.out_features, linear.in_features = weight.shape
