@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qar_kernels.lora import NO_LORA
 from qar_models.base_mlp import BaseMLP, fusable
 
-_TILE = 128  # columns of the kernels' largest tile
+_WIDTH = 16  # whole 16-byte rows of any dtype
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def merge_shared(model: PreTrainedModel) -> None:
 
     Units of a SwiGLU add up, so ``base(x) + scale * shared(x)`` is one MLP of I + R units: the shared expert
     then costs R / I of the base instead of calls of its own. Answers change by rounding only. Layers without
-    experts, and what is missing to a multiple of 128 where I is one, are filled with units that give zero.
+    experts, and what is missing to a multiple of 16 where I is one, are filled with units that give zero.
     Optimizers are built afterwards.
 
     Raises:
@@ -42,7 +42,7 @@ def merge_shared(model: PreTrainedModel) -> None:
         raise ValueError("train_only: still on; end it with train_only(None) first")
     bases = [_plain(layer.mlp) for layer in model.model.layers]
     intermediate = model.config.intermediate_size
-    step = math.gcd(intermediate, _TILE)
+    step = math.gcd(intermediate, _WIDTH)
     added = math.ceil((intermediate + qar.expert_rank) / step) * step - intermediate
     for layer, base in zip(model.model.layers, bases, strict=True):
         _widen(layer, base, added, qar.expert_scale)
