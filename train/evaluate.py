@@ -25,7 +25,7 @@ from train.data.layout import Example, MQDialog
 from train.dataset import load_data
 from train.errors import UserError
 from train.files import write_atomic
-from train.generate import known_querier, querier_id
+from train.generate import known_querier, querier_id, responders
 from train.heldout import held_out_windows, score
 from train.metrics import Record, compare, summarise, swap_summary
 from train.trained import Trained, load_trained
@@ -55,7 +55,8 @@ def evaluate(
         without experts of one's own), ``left_out`` (windows whose reply does not fit), ``records``.
 
     Raises:
-        UserError: what is wrong with the model, the data or the profiles, or who in the data is unknown.
+        UserError: what is wrong with the model, the data or the profiles; who in the data asks and is
+            unknown, or answers and is not whom the model answers for.
     """
     trained = load_trained(folder, torch.float32)
     # the states of frozen layers lie beside the run, where the run itself put them
@@ -76,6 +77,10 @@ def evaluate(
 
 def _as_known(trained: Trained, data: MQDialog) -> MQDialog:
     """``data`` with the ids that its queriers have in the model."""
+    strangers = sorted({example.responder for example in data.dev} - set(responders(trained)))
+    if strangers:
+        expected = " or ".join(responders(trained))
+        raise UserError(f"data: {strangers[0]} answers in it, expected {expected}")
 
     def known(example: Example) -> Example:
         name = known_querier(trained.queriers, example.querier)

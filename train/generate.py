@@ -112,6 +112,11 @@ def roles(trained: Trained, querier: str) -> tuple[str, str]:
     return asker, responder or trained.responder
 
 
+def responders(trained: Trained) -> list[str]:
+    """Everybody whom the model answers for."""
+    return sorted({roles(trained, name)[1] for name in trained.queriers})
+
+
 def querier_id(queriers: Sequence[str], name: str) -> int:
     """The id of a name that :func:`known_querier` knows."""
     return list(queriers).index(known_querier(queriers, name))

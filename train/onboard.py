@@ -28,7 +28,7 @@ from train.data.responders import pair_name, split_pair
 from train.dataset import with_context
 from train.errors import UserError
 from train.finetune import make_trainer
-from train.generate import roles
+from train.generate import responders
 from train.trained import Trained, check_replaceable, load_trained, save_with_adapter_of
 
 EPOCHS, LEARNING_RATE = 4.0, 5e-3
@@ -62,9 +62,9 @@ def onboard(
     name = _name_beside(trained.queriers, querier, found.responder)
     if name in trained.queriers:
         raise UserError(f"querier '{name}' is known to {source} already")
-    responders = sorted({roles(trained, known)[1] for known in trained.queriers})
-    if found.responder not in responders:
-        raise UserError(f"{data}: the responder is {found.responder}, expected {' or '.join(responders)}")
+    if found.responder not in responders(trained):
+        expected = " or ".join(responders(trained))
+        raise UserError(f"{data}: the responder is {found.responder}, expected {expected}")
     examples = [example for example in found.train if example.querier == querier]
     if not examples:
         names = ", ".join(found.queriers)

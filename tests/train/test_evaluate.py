@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from recast import answered_by
 
 from train import evaluate as command
 from train.cli import run
@@ -58,6 +59,12 @@ def test_somebody_unknown_is_named(trained, tiny_data, tmp_path):
     )
     with pytest.raises(UserError, match="querier 'Zoe' is unknown"):
         evaluate(trained, tmp_path / "renamed")
+
+
+def test_data_of_another_responder_are_refused(trained, tiny_data, tmp_path):
+    write_mqdialog(answered_by(tiny_data, "Amy"), tmp_path / "other", "planted")
+    with pytest.raises(UserError, match=f"Amy answers in it, expected {tiny_data.responder}"):
+        evaluate(trained, tmp_path / "other")
 
 
 def test_windows_that_do_not_fit_are_left_out_and_counted(config, tiny_data, trained):
