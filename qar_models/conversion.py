@@ -67,6 +67,7 @@ def remove_qar(model: nn.Module) -> nn.Module:
     del base.contrast, base.qar, base.config.qar
     for instance in (decoder.norm, decoder, base, base.config):
         family.to_plain(instance)
+    base._no_split_modules = decoder._no_split_modules = {family.plain[2].__name__}
     base.config.architectures = [type(base).__name__]
     return model
 
@@ -88,7 +89,7 @@ def install(model: PreTrainedModel) -> None:
     family.to_aware(decoder)
     model.qar = decoder.qar = qar
     decoder.trained_ids = []
-    model._no_split_modules = {family.aware[2].__name__}
+    model._no_split_modules = decoder._no_split_modules = {family.aware[2].__name__}
     for index, layer in enumerate(decoder.layers):
         _install_layer(family, layer, index, qar)
     if qar.tower == "replace":
@@ -96,7 +97,7 @@ def install(model: PreTrainedModel) -> None:
     model.contrast = None
     if qar.num_clusters:
         norm = _copy_norm(decoder.norm, family)
-        model.contrast = CONTRASTS[qar.contrast](qar, model.config.hidden_size, norm)
+        model.contrast = CONTRASTS[qar.contrast](qar, model.config.hidden_size, norm).train(model.training)
 
 
 def _install_layer(family: Family, layer: nn.Module, index: int, qar: QARConfig) -> None:
@@ -106,7 +107,7 @@ def _install_layer(family: Family, layer: nn.Module, index: int, qar: QARConfig)
     if index >= qar.first_expert_layer:
         # the norm's weight has the compute dtype and the layer's device also where the MLP is quantised
         like = layer.post_attention_layernorm.weight
-        layer.experts = Experts(qar, like.shape[0], like.dtype, like.device)
+        layer.experts = Experts(qar, like.shape[0], like.dtype, like.device).train(layer.training)
 
 
 def _initialize(model: PreTrainedModel) -> None:

@@ -159,3 +159,13 @@ def test_no_layer_with_experts_is_the_base_model_for_everybody():
     model = apply_qar(base, qar_config(experts="shared", first_expert_layer=base.config.num_hidden_layers))
     assert all(layer.experts is None for layer in model.model.layers)
     assert torch.equal(model(ids).logits, expected)
+
+
+def test_mode_and_classes_that_must_not_be_split_follow():
+    base = plain_model().eval()
+    before = base._no_split_modules, base.model._no_split_modules
+    model = apply_qar(base, qar_config(num_clusters=2))
+    assert not any(module.training for module in model.modules())
+    assert set(model._no_split_modules) == set(model.model._no_split_modules) == {"QARLlamaDecoderLayer"}
+    remove_qar(model)
+    assert (set(model._no_split_modules), set(model.model._no_split_modules)) == tuple(map(set, before))
