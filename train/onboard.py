@@ -48,8 +48,8 @@ def onboard(
     contrastive loss is left out: its clusters are those of the dialogues that the model was trained on.
 
     Raises:
-        UserError: if nobody in ``source`` has an expert of their own, the newcomer is no newcomer, or
-            ``data`` is of another responder or has no training window of theirs.
+        UserError: if nobody in ``source`` has an expert of their own, its prompts are few-shot, the newcomer
+            is no newcomer, or ``data`` is of another responder or has no training window of theirs.
     """
     check_replaceable(out)
     trained = load_trained(source, torch.float32)  # the others' experts are written back as they are
@@ -57,6 +57,11 @@ def onboard(
         settings = f"method={trained.config.method}, experts={trained.config.experts}"
         raise UserError(
             f"{source}: got {settings}, expected a model whose queriers have experts of their own"
+        )
+    if trained.config.context == "few_shot":
+        raise UserError(
+            f"{source}: got context=few_shot, whose prompts show dialogues of everybody; "
+            "expected a model trained with a profile or none"
         )
     found = load_mqdialog(data)
     name = _name_beside(trained.queriers, querier, found.responder)

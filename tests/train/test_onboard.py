@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +101,13 @@ def test_newcomer_to_several_responders_is_a_pair(config, tiny_data, tmp_path):
     with pytest.raises(UserError, match="the responder is Zed, expected Amy or "):
         write_mqdialog(_with_newcomer(answered_by(other, "Zed")), tmp_path / "zed", "planted")
         onboard(source, tmp_path / "zed", NEWCOMER, tmp_path / "out")
+
+
+def test_prompts_with_dialogues_of_others_are_refused(config, tiny_data, tmp_path, monkeypatch):
+    source = load_trained(finetune(config))
+    told = dataclasses.replace(source, config=source.config.replace(context="few_shot"))
+    monkeypatch.setattr("train.onboard.load_trained", lambda *_: told)
+    write_mqdialog(_with_newcomer(tiny_data), tmp_path / "new", "planted")
+    with pytest.raises(UserError, match="got context=few_shot"):
+        onboard(Path(config.output_dir) / "trained", tmp_path / "new", NEWCOMER, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
