@@ -24,11 +24,11 @@ from train.cli import positive_int, run
 from train.data.layout import Example, MQDialog
 from train.dataset import load_data
 from train.errors import UserError
-from train.files import write_atomic
+from train.files import check_file, write_atomic
 from train.generate import known_querier, querier_id, responders
-from train.heldout import held_out_windows, score
+from train.heldout import BATCH_SIZE, held_out_windows, score
 from train.metrics import Record, compare, summarise, swap_summary
-from train.trained import Trained, load_trained
+from train.trained import Trained, load_trained, read_about
 
 GENERATED, MAX_NEW_TOKENS = 128, 48
 COLUMNS = {
@@ -42,13 +42,18 @@ COLUMNS = {
 
 
 def evaluate(
-    folder: Path, data: Path | None = None, generated: int = GENERATED, max_new_tokens: int = MAX_NEW_TOKENS
+    folder: Path,
+    data: Path | None = None,
+    generated: int = GENERATED,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = BATCH_SIZE,
 ) -> dict[str, Any]:
     """The scores of a trained model on the held-out windows of ``data``, by default of its training data.
 
     Args:
         folder: what :func:`train.trained.save_trained` wrote.
         generated: windows that are answered; all are scored by NLL.
+        batch_size: windows read, or answered, at once.
 
     Returns:
         ``scores`` (:func:`train.metrics.summarise`), ``swap`` (:func:`train.metrics.swap_summary`; None
@@ -61,7 +66,7 @@ def evaluate(
     trained = load_trained(folder, torch.float32)
     # the states of frozen layers lie beside the run, where the run itself put them
     config = trained.config.replace(data=str(data or trained.config.data), output_dir=str(folder.parent))
-    held_out = held_out_windows(config, _as_known(trained, load_data(config).data))
+    held_out = held_out_windows(config, _as_known(trained, load_data(config).data), batch_size)
     records, swapped = score(trained, held_out, generated, max_new_tokens)
     return {
         "model": str(folder),
@@ -135,6 +140,7 @@ def difference_table(differences: dict[str, Any], ours: str, theirs: str) -> Tab
 def _notes(result: dict[str, Any]) -> list[str]:
     scores, swap = result["scores"], result["swap"]
     notes = [
+        f"perplexity {scores['perplexity']:.2f}; "
         f"{scores['generated']} replies generated, {scores['empty']} empty, {scores['failed']} failed; "
         f"{result['left_out']} windows left out, whose reply does not fit"
     ]
@@ -152,13 +158,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="dialogues (default: those that it was trained on)")
     parser.add_argument("--generated", type=positive_int, default=GENERATED, help="replies to generate")
     parser.add_argument("--max-new-tokens", type=positive_int, default=MAX_NEW_TOKENS)
+    parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="windows at once")
     parser.add_argument("--out", type=Path, help="scores and every window's record, as JSON")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.disable_progress_bar()
     console, results = Console(), []
-    for folder in filter(None, (arguments.model, arguments.against)):
-        results.append(evaluate(folder, arguments.data, arguments.generated, arguments.max_new_tokens))
+    folders = [folder for folder in (arguments.model, arguments.against) if folder]
+    for folder in folders:
+        read_about(folder)  # a second model that is not there is not found out after the first is scored
+    if arguments.out:
+        check_file(arguments.out)
+    settings = (arguments.data, arguments.generated, arguments.max_new_tokens, arguments.batch_size)
+    for folder in folders:
+        results.append(evaluate(folder, *settings))
         console.print(score_table(results[-1]), *_notes(results[-1]), sep="\n")
     report = {"models": results}
     if arguments.against:

@@ -76,6 +76,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise
 
 
+def check_file(path: Path) -> None:
+    """``UserError`` if :func:`write_atomic` cannot put a file there: a folder is, or a file is above it."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected a file to write")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{path}: cannot be written, {nearest} is no folder")
+
+
 @contextmanager
 def build_directory(target: Path) -> Iterator[Path]:
     """Yield an empty sibling folder that takes the place of ``target`` when the block ends without error."""

@@ -27,6 +27,7 @@ from train.layers import upper_part
 from train.metrics import Record, Tokens, score_reply, tokens_for, unscored
 from train.trained import Trained, first_trained_layer
 
+BATCH_SIZE = 16
 SAMPLE_SEED = 0
 """Every model answers the same windows, whatever the seed of its training."""
 
@@ -61,7 +62,7 @@ class HeldOut:
         windows: Windows,
         tokenizer: PreTrainedTokenizerBase,
         first_layer: int = 0,
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         encoded = {window.id for window in windows.windows}
         self.examples = [example for example in examples if example.id in encoded]
@@ -143,14 +144,15 @@ def _end_mark(window: Encoded) -> int:
     return next(label for label in reversed(window.reply_labels) if label != IGNORE)
 
 
-def held_out_windows(config: TrainConfig, data: MQDialog) -> HeldOut:
+def held_out_windows(config: TrainConfig, data: MQDialog, batch_size: int = BATCH_SIZE) -> HeldOut:
     """The held-out windows of ``data`` as the runs of ``config`` read them.
 
     Raises ``UserError`` if there are none.
     """
     model, tokenizer = load_base(config.model)
     first = first_trained_layer(config, model.config.num_hidden_layers)
-    held_out = HeldOut(data.dev, window_set(data.dev, model, tokenizer, config, first), tokenizer, first)
+    windows = window_set(data.dev, model, tokenizer, config, first)
+    held_out = HeldOut(data.dev, windows, tokenizer, first, batch_size)
     if not held_out.examples:
         raise UserError(
             f"{config.data}: no held-out window fits into max_tokens={config.max_tokens} (of {len(data.dev)})"

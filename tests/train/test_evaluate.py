@@ -8,6 +8,7 @@ import pytest
 from recast import answered_by
 
 from train import evaluate as command
+from train import heldout
 from train.cli import run
 from train.comparison import Comparison
 from train.data.mqdialog import write_mqdialog
@@ -83,6 +84,45 @@ def test_windows_that_do_not_fit_are_left_out_and_counted(config, tiny_data, tra
     assert len(records) == len(dev) - 1
 
 
+def test_batch_size_is_that_of_the_passes_and_changes_no_score(trained, monkeypatch):
+    together, sizes = evaluate(trained, generated=1, max_new_tokens=4), []
+    scored = heldout.reply_nll
+
+    def noted(model, batch):
+        sizes.append(len(batch["labels"]))
+        return scored(model, batch)
+
+    monkeypatch.setattr(heldout, "reply_nll", noted)
+    apart = evaluate(trained, generated=1, max_new_tokens=4, batch_size=2)
+    assert set(sizes) == {2}
+    nll = [[record["nll_sum"] for record in result["records"]] for result in (together, apart)]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--against", "nothing", "no trained model there"),
+        ("--out", "folder", "is a folder, expected a file"),
+        ("--out", "file/scores.json", "file is no folder"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_any_scoring(
+    option, name, message, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "trained.json").write_text('{"config": {}, "responder": "Wren", "qar": {}}')
+    monkeypatch.setattr(command, "evaluate", lambda *_: pytest.fail("scored before the refusal"))
+    arguments = ["--model", str(tmp_path), option, str(tmp_path / name)]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        run(command.main)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_command_line(config, trained, tmp_path, monkeypatch, capsys):
     ft = finetune(config.replace(method="ft", output_dir=str(tmp_path / "ft")))
     out = tmp_path / "scores.json"
@@ -94,7 +134,9 @@ def test_command_line(config, trained, tmp_path, monkeypatch, capsys):
     assert qar["swap"] is not None
     expected = qar["scores"]["nll"] - other["scores"]["nll"]
     assert report["differences"]["nll"]["diff"] == pytest.approx(expected)
-    assert f"{expected:+.3f}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{expected:+.3f}" in shown
+    assert f"perplexity {qar['scores']['perplexity']:.2f}" in shown
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="2"):
         run(command.main)
