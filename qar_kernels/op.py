@@ -231,9 +231,9 @@ def _module(backend: str) -> ModuleType:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the autocast dtype where autocast is on, as ``F.linear`` would do."""
+    """Cast to the autocast dtype where autocast is on, all but float64, as ``F.linear`` would do."""
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # it has no autocast, and raises
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -38,8 +38,9 @@ def fusable(mlp: nn.Module) -> BaseMLP | None:
     disabled, merged and put in training mode at any time.
     """
     try:
-        if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
-            raise _NotFusableError(f"its activation is {type(mlp.act_fn).__name__}, not SiLU")
+        activation = getattr(mlp, "act_fn", None)  # classes that others put in place may have none
+        if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
+            raise _NotFusableError(f"the activation of {type(mlp).__name__} is not a SiLU in act_fn")
         _refuse_hooks(mlp)
         gate, up, down = (_read(projection) for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     except _NotFusableError as reason:

@@ -32,7 +32,7 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
         The same object. With ``tower="residual"`` it computes exactly what it did before, until trained.
 
     Raises:
-        TypeError: if the family is not supported.
+        TypeError: if the family is not supported, or others' classes took the place of its own.
         ValueError: if the model is querier-aware already, or the settings do not fit it.
     """
     base = _unwrap(model)
@@ -40,6 +40,7 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
     if type(base) is family.for_causal_lm:
         raise ValueError(f"model: {type(base).__name__} is querier-aware already; call remove_qar first")
     _check_fits(base, qar)
+    _check_plain(base, family)
     family.to_aware(base.config)
     base.config.qar = qar.to_dict()
     base.config.architectures = [family.for_causal_lm.__name__]
@@ -131,6 +132,15 @@ def _check_fits(model: PreTrainedModel, qar: QARConfig) -> None:
         raise ValueError(
             f"first_expert_layer: got {qar.first_expert_layer}, expected at most {layers} (no experts)"
         )
+
+
+def _check_plain(model: PreTrainedModel, family: Family) -> None:
+    for module in (model.model, model.model.norm, *model.model.layers):
+        if type(module) not in family.plain:
+            raise TypeError(
+                f"model: got a {type(module).__name__} in it, expected the classes of transformers; "
+                "what replaces them comes after apply_qar"
+            )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

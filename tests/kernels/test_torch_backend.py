@@ -112,6 +112,12 @@ def test_autocast_casts_like_linear():
     assert all(t.grad.dtype == torch.float32 for t in leaves)
 
 
+def test_autocast_leaves_float64_alone_like_linear():
+    leaves, seg = leaves_and_segments(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_mlp(*leaves, seg, backend="torch").dtype == torch.float64
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 def test_empty_batch(backend):
     leaves, _ = leaves_and_segments()

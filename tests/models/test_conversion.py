@@ -169,3 +169,32 @@ def test_mode_and_classes_that_must_not_be_split_follow():
     assert set(model._no_split_modules) == set(model.model._no_split_modules) == {"QARLlamaDecoderLayer"}
     remove_qar(model)
     assert (set(model._no_split_modules), set(model.model._no_split_modules)) == tuple(map(set, before))
+
+
+def test_foreign_classes_are_named_and_nothing_changes():
+    class FasterNorm(torch.nn.Module):
+        pass
+
+    base = plain_model()
+    base.model.norm = FasterNorm()
+    with pytest.raises(TypeError, match="got a FasterNorm in it"):
+        apply_qar(base, qar_config())
+    assert type(base) is FAMILIES["llama"][1]
+    assert type(base.config) is LlamaConfig
+
+
+def test_an_mlp_of_another_class_runs_by_itself():
+    class FasterMLP(torch.nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x):
+            return self.mlp(x)
+
+    model = aware_model()
+    batch = left_padded_batch()
+    expected = model(**batch, querier_ids=QUERIER_IDS).logits
+    for layer in model.model.layers:
+        layer.mlp = FasterMLP(layer.mlp)
+    torch.testing.assert_close(model(**batch, querier_ids=QUERIER_IDS).logits, expected)
