@@ -53,6 +53,11 @@ class Segments:
         """Device that every tensor lives on."""
         return self.row_expert.device
 
+    def to(self, device: torch.device) -> Segments:
+        """The same on another device."""
+        tensors = (self.row_expert, self.perm, self.offsets, self.experts)
+        return Segments(*(tensor.to(device) for tensor in tensors), self.max_id)
+
     @cached_property
     def present(self) -> tuple[Tensor, Segments]:
         """The experts that have rows, ``(n,)`` int64 ascending, and the same segments with these as 0 .. n-1.

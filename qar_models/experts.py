@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
 from qar_kernels.torch_backend import swiglu_mlp
-from qar_models.base_mlp import fusable
+from qar_models.base_mlp import BaseMLP
 from qar_models.config import QARConfig
 from qar_models.row_sparse import present_rows
 from qar_models.towers import TowerBatch
@@ -59,43 +59,42 @@ class Experts(nn.Module):
                 init.normal_(parameter, mean=0.0, std=std)
 
     def forward(
-        self, mlp: nn.Module, x: Tensor, towers: TowerBatch, x_specific: Tensor | None = None
+        self, base: BaseMLP | Tensor, x: Tensor, towers: TowerBatch, x_specific: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Residual tower: ``mlp(x) + scale * expert(x)``. Replace tower: ``(mlp(x), expert(x_specific))``.
 
         Args:
-            mlp: the layer's base MLP (its ``gate_proj``, ``up_proj`` and ``down_proj`` may be adapters).
+            base: weights and adapters of the layer's base MLP, or ``mlp(x)`` where only its own modules do.
             x: ``(..., H)`` rows of the base MLP.
             towers: the expert of each row of ``x``, or of ``x_specific`` where that is given.
             x_specific: ``(..., H)`` rows of the specific tower.
         """
         if x_specific is None:
-            return self._residual(mlp, x, towers)
-        return self._replace(mlp, x, x_specific, towers)
+            return self._residual(base, x, towers)
+        return self._replace(base, x, x_specific, towers)
 
-    def _residual(self, mlp: nn.Module, x: Tensor, towers: TowerBatch) -> Tensor:
+    def _residual(self, base: BaseMLP | Tensor, x: Tensor, towers: TowerBatch) -> Tensor:
         scale, backend = self.qar.expert_scale, self.qar.backend
         bank, segments = self._bank_for(towers.segments)
-        base = fusable(mlp)
-        if base is not None:
+        if isinstance(base, BaseMLP):
             y = fused_mlp(x, *base.weights, *bank, segments, scale, backend, lora=base.lora)
         else:
-            y = torch.add(mlp(x), expert_mlp(x, *bank, segments, backend), alpha=scale)
+            y = torch.add(base, expert_mlp(x, *bank, segments, backend), alpha=scale)
         for extra in self._extras(x, towers):
             y = torch.add(y, extra, alpha=scale)
         return y
 
     def _replace(
-        self, mlp: nn.Module, x: Tensor, x_specific: Tensor, towers: TowerBatch
+        self, base: BaseMLP | Tensor, x: Tensor, x_specific: Tensor, towers: TowerBatch
     ) -> tuple[Tensor, Tensor]:
-        base, backend = fusable(mlp), self.qar.backend
+        backend = self.qar.backend
         bank, segments = self._bank_for(towers.segments)
-        if base is not None:
+        if isinstance(base, BaseMLP):
             general, specific = dual_mlp(
                 x, x_specific, *base.weights, *bank, segments, backend, lora=base.lora
             )
         else:
-            general, specific = mlp(x), expert_mlp(x_specific, *bank, segments, backend)
+            general, specific = base, expert_mlp(x_specific, *bank, segments, backend)
         for extra in self._extras(x_specific, towers):
             specific = specific + extra
         return general, specific

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from qar_models.base_mlp import BaseMLP, fusable
 from qar_models.experts import Experts
 from qar_models.packing import (
     PACKED_ATTENTION,
@@ -34,15 +35,11 @@ class QARModelOutput(BaseModelOutputWithPast):
 
 
 class DeferredNormMixin:
-    """A final norm that does nothing when called: :class:`QARModelMixin` applies it to each tower."""
+    """A final norm that does nothing where the decoder calls it; :class:`QARModelMixin` applies it."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """The identity."""
-        return hidden_states
-
-    def normalize(self, hidden_states: Tensor) -> Tensor:
-        """The norm itself."""
-        return super().forward(hidden_states)
+    def forward(self, hidden_states: Tensor, now: bool = False) -> Tensor:
+        """The identity, or ``now`` the norm itself."""
+        return super().forward(hidden_states) if now else hidden_states
 
 
 class QARDecoderLayerMixin:
@@ -85,14 +82,19 @@ class QARDecoderLayerMixin:
         normed = self.post_attention_layernorm(hidden_states)
         if self.experts is None:
             return hidden_states + self.mlp(normed)
+        towers = towers.to(normed.device)
         if self.experts.qar.tower == "residual":
-            return hidden_states + self.experts(self.mlp, normed, towers)
+            return hidden_states + self.experts(self._base(normed), normed, towers)
         if self.towers_coincide:  # the towers part here: one input, two outputs
-            general, specific = self.experts(self.mlp, normed, towers, normed)
+            general, specific = self.experts(self._base(normed), normed, towers, normed)
             return interleave(hidden_states + general, hidden_states + specific)
         x, x_specific = split(normed)
-        general, specific = self.experts(self.mlp, x, towers, x_specific)
+        general, specific = self.experts(self._base(x), x, towers, x_specific)
         return hidden_states + interleave(general, specific)
+
+    def _base(self, x: Tensor) -> BaseMLP | Tensor:
+        """What the experts need of the base MLP. Not the module: hooks that offload would move it."""
+        return fusable(self.mlp) or self.mlp(x)
 
 
 class QARModelMixin:
@@ -162,10 +164,10 @@ class QARModelMixin:
     def _join_towers(self, out: BaseModelOutputWithPast, past_key_values: Any) -> QARModelOutput:
         states = out.last_hidden_state
         if self.qar.tower == "residual":
-            last_hidden_state = self.norm.normalize(states)
+            last_hidden_state = self.norm(states, now=True)
         else:
             general, states = split(states)
-            last_hidden_state = (self.norm.normalize(general) + self.norm_specific(states)) / 2
+            last_hidden_state = (self.norm(general, now=True) + self.norm_specific(states)) / 2
         hidden_states = out.hidden_states
         if hidden_states is not None:
             hidden_states = (*hidden_states[:-1], last_hidden_state)

@@ -9,7 +9,7 @@ key-value cache can hold both towers as two groups of heads of B rows, and every
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,17 @@ class TowerBatch:
     segments: Segments
     batch_size: int
     trained: Segments | None = None
+    _elsewhere: dict[torch.device, TowerBatch] = field(default_factory=dict, repr=False)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TowerBatch:
+        """The same on another device, made once: the layers of a model may lie on several."""
+        device = torch.device(device)
+        if device == self.segments.device:
+            return self
+        if device not in self._elsewhere:
+            trained = None if self.trained is None else self.trained.to(device)
+            self._elsewhere[device] = TowerBatch(self.segments.to(device), self.batch_size, trained)
+        return self._elsewhere[device]
 
 
 def interleave(general: Tensor, specific: Tensor) -> Tensor:
@@ -62,6 +73,8 @@ def general_rows(value: Any, batch_size: int) -> Any:
         return tuple(general_rows(item, batch_size) for item in value)
     if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == 2 * batch_size:
         return value[0::2]
+    if value is not None and not isinstance(value, Tensor):  # flex attention's BlockMask
+        raise TypeError(f"attention_mask: got {type(value).__name__}, which tower='replace' cannot share")
     return value
 
 

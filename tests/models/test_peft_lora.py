@@ -20,7 +20,7 @@ from tiny_models import (
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from qar_models import apply_qar, base_mlp, experts
+from qar_models import apply_qar, base_mlp, experts, modeling
 from qar_models.packing import PACKED_ATTENTION
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -56,7 +56,7 @@ def adapted(tower="residual", dtype=torch.float32, config=None, expert_gradients
 def module_path():
     """The base MLP in PEFT's own modules."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "fusable", lambda _: None)
+        patch.setattr(modeling, "fusable", lambda _: None)
         yield
 
 
