@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qar_kernels import Segments
 from qar_models import QARConfig, RowSparseAdamW
+from qar_models.base_mlp import fusable
 from qar_models.experts import Experts
 from qar_models.towers import TowerBatch
 
@@ -78,7 +79,7 @@ def training_step(
     def step() -> None:
         optimizer.zero_grad()
         towers = TowerBatch(Segments.from_ids(ids), present)
-        experts(mlp, x, towers).square().mean().backward()
+        experts(fusable(mlp), x, towers).square().mean().backward()
         optimizer.step()
 
     return step

@@ -222,8 +222,9 @@ class _ExpertMLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple:
+        if torch.is_grad_enabled():  # once_differentiable lets a d_y without gradient pass, and is wrong then
+            raise RuntimeError("expert_mlp: gradients of gradients (create_graph=True) are not implemented")
         needs_x, *needs_weight = ctx.needs_input_grad[:4]
         grads = _grads(d_y.contiguous(), *ctx.saved_tensors, ctx.rows, needs_x, any(needs_weight))
         return *_wanted(grads, ctx.needs_input_grad), None

@@ -167,6 +167,7 @@ class QARForCausalLMMixin(MembershipMixin):
             logits = self.lm_head(hidden_states[:, kept])
         if labels is not None:
             _check_labels(labels, hidden_states)
+            labels = labels.to(hidden_states.device)
             if cu_seq_lens_q is not None:  # nothing before a window predicts its first token
                 labels = labels.index_fill(1, cu_seq_lens_q[:-1].long(), IGNORE_INDEX)
             lm_loss = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)

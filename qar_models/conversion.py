@@ -10,7 +10,7 @@ import copy
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
@@ -41,6 +41,7 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
         raise ValueError(f"model: {type(base).__name__} is querier-aware already; call remove_qar first")
     _check_fits(base, qar)
     _check_plain(base, family)
+    _own_config(model, base.config)
     family.to_aware(base.config)
     base.config.qar = qar.to_dict()
     base.config.architectures = [family.for_causal_lm.__name__]
@@ -132,6 +133,14 @@ def _check_fits(model: PreTrainedModel, qar: QARConfig) -> None:
         raise ValueError(
             f"first_expert_layer: got {qar.first_expert_layer}, expected at most {layers} (no experts)"
         )
+
+
+def _own_config(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Give the model a copy of ``config``, which other models may hold too, in every module that reads it."""
+    own = copy.deepcopy(config)
+    for module in model.modules():
+        if getattr(module, "config", None) is config:
+            module.config = own
 
 
 def _check_plain(model: PreTrainedModel, family: Family) -> None:

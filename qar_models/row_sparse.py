@@ -41,8 +41,11 @@ class _TakeRows(torch.autograd.Function):
         return tuple(weight.index_select(0, ids) for weight in weights)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_rows: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "row-sparse gradients: their gradients (create_graph=True) are not implemented"
+            )
         (ids,) = ctx.saved_tensors
         return None, *(_row_sparse(ids, rows, shape) for rows, shape in zip(d_rows, ctx.shapes, strict=True))
 

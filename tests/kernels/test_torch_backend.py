@@ -112,6 +112,16 @@ def test_autocast_casts_like_linear():
     assert all(t.grad.dtype == torch.float32 for t in leaves)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_of_gradients_are_refused(backend):
+    leaves, seg = leaves_and_segments()
+    with pytest.raises(RuntimeError):
+        (d_x,) = torch.autograd.grad(
+            fused_mlp(*leaves, seg, backend=backend).sum(), leaves[0], create_graph=True
+        )
+        torch.autograd.grad(d_x.square().sum(), leaves[0])
+
+
 def test_autocast_leaves_float64_alone_like_linear():
     leaves, seg = leaves_and_segments(torch.float64)
     with torch.autocast("cpu", torch.bfloat16):

@@ -198,3 +198,12 @@ def test_an_mlp_of_another_class_runs_by_itself():
     for layer in model.model.layers:
         layer.mlp = FasterMLP(layer.mlp)
     torch.testing.assert_close(model(**batch, querier_ids=QUERIER_IDS).logits, expected)
+
+
+def test_a_model_of_the_same_config_stays_plain():
+    first = plain_model()
+    second = FAMILIES["llama"][1](first.config)
+    apply_qar(first, qar_config())
+    assert type(second.config) is LlamaConfig
+    assert first.config is first.model.config is first.model.layers[0].self_attn.config is not second.config
+    apply_qar(second, qar_config())
