@@ -79,7 +79,7 @@ class Experts(nn.Module):
         if isinstance(base, BaseMLP):
             y = fused_mlp(x, *base.weights, *bank, segments, scale, backend, lora=base.lora)
         else:
-            y = torch.add(base, expert_mlp(x, *bank, segments, backend), alpha=scale)
+            y = expert_mlp(x, *bank, segments, backend, scale, base_y=base.to(x.dtype))
         for extra in self._extras(x, towers):
             y = torch.add(y, extra, alpha=scale)
         return y
@@ -118,7 +118,8 @@ class Experts(nn.Module):
             unknown = towers.segments.row_expert < 0
             if self.trained is not None:
                 unknown = unknown & (towers.trained.row_expert < 0)
-            yield mean * unknown.view(*x.shape[:-1], 1)
+            # not a product: an infinite mean times zero would be everybody's NaN
+            yield torch.where(unknown.view(*x.shape[:-1], 1), mean, 0.0)
 
     def train_only(self, rows: list[int]) -> None:
         """Freeze the bank and train copies of these rows; no rows: take the copies back into the bank.

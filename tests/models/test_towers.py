@@ -227,3 +227,12 @@ def rotate(x, positions, theta=10000.0):
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def test_an_overflowing_expert_spoils_nobody_else_through_the_mean():
+    model, batch = aware_model(unknown_querier="mean"), left_padded_batch()
+    known = torch.tensor([1, 0, 2])
+    expected = model(**batch, querier_ids=known).logits
+    with torch.no_grad():
+        model.model.layers[0].experts.down[4] = float("inf")
+    assert torch.equal(model(**batch, querier_ids=known).logits, expected)
