@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 
 from train.cli import run
+from train.data.anybody import ANYBODY, turn_around
 from train.data.cluster import cluster_queries
 from train.data.dialogue import Thresholds
 from train.data.mqdialog import load_mqdialog
 from train.data.planted import HABITS, RESPONDER, habit_of, planted
 from train.data.prepare import PrepareConfig, prepare
+from train.data.transcript import Scene, Turn
 from train.errors import UserError
 
 LOW = Thresholds(min_turns=2, min_dialogues=2)
@@ -103,3 +105,31 @@ def test_interrupt_is_exit_code_130():
     with pytest.raises(SystemExit) as exit_info:
         run(interrupted)
     assert exit_info.value.code == 130
+
+
+def scene_of(speakers: str) -> Scene:
+    return Scene("inn", "one", tuple(Turn(name, f"{name}{number}") for number, name in enumerate(speakers)))
+
+
+def test_turned_around_everybody_else_is_one_responder():
+    turned = turn_around([scene_of("AXAXYAB"), scene_of("XYX")], ["A", "B"])
+    found = [[(turn.speaker, turn.text) for turn in scene.turns] for scene in turned]
+    assert found == [
+        [("A", "A0"), (ANYBODY, "X1"), ("A", "A2"), (ANYBODY, "X3")],
+        [(ANYBODY, "Y4"), ("A", "A5")],
+    ]
+
+
+def test_turning_around_needs_queriers_and_a_free_name(transcript):
+    with pytest.raises(UserError, match="expected their names"):
+        prepare(config_for(transcript, responder=ANYBODY))
+    with pytest.raises(UserError, match="querier 'Nobody' speaks nowhere"):
+        prepare(config_for(transcript, responder=ANYBODY, queriers=("Nobody",)))
+    with pytest.raises(UserError, match="'one' has a speaker of that name"):
+        turn_around([Scene("inn", "one", (Turn("A", "a"), Turn(ANYBODY, "b")))], ["A"])
+
+
+def test_a_folder_turned_around(transcript):
+    data = load_mqdialog(prepare(config_for(transcript, responder=ANYBODY, queriers=("Doc",))))
+    assert data.responder == ANYBODY and data.queriers == ["Doc"]
+    assert {turn.speaker for example in data.train for turn in example.turns} == {"Doc", ANYBODY}

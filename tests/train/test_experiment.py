@@ -81,6 +81,7 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
     [
         ("seed=1", "unknown key 'seed'; did you mean 'seeds'?"),
         ("seeds=3", "key 'seeds': got 3"),
+        ("queriers=Hamlet", "key 'queriers': got 'Hamlet', expected a list of names"),
         ("generated=0", "key 'generated': got 0"),
         ("pairs=[[qar, control]]", "'control' is none of the methods"),
         ("methods={ft: {methd: ft}, qar: {}}", "method 'ft': unknown key 'methd'; did you mean 'method'?"),

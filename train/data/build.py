@@ -3,6 +3,7 @@
 python -m train.data.build --transcript show.md --list-speakers
 python -m train.data.build --transcript show.md --responder Alice --responder Bob
 python -m train.data.build --show plays --all-responders --min-dialogues 8
+python -m train.data.build --show plays --responder Anybody --querier Hamlet --querier Othello
 """
 
 import argparse

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from train.data.anybody import ANYBODY, turn_around
 from train.data.cluster import cluster_queries
 from train.data.dialogue import PLAY_THRESHOLDS, Thresholds, split_queriers
 from train.data.layout import PAIR_IDS, Example, MQDialog, responder_folder, short_name
@@ -33,6 +34,7 @@ class PrepareConfig:
 
     show: str
     responder: str = PLANTED_RESPONDER
+    """Who answers; "Anybody" is everybody but the ``queriers``, see :mod:`train.data.anybody`."""
     out: Path = Path("data")
     transcript: Path | None = None
     """A file of JSON lines or Markdown, see :mod:`train.data.transcript`."""
@@ -136,6 +138,8 @@ def _recipe(config: PrepareConfig) -> dict:
 
 
 def _from_scenes(config: PrepareConfig, scenes: Sequence[Scene]) -> MQDialog:
+    if config.responder == ANYBODY:
+        scenes = turn_around(scenes, config.queriers)
     splits = split_queriers(
         scenes, config.responder, config.minimums, queriers=config.queriers, seed=config.seed
     )

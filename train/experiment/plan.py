@@ -59,6 +59,7 @@ class Experiment:
         pairs: (method, compared with) of the paired differences.
         responders: of Shakespeare's plays, whose dialogues are prepared first; without them ``train`` names
             the ``data``.
+        queriers: of ``responders``, these people only; without them all who have ``min_dialogues``.
         min_dialogues: that a querier must have with a responder to be one.
     """
 
@@ -70,6 +71,7 @@ class Experiment:
     max_new_tokens: int = 32
     pairs: tuple[tuple[str, str], ...] = (("qar", "ft"),)
     responders: tuple[str, ...] = ()
+    queriers: tuple[str, ...] = ()
     min_dialogues: int = PLAY_THRESHOLDS.min_dialogues
 
     @property
@@ -81,7 +83,9 @@ class Experiment:
         """Build the data of ``responders``, or find it built."""
         thresholds = dataclasses.replace(PLAY_THRESHOLDS, min_dialogues=self.min_dialogues)
         for responder in self.responders:
-            prepare(PrepareConfig(PLAYS, responder, self.prepared, thresholds=thresholds))
+            prepare(
+                PrepareConfig(PLAYS, responder, self.prepared, queriers=self.queriers, thresholds=thresholds)
+            )
 
     def cells(self) -> list[Cell]:
         """Every cell, seed by seed, so that a stopped experiment holds whole comparisons."""
@@ -145,12 +149,16 @@ def _checked(values: dict[str, Any], path: Path) -> Experiment:
         if type(values.get(key, 1)) is not int or values.get(key, 1) < 1:
             raise UserError(f"{path}: key '{key}': got {values[key]!r}, expected a whole number above 0")
     methods = tuple(_method(name, changes, path) for name, changes in values["methods"].items())
-    responders = values.get("responders", ())
-    if not isinstance(responders, list | tuple) or not all(isinstance(name, str) for name in responders):
-        raise UserError(f"{path}: key 'responders': got {responders!r}, expected a list of names")
+    people = {key: _names(key, values.get(key, ()), path) for key in ("responders", "queriers")}
     pairs = tuple(_pair(pair, values["methods"], path) for pair in values.get("pairs", Experiment.pairs))
-    checked = {"methods": methods, "seeds": tuple(seeds), "pairs": pairs, "responders": tuple(responders)}
+    checked = {"methods": methods, "seeds": tuple(seeds), "pairs": pairs, **people}
     return Experiment(**{**values, **checked})
+
+
+def _names(key: str, value: Any, path: Path) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{path}: key '{key}': got {value!r}, expected a list of names")
+    return tuple(value)
 
 
 def _pair(pair: Any, methods: dict[str, Any], path: Path) -> tuple[str, str]:

@@ -1,0 +1,40 @@
+"""The same transcript turned around: a few people who ask, and everybody else as the one who answers.
+
+Between one querier and one responder there are a handful of dialogues, between Hamlet and all others
+hundreds: a querier's expert sees more text.
+"""
+
+from collections.abc import Collection, Sequence
+
+from train.data.dialogue import count_turns, require_speaker, two_speaker_runs
+from train.data.transcript import Scene, Turn
+from train.errors import UserError
+
+ANYBODY = "Anybody"
+
+
+def turn_around(scenes: Sequence[Scene], queriers: Collection[str]) -> list[Scene]:
+    """Every dialogue of one of ``queriers`` with somebody else, as a scene in which the other is ``ANYBODY``.
+
+    Dialogues between two of ``queriers`` are left out: each of them would be a reply to the other.
+
+    Raises ``UserError`` without queriers, for one who never speaks, and where the transcript has a speaker of that name.
+    """
+    if not queriers:
+        raise UserError(f"responder '{ANYBODY}' is all but the queriers: expected their names (--querier)")
+    spoken = count_turns(scenes)
+    for name in queriers:
+        require_speaker("querier", name, spoken)
+    turned = []
+    for scene in scenes:
+        for run in two_speaker_runs(scene.turns):
+            speakers = {turn.speaker for turn in run}
+            if ANYBODY in speakers:
+                raise UserError(f"responder '{ANYBODY}': '{scene.title}' has a speaker of that name")
+            if len(speakers.intersection(queriers)) == 1:
+                turned.append(Scene(scene.source, scene.title, _renamed(run, queriers)))
+    return turned
+
+
+def _renamed(run: Sequence[Turn], queriers: Collection[str]) -> tuple[Turn, ...]:
+    return tuple(Turn(turn.speaker if turn.speaker in queriers else ANYBODY, turn.text) for turn in run)
