@@ -18,7 +18,7 @@ def turn_around(scenes: Sequence[Scene], queriers: Collection[str]) -> list[Scen
 
     Dialogues between two of ``queriers`` are left out: each of them would be a reply to the other.
 
-    Raises ``UserError`` without queriers, for one who never speaks, and where the transcript has a speaker of that name.
+    Raises ``UserError`` without queriers, for one who never speaks, and if a speaker has the name already.
     """
     if not queriers:
         raise UserError(f"responder '{ANYBODY}' is all but the queriers: expected their names (--querier)")
