@@ -28,7 +28,9 @@ def load_rows(ptr, row_index, row_mask, col, COLS: tl.constexpr, BLOCK_COLS: tl.
     """Gathered rows of a row-major matrix with COLS columns: (len(row_index), BLOCK_COLS)."""
     c = col + tl.arange(0, BLOCK_COLS)
     inside = in_columns(row_mask, col, COLS, BLOCK_COLS)
-    return tl.load(ptr + row_index.to(tl.int64)[:, None] * COLS + c[None, :], mask=inside, other=0.0)
+    # The pointer comes last: pointers to rows, then to columns, took registers until a few kernels spilled.
+    offsets = row_index.to(tl.int64)[:, None] * COLS + c[None, :]
+    return tl.load(ptr + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
