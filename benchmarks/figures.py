@@ -41,7 +41,7 @@ def _heat_maps(rows: list[dict], run: str) -> Iterator[tuple[str, str]]:
                 over_base[ours["T"], ours["Q"]] = ours["ratio_to_base"]
             if best := against_best(cell):
                 over_others[ours["T"], ours["Q"]] = 1 / best[1]
-        where = f"{run}, H {hidden}, I {inter}, R {rank}"
+        where = f"fused_mlp {run}, H {hidden}, I {inter}, R {rank}"
         for name, values, unit in (
             ("over-base", over_base, "time with experts / base MLP alone"),
             ("over-fastest-other", over_others, "our time / fastest other way's"),

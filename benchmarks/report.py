@@ -90,19 +90,23 @@ def _losses(result: dict) -> str:
 
 
 def fragment(results: Mapping[str, dict]) -> str:
-    """README's part: for every file its conditions in a line and the standings."""
-    if not results:
-        return _NONE
-    parts = []
-    for name, result in results.items():
-        if not tables.standings(result):
-            continue  # no cell in which ours met another way: README tells such numbers in words
-        torch_version = result["versions"]["torch"]
-        link = f"[all tables, each loss, figures](docs/results/{name}.md)"
-        parts.append(
-            f"{_title(result)}, torch {torch_version} ({link}):\n\n{tables.standings_table(result)}\n"
-        )
-    return "\n".join(parts)
+    """README's part: for every file its conditions in a line, where ours stands and the first figure."""
+    return "\n".join(_readme_part(name, result) for name, result in results.items()) or _NONE
+
+
+def _readme_part(name: str, result: dict) -> str:
+    link = f"[all tables, each loss, figures]({PAGES.as_posix()}/{name}.md)"
+    threads = result["machine"].get("threads", result["machine"]["cores"])
+    parts = [f"{_title(result)}, torch {result['versions']['torch']}, {threads} thread(s) ({link}):"]
+    if tables.standings(result):
+        parts.append(tables.standings_table(result))
+    else:
+        found = [tables.operation_table(result, op, run_) for op in OPS for run_ in PASSES]
+        parts += [table for table in found if table]
+    first = next(figures(result), None)
+    if first:
+        parts.append(f"![{first[0]}]({PAGES.as_posix()}/{name}-{first[0]}.svg)")
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
