@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from qar_kernels.autocast import cast_dtype
 from qar_kernels.lora import LoRA
 from qar_kernels.segments import Segments
 
@@ -91,7 +92,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor
     if tensor.shape != shape:
         expected = "(" + ", ".join(str(size) for size in shape) + ")"
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
-    if tensor.dtype != like.dtype:
+    if tensor.dtype != like.dtype and cast_dtype(tensor) != cast_dtype(like):
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {like.dtype} like {like_name}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: got device {tensor.device}, expected {like.device} like {like_name}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qar_kernels import dispatch, reference, torch_backend
+from qar_kernels.autocast import autocast, autocast_experts
 from qar_kernels.checks import check_base, check_base_y, check_experts, check_lora
 from qar_kernels.lora import NO_LORA, LoRA
 from qar_kernels.segments import Segments
@@ -56,21 +57,19 @@ def fused_mlp(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    x, gate, up, down, expert_gate, expert_up, expert_down = _autocast(
-        x, gate, up, down, expert_gate, expert_up, expert_down
-    )
+    x, gate, up, down = autocast(x, gate, up, down)
     check_base(x, gate, up, down)
     check_lora(lora, gate, down)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
+    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg)
     rows = _rows(x)
     name = _resolve(backend, expert_gate.shape[1], rows)
     if name == "triton":
-        base_weights, experts = (gate, up, down), (expert_gate, expert_up, expert_down)
-        y = _triton_fused(rows, base_weights, experts, seg, expert_scale, recompute, lora)
+        y = _triton_fused(rows, (gate, up, down), experts, seg, expert_scale, recompute, lora)
         return y.reshape(x.shape)
     impl = _module(name)
     base = impl.swiglu_mlp(rows, gate, up, down, lora)
-    expert = impl.expert_mlp(rows, expert_gate, expert_up, expert_down, seg)
+    expert = impl.expert_mlp(rows, *experts, seg)
     y = torch.add(base, expert, alpha=expert_scale)
     return y if x.dim() == 2 else y.reshape(x.shape)
 
@@ -98,12 +97,11 @@ def dual_mlp(
     Other arguments, errors and differentiability as in :func:`fused_mlp`. Specific rows without an
     expert (-1) give zeros.
     """
-    x_general, x_specific, gate, up, down, expert_gate, expert_up, expert_down = _autocast(
-        x_general, x_specific, gate, up, down, expert_gate, expert_up, expert_down
-    )
+    x_general, x_specific, gate, up, down = autocast(x_general, x_specific, gate, up, down)
     check_base(x_general, gate, up, down)
     check_lora(lora, gate, down)
     check_experts(x_specific, "x_specific", expert_gate, expert_up, expert_down, seg)
+    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg)
     rows = _rows(x_general)
     specific_rows = _rows(x_specific)
     name = _resolve(backend, expert_gate.shape[1], rows, specific_rows)
@@ -111,13 +109,12 @@ def dual_mlp(
         from qar_kernels.triton import backend as triton_backend
 
         general, specific = triton_backend.dual_mlp(
-            rows, specific_rows, (gate, up, down), (expert_gate, expert_up, expert_down), seg, recompute,
-            lora,
-        )  # fmt: skip
+            rows, specific_rows, (gate, up, down), experts, seg, recompute, lora
+        )
         return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
     impl = _module(name)
     general = impl.swiglu_mlp(rows, gate, up, down, lora)
-    specific = impl.expert_mlp(specific_rows, expert_gate, expert_up, expert_down, seg)
+    specific = impl.expert_mlp(specific_rows, *experts, seg)
     return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
 
 
@@ -140,20 +137,20 @@ def expert_mlp(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    x, expert_gate, expert_up, expert_down = _autocast(x, expert_gate, expert_up, expert_down)
+    (x,) = autocast(x)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
+    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg)
     rows = _rows(x)
     if base_y is not None:
-        (base_y,) = _autocast(base_y)
+        (base_y,) = autocast(base_y)
         check_base_y(x, base_y)
         base_y = base_y.reshape(rows.shape)
     name = _resolve(backend, expert_gate.shape[1], rows)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
-        experts = (expert_gate, expert_up, expert_down)
         return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y).reshape(x.shape)
-    y = _module(name).expert_mlp(rows, expert_gate, expert_up, expert_down, seg)
+    y = _module(name).expert_mlp(rows, *experts, seg)
     if base_y is not None:
         y = torch.add(base_y, y, alpha=expert_scale)
     elif expert_scale != 1:
@@ -228,12 +225,3 @@ def _check_triton(rank: int) -> None:
 
 def _module(backend: str) -> ModuleType:
     return reference if backend == "reference" else torch_backend
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the autocast dtype where autocast is on, all but float64, as ``F.linear`` would do."""
-    device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # it has no autocast, and raises
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -8,7 +8,7 @@ same code runs eagerly, under ``torch.compile`` and inside a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -41,6 +41,7 @@ class Segments:
     max_id: int | None = None
     _plans: dict[tuple[int, int, bool], TilePlan] = field(default_factory=dict, repr=False)
     _groups: dict[int, RowGroups] = field(default_factory=dict, repr=False)
+    _slots: dict[bool, tuple[Tensor, Segments]] = field(default_factory=dict, repr=False)
     _bounds_met: set[int] = field(default_factory=set, repr=False)
 
     @property
@@ -65,11 +66,26 @@ class Segments:
         For callers who pass the kernels the present experts' weights alone. Made once per batch; on an
         accelerator reading ``n`` waits for the device.
         """
-        ids = self.experts[self.experts >= 0]
-        position = torch.arange(self.experts.shape[0], device=self.device)
-        row_expert = torch.where(self.row_expert >= 0, torch.searchsorted(ids, self.row_expert), -1)
-        experts = torch.where(self.experts >= 0, position, -1)
-        return ids, Segments(row_expert, self.perm, self.offsets, experts, ids.shape[0] - 1)
+        ids, renumbered = self.slots
+        ids = ids[: int((self.experts >= 0).sum())]
+        return ids, replace(renumbered, max_id=ids.shape[0] - 1)
+
+    @property
+    def slots(self) -> tuple[Tensor, Segments]:
+        """As :attr:`present` without waiting: C experts, those of unused segments are expert 0."""
+        if torch.compiler.is_compiling():
+            return self._renumber()
+        key = _is_capturing(self.device)  # as in tile_plan: nobody else gets what a capture computes
+        if key not in self._slots:
+            self._slots[key] = self._renumber()
+        return self._slots[key]
+
+    def _renumber(self) -> tuple[Tensor, Segments]:
+        used = self.experts >= 0
+        slot = torch.searchsorted(torch.where(used, self.experts, _LAST), self.row_expert)
+        row_slot = torch.where(self.row_expert >= 0, slot, -1)
+        slots = torch.where(used, torch.arange(used.shape[0], device=self.device), -1)
+        return self.experts.clamp(min=0), Segments(row_slot, self.perm, self.offsets, slots)
 
     def tile_plan(self, block_rows: int, block_expert: int) -> TilePlan:
         """The tiles of the sorted rows, computed once per pair of block sizes and shared by all layers.

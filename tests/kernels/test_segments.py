@@ -101,5 +101,7 @@ def test_present_experts_are_renumbered():
     assert renumbered.row_expert.tolist() == [1, 0, 1, -1, 0, 0, 2, 1]
     assert renumbered.experts.tolist()[:4] == [0, 1, 2, -1] and renumbered.max_id == 2
     assert renumbered.perm is seg.perm and renumbered.offsets is seg.offsets
+    ids, slots = seg.slots
+    assert ids.tolist() == [2, 5, 9, 0, 0, 0, 0, 0] and slots.experts.tolist() == renumbered.experts.tolist()
     nobody = Segments.from_ids([-1, -1]).present
     assert nobody[0].tolist() == [] and nobody[1].row_expert.tolist() == [-1, -1]

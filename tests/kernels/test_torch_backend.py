@@ -1,9 +1,13 @@
 """The torch backend against float64, gradcheck included, and both backends as citizens of torch."""
 
+import functools
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import TOWERS, Case, check
 from test_triton import CASES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
 from qar_kernels.triton import backend as triton_backend
@@ -123,6 +127,42 @@ def test_gradients_of_gradients_are_refused(backend, message):
             fused_mlp(*leaves, seg, backend=backend).sum(), leaves[0], create_graph=True
         )
         torch.autograd.grad(d_x.square().sum(), leaves[0])
+
+
+class LargestCast(TorchDispatchMode):
+    """Notes the largest tensor that is cast."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.size = max(self.size, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_casts_the_experts_of_the_batch_only(compiled):
+    leaves, _ = leaves_and_segments()
+    x, base, bank = leaves[0], leaves[1:4], [torch.randn(1000, *w.shape[1:]) * 0.1 for w in leaves[4:]]
+    ids = torch.tensor([997, 4, -1, 4, 31, 997, 31])
+    seg = Segments.from_ids(ids)
+    for weight in bank:
+        weight.requires_grad_()
+    call, watch = functools.partial(fused_mlp, backend="torch"), LargestCast()
+    if compiled:  # where no mode may watch
+        call, watch = torch.compile(call, fullgraph=True, backend="eager"), nullcontext(LargestCast())
+    with torch.autocast("cpu", torch.bfloat16), watch as cast:
+        y = call(x, *base, *bank, seg)
+    assert cast.size <= max(weight.numel() for weight in (x, *base, bank[0][: len(ids)]))
+    few = [w.detach()[[4, 31, 997]].bfloat16().requires_grad_() for w in bank]
+    same = Segments.from_ids([{997: 2, 4: 0, 31: 1, -1: -1}[i] for i in ids.tolist()])
+    alone = fused_mlp(x.bfloat16(), *(w.bfloat16() for w in base), *few, same, backend="torch")
+    assert torch.equal(y, alone)
+    y.float().square().sum().backward()
+    alone.float().square().sum().backward()
+    for weight, lone in zip(bank, few, strict=True):
+        assert torch.equal(weight.grad[[4, 31, 997]], lone.grad.float())
+        assert weight.grad.count_nonzero() == lone.grad.count_nonzero()
 
 
 def test_autocast_leaves_float64_alone_like_linear():
