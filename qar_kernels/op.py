@@ -16,6 +16,7 @@ from qar_kernels.autocast import autocast, autocast_experts
 from qar_kernels.checks import check_base, check_base_y, check_experts, check_lora
 from qar_kernels.lora import NO_LORA, LoRA
 from qar_kernels.segments import Segments
+from qar_kernels.triton.configs import has_kernels
 
 _HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -45,7 +46,8 @@ def fused_mlp(
         seg: the expert of each of the T rows.
         expert_scale: weight of the experts' output.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. ``"auto"`` is ``"triton"`` on
-            CUDA where Triton is installed (but for float64 and R above 128), else ``"torch"``.
+            NVIDIA devices that the kernels were compiled for, where Triton is installed (but for float64
+            and R above 128), else ``"torch"``.
         recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass ("triton" only,
             always on its fused path).
         lora: adapters of the base projections, of any floating dtype. Their dropout is drawn from
@@ -205,9 +207,8 @@ def _resolve(backend: str, rank: int, *rows: Tensor) -> str:
     if backend == "triton":
         _check_triton(rank)
     elif backend == "auto":
-        on_card = rows[0].device.type == "cuda" and _HAS_TRITON
-        kernels = on_card and rows[0].dtype != torch.float64 and rank <= MAX_TRITON_RANK
-        backend = "triton" if kernels else "torch"
+        suits = _HAS_TRITON and rows[0].dtype != torch.float64 and rank <= MAX_TRITON_RANK
+        backend = "triton" if suits and has_kernels(rows[0].device) else "torch"
     if backend == "triton" and any(r.shape[0] == 0 for r in rows):
         return "torch"
     return backend

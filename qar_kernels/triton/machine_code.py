@@ -21,9 +21,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qar_kernels.triton.runner import Recorded
 
-ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-# Largest shared memory of one block: CUDA C++ Programming Guide, "Compute Capabilities".
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+# Largest shared memory of one block in KiB: CUDA C++ Programming Guide, "Compute Capabilities".
+_SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+SHARED_LIMIT = {arch: kib * 1024 for arch, kib in _SHARED_KIB.items()}
+ARCHITECTURES = {arch: int(arch.removeprefix("sm_")) for arch in _SHARED_KIB}
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
     torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -20,36 +21,39 @@ class Recorded:
     meta: dict
 
 
-_recorded: list[Recorded] | None = None
+# A context's own, so that a thread that records drops no other thread's launches.
+_recorded: ContextVar[list[Recorded] | None] = ContextVar("recorded", default=None)
 
 
 @contextmanager
 def recording() -> Iterator[list[Recorded]]:
     """Collect launches instead of running them: what is compiled ahead of time is what would run."""
-    global _recorded
-    _recorded = []
+    launches: list[Recorded] = []
+    token = _recorded.set(launches)
     try:
-        yield _recorded
+        yield launches
     finally:
-        _recorded = None
+        _recorded.reset(token)
 
 
 def run_kernel(kernel: object, grid: tuple[int, ...], *args: object, **meta: object) -> None:
     """Launch ``kernel`` over ``grid``; inside :func:`recording`, only note it down.
 
     Raises:
-        RuntimeError: if the kernel cannot be compiled for this device or launched on it.
+        RuntimeError: if the kernel cannot be compiled for this device or does not fit on it. Other errors,
+            such as those of an earlier kernel that CUDA reports late, pass as they are.
     """
-    if _recorded is not None:
-        _recorded.append(Recorded(kernel, args, meta))
+    launches = _recorded.get()
+    if launches is not None:
+        launches.append(Recorded(kernel, args, meta))
         return
     try:
         with _device_of(args):
             kernel[grid](*args, **meta)
-    except (TritonError, RuntimeError) as error:  # the driver and the compiler's passes raise the latter
+    except TritonError as error:
         raise RuntimeError(
             f"{kernel.__name__}: {type(error).__name__} while it was compiled or launched: {error}. Made for "
-            'NVIDIA devices of compute capability 8.0, 9.0 or 10.0; backend="torch" does without, and '
+            'the devices of qar_kernels.triton.configs.FAMILIES; backend="torch" does without, and '
             "QAR_KERNELS_PATH=grouped leaves at least the base MLP to the vendor library"
         ) from error
 

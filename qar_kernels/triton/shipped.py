@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qar_kernels.segments import Segments
 from qar_kernels.triton import launch
-from qar_kernels.triton.configs import CONFIGS
+from qar_kernels.triton.configs import CONFIGS, FAMILIES
 from qar_kernels.triton.launch import Call, Hidden, Weights
 from qar_kernels.triton.lora import LoraOperands, draw_mask
 from qar_kernels.triton.runner import Recorded, recording
@@ -77,7 +77,7 @@ def every_launch(case: Case) -> list[Recorded]:
 
 
 def _configs(arch: str) -> tuple[str, str]:
-    prefix = "sm80" if arch == "sm_80" else "sm90"
+    prefix = FAMILIES[divmod(int(arch.removeprefix("sm_")), 10)]
     return f"{prefix}_large", f"{prefix}_decode"
 
 

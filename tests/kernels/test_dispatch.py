@@ -1,5 +1,6 @@
 """The dispatcher: overridable, never a path that the table says loses, a rule where nothing was measured."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from qar_kernels import Adapter, LoRA, Segments, dispatch, fused_mlp
 from qar_kernels.dispatch import Shape, choose_path, default_path, measured_path
+from qar_kernels.triton import configs
 
 CARD = "card"
 SHAPE = Shape(4096, 64, 4096, 14336, 64, "bfloat16", training=False)
@@ -108,3 +110,20 @@ def test_ranks_that_train_together_take_one_path(monkeypatch):
     monkeypatch.setattr(dispatch, "_several_ranks", lambda: True)
     assert choose_path(device, crowded) == "fused"
     assert choose_path(device, replace(crowded, training=False)) == "grouped"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [((9, 0), None, True), ((8, 9), None, True), ((7, 5), None, False), ((9, 4), "6.0", False)],
+)
+def test_auto_takes_the_kernels_where_they_were_compiled_for(monkeypatch, capability, hip, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    configs.has_kernels.cache_clear()
+    with nullcontext() if expected else pytest.warns(UserWarning, match=r"none of NVIDIA's .* 8.9, 9.0"):
+        assert configs.has_kernels(torch.device("cuda:0")) is expected
+    configs.has_kernels.cache_clear()
+
+
+def test_a_cpu_is_not_warned_of(recwarn):
+    assert not configs.has_kernels(torch.device("cpu")) and not recwarn
