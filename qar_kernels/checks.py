@@ -5,11 +5,26 @@ T rows, H hidden, I intermediate, R expert rank, E experts.
 
 from __future__ import annotations
 
+from numbers import Real
+
 from torch import Tensor
 
 from qar_kernels.autocast import cast_dtype
 from qar_kernels.lora import LoRA
 from qar_kernels.segments import Segments
+
+
+def check_tensors(**arguments: object) -> None:
+    """Raise unless every argument is a tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+
+
+def check_scale(expert_scale: object) -> None:
+    """Raise unless the scale is a number."""
+    if not isinstance(expert_scale, int | float | Real):
+        raise TypeError(f"expert_scale: got {type(expert_scale).__name__}, expected a number")
 
 
 def check_base(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
@@ -57,6 +72,7 @@ def check_experts(
     x: Tensor, name: str, expert_gate: Tensor, expert_up: Tensor, expert_down: Tensor, segments: Segments
 ) -> None:
     """Raise unless the experts are ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)`` and match ``x``."""
+    check_tensors(expert_gate=expert_gate, expert_up=expert_up, expert_down=expert_down)
     _check_floating(name, x)
     hidden = _hidden(x, name)
     experts, rank = expert_gate.shape[:2] if expert_gate.dim() == 3 and expert_gate.shape[1] else ("E", "R")

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from qar_kernels import dispatch, reference, torch_backend
 from qar_kernels.autocast import autocast, autocast_experts
-from qar_kernels.checks import check_base, check_base_y, check_experts, check_lora
+from qar_kernels.checks import (
+    check_base,
+    check_base_y,
+    check_experts,
+    check_lora,
+    check_scale,
+    check_tensors,
+)
 from qar_kernels.lora import NO_LORA, LoRA
 from qar_kernels.segments import Segments
 from qar_kernels.triton.configs import has_kernels
@@ -58,7 +65,11 @@ def fused_mlp(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+
+    ``torch.func`` transforms (``grad``, ``vmap``, ``jvp``) and gradients of gradients are not supported.
     """
+    check_tensors(x=x, gate=gate, up=up, down=down)
+    check_scale(expert_scale)
     x, gate, up, down = autocast(x, gate, up, down)
     check_base(x, gate, up, down)
     check_lora(lora, gate, down)
@@ -99,6 +110,7 @@ def dual_mlp(
     Other arguments, errors and differentiability as in :func:`fused_mlp`. Specific rows without an
     expert (-1) give zeros.
     """
+    check_tensors(x_general=x_general, x_specific=x_specific, gate=gate, up=up, down=down)
     x_general, x_specific, gate, up, down = autocast(x_general, x_specific, gate, up, down)
     check_base(x_general, gate, up, down)
     check_lora(lora, gate, down)
@@ -139,11 +151,14 @@ def expert_mlp(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    check_tensors(x=x)
+    check_scale(expert_scale)
     (x,) = autocast(x)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
     experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg)
     rows = _rows(x)
     if base_y is not None:
+        check_tensors(base_y=base_y)
         (base_y,) = autocast(base_y)
         check_base_y(x, base_y)
         base_y = base_y.reshape(rows.shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -145,6 +146,8 @@ class Segments:
             expert_ids: ``(B,)`` integers, -1 for sequences without an expert.
             seq_len: rows of every sequence.
         """
+        if not isinstance(seq_len, int | torch.SymInt | Integral):
+            raise TypeError(f"seq_len: got {type(seq_len).__name__}, expected an integer")
         if seq_len < 0:
             raise ValueError(f"seq_len: got {seq_len}, expected a number of rows >= 0")
         ids, max_id = _checked_ids(expert_ids)
@@ -187,12 +190,19 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _integers(values: IdsLike, name: str) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    tensor = values if isinstance(values, Tensor) else _tensor(values, name)
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")
     if tensor.dim() != 1:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected one dimension")
     return tensor.to(torch.int64)
+
+
+def _tensor(values: Sequence[int], name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: got {type(values).__name__}, expected integers ({error})") from error
 
 
 def _checked_ids(expert_ids: IdsLike) -> tuple[Tensor, int | None]:

@@ -41,7 +41,7 @@ def run_kernel(kernel: object, grid: tuple[int, ...], *args: object, **meta: obj
 
     Raises:
         RuntimeError: if the kernel cannot be compiled for this device or does not fit on it. Other errors,
-            such as those of an earlier kernel that CUDA reports late, pass as they are.
+            such as an earlier kernel's that CUDA reports late, pass as they are.
     """
     launches = _recorded.get()
     if launches is not None:
@@ -50,7 +50,9 @@ def run_kernel(kernel: object, grid: tuple[int, ...], *args: object, **meta: obj
     try:
         with _device_of(args):
             kernel[grid](*args, **meta)
-    except TritonError as error:
+    except (TritonError, RuntimeError) as error:  # the compiler's passes raise the latter
+        if "CUDA" in str(error):
+            raise
         raise RuntimeError(
             f"{kernel.__name__}: {type(error).__name__} while it was compiled or launched: {error}. Made for "
             'the devices of qar_kernels.triton.configs.FAMILIES; backend="torch" does without, and '

@@ -23,11 +23,12 @@ def arguments(**changed):
 
 @pytest.mark.parametrize("op", [fused_mlp, dual_mlp, expert_mlp])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("fault", ["shape", "dtype", "device", "dimensions"])
+@pytest.mark.parametrize("fault", ["type", "shape", "dtype", "device", "dimensions"])
 def test_bad_tensors(op, name, fault):
     if op is expert_mlp and name in BASE:
         pytest.skip("no base in this operation")
     change = {
+        "type": lambda t: t.numpy(),
         "shape": lambda t: t[..., :-1],
         "dtype": lambda t: t.int() if name == "x" else t.double(),
         "device": lambda t: t.to("meta"),
@@ -84,6 +85,13 @@ def test_bad_adapters(op, change, error, message):
         call(op, arguments(), lora={"down": adapter})
 
 
+@pytest.mark.parametrize("op", [fused_mlp, expert_mlp])
+@pytest.mark.parametrize("scale", [None, "2", torch.tensor(2.0)])
+def test_bad_scale(op, scale):
+    with pytest.raises(TypeError, match=r"expert_scale: got \w+, expected a number"):
+        call(op, arguments(), expert_scale=scale)
+
+
 @pytest.mark.parametrize("op", [fused_mlp, dual_mlp, expert_mlp])
 def test_bad_backend(op):
     with pytest.raises(ValueError, match="backend: got 'cuda', expected one of auto, triton"):
@@ -118,20 +126,33 @@ def test_triton_missing(monkeypatch):
         call(fused_mlp, arguments(), backend="triton")
 
 
+class Failing:
+    """Stands for a kernel."""
+
+    __name__ = "some_kernel"
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, grid):
+        raise self.error
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("PassManager::run failed"), OutOfResources(300, 99, "shared")]
 )
 def test_a_chip_that_the_kernels_do_not_fit(monkeypatch, error):
-    class Kernel:
-        __name__ = "some_kernel"
-
-        def __getitem__(self, grid):
-            raise error
-
     with pytest.raises(RuntimeError, match=r'some_kernel: .*backend="torch".*QAR_KERNELS_PATH') as raised:
-        run_kernel(Kernel(), (1,))
+        run_kernel(Failing(error), (1,))
     assert str(error) in str(raised.value)
     assert raised.value.__cause__ is error
+
+
+def test_an_error_of_the_device_is_not_blamed_on_the_kernel():
+    late = RuntimeError("Triton Error [CUDA]: device-side assert triggered")
+    with pytest.raises(RuntimeError) as raised:
+        run_kernel(Failing(late), (1,))
+    assert raised.value is late
 
 
 def test_a_rank_that_no_tile_holds():
