@@ -1,0 +1,9 @@
+"""One thread for every test and what it starts.
+
+With more, BLAS cuts a product among threads by its number of rows, and a row's last bits depend on who shares
+the batch (seen on a CPU with AVX-512); tests that compare bits would hold on some machines only.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for child processes
