@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -25,7 +24,7 @@ from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
 from qar_models.modeling import QARModelOutput
 from qar_models.packing import ids_of_windows
-from qar_models.queriers import check_prompt_ids
+from qar_models.queriers import as_ids, check_prompt_ids
 from qar_models.row_sparse import sparse_parameters
 
 IGNORE_INDEX = -100
@@ -77,6 +76,8 @@ class QARForCausalLMMixin(MembershipMixin):
             ValueError: if the checkpoint lacks experts or norms that its configuration asks for, or holds
                 others: it is of a plain model, or of another tower.
         """
+        if isinstance(kwargs.get("qar"), QARConfig):  # configurations hold JSON
+            kwargs["qar"] = kwargs["qar"].to_dict()
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem in ("missing", "unexpected"):
             keys = sorted(key for key in info[f"{problem}_keys"] if _ANSWERING.search(key))
@@ -97,9 +98,10 @@ class QARForCausalLMMixin(MembershipMixin):
         """As the base class, with ``querier_ids`` (B,), one per prompt, checked before any work."""
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         batch_size = next((len(prompt) for prompt in prompts if prompt is not None), 1)
-        if kwargs.get("querier_ids") is not None:
-            kwargs["querier_ids"] = torch.as_tensor(kwargs["querier_ids"])  # beams repeat tensors only
-        check_prompt_ids(kwargs.get("querier_ids"), self.qar, batch_size)
+        querier_ids = as_ids(kwargs.pop("querier_ids", None))  # beams repeat tensors only
+        check_prompt_ids(querier_ids, self.qar, batch_size)
+        if querier_ids is not None:
+            kwargs["querier_ids"] = querier_ids
         return super().generate(inputs, *args, **kwargs)
 
     @property
@@ -148,7 +150,7 @@ class QARForCausalLMMixin(MembershipMixin):
             num_items_in_batch: labelled tokens of the whole optimizer step; the losses are then that
                 step's share, so that their sum over micro-batches is the mean over tokens.
         """
-        querier_ids = None if querier_ids is None else torch.as_tensor(querier_ids)
+        querier_ids = as_ids(querier_ids)
         outputs: QARModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -203,7 +205,7 @@ class QARForCausalLMMixin(MembershipMixin):
             scores, targets = logits[:, :-1].flatten(0, 1), targets.flatten()
         else:
             raise ValueError(f"logits_to_keep: got {logits.shape[1]} positions, expected all with labels")
-        total = F.cross_entropy(scores.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        total = F.cross_entropy(scores.float(), targets.long(), ignore_index=IGNORE_INDEX, reduction="sum")
         return total / (kept.sum().clamp(min=1) if num_items is None else num_items)
 
     def _share_of_step(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:

@@ -7,17 +7,22 @@ B sequences, S tokens, H hidden, P projection, C clusters, Q queriers, K memory 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.utils import logging
 
 from qar_models.config import QARConfig
 from qar_models.distributed import gather_batch, mean_over_ranks, num_ranks
 
+logger = logging.get_logger(__name__)
+
 MAX_LOSS = 10.0
+LARGE_MEMORY = 2**31  # bytes
 
 
 class QuerierContrast(nn.Module):
@@ -32,6 +37,12 @@ class QuerierContrast(nn.Module):
         clusters, queriers, width = qar.num_clusters, qar.num_queriers, qar.projection_dim
         self.num_queriers, self.temperature = queriers, qar.temperature
         self.norm_role_proj = norm
+        if qar.contrastive_memory_bytes > LARGE_MEMORY:
+            logger.warning_once(
+                f"The contrastive memory takes {qar.contrastive_memory_bytes / 2**30:.1f} GiB: {queriers} "
+                f"queriers, {clusters} clusters, projection_dim {width}, memory_size {qar.memory_size}; a "
+                "smaller memory_size makes it smaller in proportion"
+            )
         like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
         self.head_weight = nn.Parameter(torch.empty(2, clusters, width, hidden_size, **like))
         self.head_bias = nn.Parameter(torch.empty(2, clusters, width, **like))
@@ -83,6 +94,8 @@ class QuerierContrast(nn.Module):
                 ``(N,)``, the other inputs ``(1, S, ...)``.
         """
         self._check(querier_states, response_mask, querier_ids, cluster_ids, cu_seq_lens)
+        device = querier_states.device
+        querier_ids, cluster_ids = querier_ids.to(device), cluster_ids.to(device)
         mask = response_mask.to(querier_states)
         weighted = self.norm_role_proj(querier_states) * mask.unsqueeze(-1)
         summed, count = (_sum_sequences(values, cu_seq_lens) for values in (weighted, mask.unsqueeze(-1)))
@@ -101,19 +114,19 @@ class QuerierContrast(nn.Module):
         every = torch.einsum("bh,vcph->vbcp", pooled, self.head_weight) + self.head_bias.unsqueeze(1)
         return every[:, torch.arange(pooled.shape[0], device=pooled.device), cluster_ids]
 
-    def _prototypes(self, cluster_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Prototypes of every querier in each sequence's cluster, and who takes part.
+    def _prototypes(self) -> tuple[Tensor, Tensor]:
+        """Prototypes of every querier in every cluster, and who takes part.
 
         Returns:
-            ``(2, B, Q, P)``, up to a positive factor (their cosine is all that counts), and ``(B, Q)`` bool.
+            ``(2, C, Q, P)``, up to a positive factor (their cosine is all that counts), and ``(C, Q)`` bool.
         """
-        return self.totals[:, cluster_ids], self.writes[cluster_ids] > 0
+        return self.totals, self.writes > 0
 
     def _loss(self, views: Tensor, querier_ids: Tensor, cluster_ids: Tensor, usable: Tensor) -> Tensor:
-        prototypes, known = self._prototypes(cluster_ids)
-        other = prototypes.flip(0).to(views.dtype)
-        cosine = F.cosine_similarity(views.unsqueeze(2), other, dim=-1)  # (2, B, Q); autocast keeps fp32
-        logits = (cosine / self.temperature).masked_fill(~known, float("-inf"))
+        prototypes, competing = self._prototypes()
+        cosines = _cosines(views, prototypes.flip(0).to(views.dtype), cluster_ids)
+        known = competing[cluster_ids]
+        logits = (cosines / self.temperature).masked_fill(~known, float("-inf"))
         target = querier_ids.clamp(min=0)
         usable = usable & known.gather(1, target.unsqueeze(1)).squeeze(1)
         # a sequence that cannot be scored gets finite logits, so that its (unused) loss has no NaN gradient
@@ -188,6 +201,18 @@ class QuerierContrast(nn.Module):
             raise ValueError("response_mask: got no responder token in the whole batch, expected some")
         _check_range("cluster_ids", cluster_ids, 0, len(self.writes) - 1)
         _check_range("querier_ids", querier_ids, -1, self.num_queriers - 1)
+
+
+def _cosines(views: Tensor, prototypes: Tensor, cluster_ids: Tensor) -> Tensor:
+    """Views ``(2, B, P)`` against prototypes ``(2, C, Q, P)`` of each sequence's own cluster: ``(2, B, Q)``.
+
+    Against all clusters in one product: a copy of its cluster's prototypes for each sequence costs far more.
+    """
+    directions = F.normalize(views, dim=-1), F.normalize(prototypes, dim=-1)
+    # autocast's bf16 would leave two digits of the logits; the meta device has no autocast, and raises
+    with nullcontext() if views.is_meta else torch.autocast(views.device.type, enabled=False):
+        every = torch.einsum("vbp,vcqp->vbcq", *directions)
+    return every[:, torch.arange(views.shape[1], device=views.device), cluster_ids]
 
 
 def _sum_sequences(values: Tensor, cu_seq_lens: Tensor | None) -> Tensor:

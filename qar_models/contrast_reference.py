@@ -1,6 +1,6 @@
 """The contrastive loss as the paper's code computes it, for checkpoints of that code.
 
-B sequences, Q queriers, P projection.
+Q queriers.
 """
 
 from __future__ import annotations
@@ -27,6 +27,6 @@ class ReferenceContrast(QuerierContrast):
         super().__init__(classes, hidden_size, norm)
         self.num_queriers = qar.num_queriers
 
-    def _prototypes(self, cluster_ids: Tensor) -> tuple[Tensor, Tensor]:
-        prototypes, known = super()._prototypes(cluster_ids)
+    def _prototypes(self) -> tuple[Tensor, Tensor]:
+        prototypes, known = super()._prototypes()
         return torch.where(known.unsqueeze(-1), prototypes, EMPTY), torch.ones_like(known)

@@ -111,15 +111,25 @@ class Experts(nn.Module):
             yield expert_mlp(x, *self.trained.bank, towers.trained, self.qar.backend)
         if self.qar.experts == "shared+per_querier":
             yield swiglu_mlp(x, self.shared_gate, self.shared_up, self.shared_down)
-        if self.qar.unknown_querier == "mean":
-            # a mean's gradient is dense: with sparse gradients unknown queriers train nobody's expert
-            bank = [weight.detach() for weight in self.bank] if self.sparse_parameters else self.bank
-            mean = swiglu_mlp(x, *(weight.mean(0) for weight in bank))
+        if self.qar.unknown_querier == "mean" and towers.may_be_unknown:
             unknown = towers.segments.row_expert < 0
             if self.trained is not None:
                 unknown = unknown & (towers.trained.row_expert < 0)
+            mean = swiglu_mlp(x, *self._mean())
             # not a product: an infinite mean times zero would be everybody's NaN
             yield torch.where(unknown.view(*x.shape[:-1], 1), mean, 0.0)
+
+    def _mean(self) -> tuple[Tensor, ...]:
+        """The mean of all experts; those that train alone count as they are now, but learn nothing here."""
+        # a mean's gradient is dense: with sparse gradients unknown queriers train nobody's expert
+        bank = [weight.detach() for weight in self.bank] if self.sparse_parameters else self.bank
+        means = tuple(weight.mean(0) for weight in bank)
+        if self.trained is None:
+            return means
+        return tuple(
+            mean + (trained.detach() - weight[self.trained.rows]).sum(0) / len(weight)
+            for mean, weight, trained in zip(means, bank, self.trained.bank, strict=True)
+        )
 
     def train_only(self, rows: list[int]) -> None:
         """Freeze the bank and train copies of these rows; no rows: take the copies back into the bank.

@@ -36,15 +36,24 @@ def make_towers(
         ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return TowerBatch(_segments(ids, seq_len), batch_size)
     sequences = batch_size if cu_seq_lens is None else len(cu_seq_lens) - 1
-    ids = _checked_ids(querier_ids, qar, [(sequences,), (batch_size, seq_len)]).to(device)
+    ids = _checked_ids(querier_ids, qar, [(sequences,), (batch_size, seq_len)])
+    may_be_unknown = not _are_known(ids)
+    ids = ids.to(device)
     if not trained_ids:
-        return TowerBatch(_segments(ids, seq_len, cu_seq_lens), batch_size)
+        return TowerBatch(_segments(ids, seq_len, cu_seq_lens), batch_size, may_be_unknown=may_be_unknown)
     matches = ids.unsqueeze(-1) == torch.tensor(trained_ids, device=device)
     trained = matches.any(-1)
     position = torch.where(trained, matches.int().argmax(-1), -1)
     others = torch.where(trained, -1, ids)
     segments, own = (_segments(found, seq_len, cu_seq_lens) for found in (others, position))
-    return TowerBatch(segments, batch_size, own)
+    return TowerBatch(segments, batch_size, own, may_be_unknown)
+
+
+def _are_known(ids: Tensor) -> bool:
+    """Whether the host can tell, without waiting for a device, that no id is -1."""
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return False
+    return not bool((ids < 0).any())
 
 
 def _segments(ids: Tensor, seq_len: int, cu_seq_lens: Tensor | None = None) -> Segments:
@@ -56,9 +65,26 @@ def _segments(ids: Tensor, seq_len: int, cu_seq_lens: Tensor | None = None) -> S
 
 
 def check_prompt_ids(querier_ids: Tensor | None, qar: QARConfig, batch_size: int) -> None:
-    """Raise what a forward pass would; in generation a prompt has one querier, so ``(B,)`` only."""
+    """Raise what a forward pass would; in generation a prompt has one querier, so ``(B,)`` only.
+
+    Values are read from a device too: once a call, where an assertion on the device would end the process.
+    """
     if qar.needs_querier_ids:
-        _checked_ids(querier_ids, qar, [(batch_size,)])
+        _checked_ids(querier_ids if querier_ids is None else querier_ids.cpu(), qar, [(batch_size,)])
+
+
+def as_ids(querier_ids: Tensor | Sequence[int] | None) -> Tensor | None:
+    """``querier_ids`` as a tensor.
+
+    Raises:
+        TypeError: if they are not integers.
+    """
+    if querier_ids is None or isinstance(querier_ids, Tensor):
+        return querier_ids
+    try:
+        return torch.as_tensor(querier_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"querier_ids: got {querier_ids!r}, expected integers") from error
 
 
 def _checked_ids(querier_ids: Tensor | None, qar: QARConfig, shapes: list[tuple[int, ...]]) -> Tensor:
@@ -68,7 +94,7 @@ def _checked_ids(querier_ids: Tensor | None, qar: QARConfig, shapes: list[tuple[
             f"querier_ids: missing, but the model has experts={qar.experts!r}; pass querier_ids, an integer "
             f"tensor of shape {shapes[0]} with ids 0..{qar.num_queriers - 1} or -1 (unknown)"
         )
-    ids = torch.as_tensor(querier_ids)
+    ids = as_ids(querier_ids)
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"querier_ids: got dtype {ids.dtype}, expected integers")
     if ids.shape not in shapes:

@@ -9,7 +9,7 @@ key-value cache can hold both towers as two groups of heads of B rows, and every
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,13 @@ class TowerBatch:
         batch_size: B, sequences as the caller sees them.
         trained: rows of the experts that train alone, see :meth:`Experts.train_only`; ``segments`` leaves
             them out.
+        may_be_unknown: False where the host knows that every row's querier is known.
     """
 
     segments: Segments
     batch_size: int
     trained: Segments | None = None
+    may_be_unknown: bool = True
     _elsewhere: dict[torch.device, TowerBatch] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TowerBatch:
@@ -42,7 +44,7 @@ class TowerBatch:
             return self
         if device not in self._elsewhere:
             trained = None if self.trained is None else self.trained.to(device)
-            self._elsewhere[device] = TowerBatch(self.segments.to(device), self.batch_size, trained)
+            self._elsewhere[device] = replace(self, segments=self.segments.to(device), trained=trained)
         return self._elsewhere[device]
 
 

@@ -5,6 +5,7 @@ Memory of one rank, in bytes; P all parameters that the trainer sees, T the trai
 - weights: P at the base's width, T at 4 (2 under DeepSpeed in 16 bits); ZeRO-3 keeps 1/N
 - gradients: T at the trained parameters' width; ZeRO-2 and 3 keep 1/N
 - optimizer: 8 T for Adam's two moments, and 4 T for fp32 masters under DeepSpeed in 16 bits; ZeRO keeps 1/N
+- contrastive memory: ``QARConfig.contrastive_memory_bytes``, in fp32, on every rank
 - activations: micro-batch tokens (batch_size times the longest window) times, for every trained layer,
   10 H + 4 I values (norms, projections, attention, gate, up, their product), or H with gradient
   checkpointing plus one layer in full; and fp32 logits with their gradient for half of the tokens.
@@ -104,10 +105,12 @@ def memory(prepared: Prepared, config: TrainConfig) -> dict[str, float]:
     masters = stage > 0 and width == 2
     trained_width = 2 if masters else 4
     share = [1 / ranks.world_size() if stage >= least else 1.0 for least in (1, 2, 3)]
+    contrast = prepared.model.qar.contrastive_memory_bytes if config.method == "qar" else 0
     parts = {
         "weights": (frozen * width + trained * trained_width) * share[2],
         "gradients": trained * trained_width * share[1],
         "optimizer": trained * (12 if masters else 8) * share[0],
+        "contrastive memory": contrast,
         "activations": _activations(prepared, config),
     }
     return {**parts, "all": sum(parts.values())}

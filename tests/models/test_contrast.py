@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from qar_models.contrast import QuerierContrast
 
@@ -269,6 +270,29 @@ def test_cost_does_not_depend_on_the_size_of_the_memory():
             contrast(**batch).backward()
         largest.append(allocations.bytes)
     assert largest[0] == largest[1] < math.prod(contrast.memory.shape)
+
+
+def test_no_sequence_has_a_copy_of_its_clusters_prototypes():
+    contrast, size = new_contrast(), 64
+    contrast(**fixed_batch([0, 1, 2, 3]))
+    views = torch.randn(2, size, WIDTH, requires_grad=True)
+    clusters = torch.zeros(size, dtype=torch.int64)
+    with LargestAllocation() as allocations:
+        contrast._loss(views, clusters, clusters, clusters == 0).backward()
+    assert allocations.bytes < 4 * 2 * size * QUERIERS * WIDTH
+
+
+def test_a_large_memory_is_counted_and_warned_of(caplog, monkeypatch):
+    config = qar_config(num_queriers=1000, num_clusters=10, memory_size=512, projection_dim=512)
+    contrast = QuerierContrast(config, HIDDEN, nn.RMSNorm(HIDDEN, device="meta"))
+    held = contrast.memory.nbytes + contrast.totals.nbytes
+    assert config.contrastive_memory_bytes == held > 20e9
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING", logger="qar_models.contrast"):
+        QuerierContrast(
+            qar_config(num_queriers=999, num_clusters=10), HIDDEN, nn.RMSNorm(HIDDEN, device="meta")
+        )
+    assert "memory takes" in caplog.text and "smaller memory_size" in caplog.text
 
 
 def test_no_value_is_read_back_from_the_device():

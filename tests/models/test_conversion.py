@@ -1,5 +1,7 @@
 """Plain model <-> querier-aware model <-> disk, with and without adapters."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -207,3 +209,10 @@ def test_a_model_of_the_same_config_stays_plain():
     assert type(second.config) is LlamaConfig
     assert first.config is first.model.config is first.model.layers[0].self_attn.config is not second.config
     apply_qar(second, qar_config())
+
+
+def test_settings_may_be_given_anew_when_a_model_is_loaded(tmp_path):
+    model = aware_model()
+    model.save_pretrained(tmp_path)
+    other = dataclasses.replace(model.qar, expert_scale=0.5)
+    assert type(model).from_pretrained(tmp_path, qar=other).qar == other

@@ -66,6 +66,12 @@ def test_micro_batches_with_num_items_sum_to_the_whole_batch():
     torch.testing.assert_close(sum(part.lm_loss for part in parts), whole.lm_loss)
 
 
+def test_labels_of_32_bits():
+    model, batch = aware_model(), training_batch()
+    narrow = {**batch, "labels": batch["labels"].int()}
+    assert torch.equal(model(**narrow).loss, model(**batch).loss)
+
+
 def test_querier_ids_may_be_a_list_with_the_contrastive_loss():
     model, batch = aware_model(num_clusters=2, memory_size=2, projection_dim=8), training_batch()
     batch |= {"response_mask": batch["attention_mask"], "cluster_ids": torch.tensor([0, 1, 1])}

@@ -207,6 +207,17 @@ def test_unknown_queriers_while_one_trains():
     assert torch.equal(model(**batch, querier_ids=ids).logits, before)
 
 
+def test_the_mean_follows_who_trains():
+    model = named_model(unknown_querier="mean")
+    batch, ids = left_padded_batch(), torch.tensor([-1, -1, -1])
+    model.train_only("Howard")
+    for layer in model.model.layers:
+        layer.experts.trained.down.data.add_(1.0)
+    meanwhile = model(**batch, querier_ids=ids).logits
+    model.train_only(None)
+    torch.testing.assert_close(model(**batch, querier_ids=ids).logits, meanwhile)
+
+
 def test_a_checkpoint_while_one_trains_is_an_ordinary_one(tmp_path):
     model = named_model()
     model.train_only("Howard")

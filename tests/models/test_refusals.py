@@ -1,5 +1,8 @@
 """Every mistake is refused, and the message names the argument and what was expected."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from tiny_models import QUERIER_IDS, aware_model, left_padded_batch, plain_model, qar_config, training_batch
@@ -21,6 +24,7 @@ def model():
         (torch.tensor([0, 1]), ValueError, r"querier_ids: got shape \(2,\), expected \(3,\) or \(3, 10\)"),
         (torch.zeros(3, 4, dtype=torch.long), ValueError, r"querier_ids: got shape \(3, 4\)"),
         (torch.tensor([0.0, 1.0, 2.0]), TypeError, "querier_ids: got dtype torch.float32, expected integers"),
+        (["anna", "bo", "cy"], TypeError, r"querier_ids: got \['anna', 'bo', 'cy'\], expected integers"),
         (torch.tensor([0, 5, 2]), ValueError, "querier_ids: got 5, expected ids from -1 to 4"),
         (torch.tensor([0, -2, 2]), ValueError, "querier_ids: got -2, expected ids from -1 to 4"),
     ],
@@ -135,12 +139,21 @@ def test_plain_checkpoint_on_load(tmp_path):
         ({"querier_names": ("a", "b", "a")}, r"querier_names: got 3 names \(2 different\)"),
         ({"num_queriers": 2.5}, "num_queriers: got 2.5, expected an integer"),
         ({"num_queriers": "3"}, "num_queriers: got '3', expected an integer"),
+        ({"num_queriers": True}, "num_queriers: got True, expected an integer"),
+        ({"temperature": float("nan")}, "temperature: got nan, expected a finite number"),
+        ({"expert_scale": float("inf")}, "expert_scale: got inf, expected a finite number"),
+        ({"contrastive_weight": True}, "contrastive_weight: got True, expected a number"),
         ({"temperature": "hot"}, "temperature: got 'hot', expected a number"),
     ],
 )
 def test_config_values(values, message):
     with pytest.raises((ValueError, TypeError), match=message):
         QARConfig(**{"num_queriers": 3, **values})
+
+
+def test_numpys_numbers_are_numbers():
+    config = QARConfig(num_queriers=np.int64(3), expert_scale=np.float32(0.5))
+    assert json.loads(json.dumps(config.to_dict()))["num_queriers"] == 3 and config.expert_scale == 0.5
 
 
 def test_config_round_trip_and_unknown_keys():

@@ -15,6 +15,8 @@ from tiny_models import (
     qar_config,
 )
 
+from qar_models.experts import Experts
+
 
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -227,6 +229,17 @@ def rotate(x, positions, theta=10000.0):
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def test_the_mean_is_left_out_where_everybody_is_known(monkeypatch):
+    model, batch = aware_model(unknown_querier="mean"), left_padded_batch()
+    calls = []
+    mean = Experts._mean
+    monkeypatch.setattr(Experts, "_mean", lambda self: calls.append(self) or mean(self))
+    model(**batch, querier_ids=torch.tensor([0, 1, 2]))
+    assert not calls
+    model(**batch, querier_ids=torch.tensor([0, -1, 2]))
+    assert len(calls) == len(model.model.layers)
 
 
 def test_an_overflowing_expert_spoils_nobody_else_through_the_mean():
