@@ -7,7 +7,13 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from train.errors import UserError
 from train.files import build_directory
@@ -39,6 +45,14 @@ def load_base(
     except (OSError, ValueError) as error:
         raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
     return model, tokenizer
+
+
+def num_layers(name: str, cache: Path = CACHE) -> int:
+    """Of the model's decoder, without loading its weights."""
+    try:
+        return AutoConfig.from_pretrained(_source(name, cache)).num_hidden_layers
+    except (OSError, ValueError) as error:
+        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_tokenizer(name: str, cache: Path = CACHE) -> PreTrainedTokenizerBase:

@@ -57,14 +57,15 @@ def with_context(data: MQDialog, config: TrainConfig) -> MQDialog:
 
 def window_set(
     examples: Sequence[Example],
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
     first_layer: int,
 ) -> Windows:
     """``examples`` as the configuration writes them, with a plain model's states below ``first_layer``.
 
-    Runs side by side under one parent folder share the states.
+    The model is needed where ``first_layer`` is above 0. Runs side by side under one parent folder share the
+    states.
     """
     windows = encode_all(
         examples,

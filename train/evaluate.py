@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from rich.box import SIMPLE
 from rich.console import Console
@@ -21,6 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from train.cli import positive_int, run
+from train.config import DTYPES
 from train.data.layout import Example, MQDialog
 from train.dataset import load_data
 from train.errors import UserError
@@ -47,6 +47,7 @@ def evaluate(
     generated: int = GENERATED,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """The scores of a trained model on the held-out windows of ``data``, by default of its training data.
 
@@ -54,6 +55,7 @@ def evaluate(
         folder: what :func:`train.trained.save_trained` wrote.
         generated: windows that are answered; all are scored by NLL.
         batch_size: windows read, or answered, at once.
+        dtype: of all weights, a key of :data:`train.config.DTYPES`.
 
     Returns:
         ``scores`` (:func:`train.metrics.summarise`), ``swap`` (:func:`train.metrics.swap_summary`; None
@@ -63,7 +65,7 @@ def evaluate(
         UserError: what is wrong with the model, the data or the profiles; who in the data asks and is
             unknown, or answers and is not whom the model answers for.
     """
-    trained = load_trained(folder, torch.float32)
+    trained = load_trained(folder, DTYPES[dtype])
     # the states of frozen layers lie beside the run, where the run itself put them
     config = trained.config.replace(data=str(data or trained.config.data), output_dir=str(folder.parent))
     held_out = held_out_windows(config, _as_known(trained, load_data(config).data), batch_size)
@@ -72,6 +74,7 @@ def evaluate(
         "model": str(folder),
         "base": config.model,
         "data": config.data,
+        "dtype": dtype,
         "max_new_tokens": max_new_tokens,
         "left_out": held_out.left_out,
         "scores": summarise(records),
@@ -159,6 +162,7 @@ def main() -> None:
     parser.add_argument("--generated", type=positive_int, default=GENERATED, help="replies to generate")
     parser.add_argument("--max-new-tokens", type=positive_int, default=MAX_NEW_TOKENS)
     parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="windows at once")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="scores and every window's record, as JSON")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -169,7 +173,13 @@ def main() -> None:
         read_about(folder)  # a second model that is not there is not found out after the first is scored
     if arguments.out:
         check_file(arguments.out)
-    settings = (arguments.data, arguments.generated, arguments.max_new_tokens, arguments.batch_size)
+    settings = (
+        arguments.data,
+        arguments.generated,
+        arguments.max_new_tokens,
+        arguments.batch_size,
+        arguments.dtype,
+    )
     for folder in folders:
         results.append(evaluate(folder, *settings))
         console.print(score_table(results[-1]), *_notes(results[-1]), sep="\n")

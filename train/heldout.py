@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from train.base_model import load_base
+from train.base_model import load_base, load_tokenizer, num_layers
 from train.batches import Collator, Windows
 from train.config import TrainConfig
 from train.data.encode import IGNORE, Encoded
@@ -37,6 +37,8 @@ def reply_nll(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor,
     """NLL in nats summed over each reply, and its number of tokens: ``(B,)``, ``(B,)``."""
     text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
     batch = {key: batch[key].to(model.device) for key in (text, "attention_mask", "querier_ids", "labels")}
+    if batch[text].is_floating_point():  # states of frozen layers, in the dtype that those ran in
+        batch[text] = batch[text].to(model.dtype)
     labels, inputs = batch["labels"], {key: batch[key] for key in batch if key != "labels"}
     states = model.model(**inputs, use_cache=False).last_hidden_state
     targets = labels[:, 1:]
@@ -149,9 +151,11 @@ def held_out_windows(config: TrainConfig, data: MQDialog, batch_size: int = BATC
 
     Raises ``UserError`` if there are none.
     """
-    model, tokenizer = load_base(config.model)
-    first = first_trained_layer(config, model.config.num_hidden_layers)
-    windows = window_set(data.dev, model, tokenizer, config, first)
+    tokenizer = load_tokenizer(config.model)
+    first = first_trained_layer(config, num_layers(config.model))
+    # beside the trained model a plain one is needed only where frozen layers have run by themselves
+    plain = load_base(config.model)[0] if first else None
+    windows = window_set(data.dev, plain, tokenizer, config, first)
     held_out = HeldOut(data.dev, windows, tokenizer, first, batch_size)
     if not held_out.examples:
         raise UserError(

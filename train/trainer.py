@@ -67,6 +67,11 @@ class QARTrainer(Trainer):
             if sparse and self.is_deepspeed_enabled:
                 self._train_experts_beside(list(sparse.values()), kwargs)
             elif sparse:
+                if self.args.max_grad_norm <= 0:
+                    raise ValueError(
+                        f"max_grad_norm: got {self.args.max_grad_norm}, expected above 0: ranks "
+                        "exchange row-sparse gradients where gradients are clipped"
+                    )
                 cls = RowSparseAdamW
             without = sparse if self._experts_beside else ()
             self.optimizer = cls(self._parameter_groups(model, without), **kwargs)

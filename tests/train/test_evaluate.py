@@ -5,10 +5,12 @@ import json
 import sys
 
 import pytest
+import torch
 from recast import answered_by
 
 from train import evaluate as command
 from train import heldout
+from train import trained as modules
 from train.cli import run
 from train.comparison import Comparison
 from train.data.mqdialog import write_mqdialog
@@ -30,6 +32,24 @@ def test_scores_are_those_of_the_held_out_windows(trained, config, tiny_data):
     assert (result["scores"]["generated"], result["left_out"]) == (3, 0)
     assert set(result["scores"]["per_querier"]) == set(tiny_data.queriers)
     assert result["swap"]["nll_true"] == result["scores"]["nll"] != result["swap"]["nll_swapped"]
+
+
+def test_the_base_is_loaded_once_and_in_the_dtype_asked_for(config, monkeypatch):
+    trained, loaded = finetune(config.replace(trainable_layers=None)), []
+    load = modules.load_base
+    monkeypatch.setattr(modules, "load_base", lambda *args: loaded.append(args) or load(*args))
+    monkeypatch.setattr(heldout, "load_base", modules.load_base)
+    narrow = evaluate(trained, generated=1, max_new_tokens=4, dtype="bfloat16")
+    assert [args[1] for args in loaded] == [torch.bfloat16]
+    wide = evaluate(trained, generated=1, max_new_tokens=4)
+    assert narrow["scores"]["nll"] == pytest.approx(wide["scores"]["nll"], rel=0.02)
+    assert narrow["scores"]["nll"] != wide["scores"]["nll"]
+
+
+def test_frozen_layers_states_are_read_in_any_dtype(config):
+    trained = finetune(config.replace(trainable_layers=1))
+    nll = [evaluate(trained, generated=1, dtype=dtype)["scores"]["nll"] for dtype in ("float32", "bfloat16")]
+    assert nll[0] == pytest.approx(nll[1], rel=0.02)
 
 
 def test_queriers_of_other_data_are_known_by_name(trained, config, tiny_data, tmp_path):

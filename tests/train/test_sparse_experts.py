@@ -1,5 +1,6 @@
 """Runs with row-sparse expert gradients: one rank, two ranks, and the experts' own optimizer under ZeRO."""
 
+import functools
 import importlib.util
 import os
 import signal
@@ -74,6 +75,13 @@ def test_two_ranks(config, stage):
         completed(broken, ranks=2, resume=True)
         for name, tensor in experts_of(two).items():
             assert torch.equal(tensor, experts_of(broken)[name]), name
+
+
+def test_gradients_that_nobody_would_exchange_are_refused(config, monkeypatch):
+    unclipped = functools.partial(module.TrainingArguments, max_grad_norm=0.0)
+    monkeypatch.setattr(module, "TrainingArguments", unclipped)
+    with pytest.raises(ValueError, match=r"max_grad_norm: got 0\.0, expected above 0"):
+        finetune(config)
 
 
 def test_what_does_not_fit_is_refused(config):
