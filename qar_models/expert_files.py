@@ -6,20 +6,23 @@ the previous index and the files it names.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 INDEX = "index.json"
-_SAMPLES = 64
+_SAMPLES = 16  # of each parameter
 
 
 def rows(model: nn.Module, index: int) -> dict[str, Tensor]:
@@ -32,28 +35,65 @@ def rows(model: nn.Module, index: int) -> dict[str, Tensor]:
     }
 
 
-def fingerprint(model: nn.Module) -> str:
+@dataclass(frozen=True)
+class Base:
     """What a querier's expert depends on: every other parameter that takes part in answers.
 
-    Hashes names, shapes and a sample of each, rounded to bf16, so that it does not depend on the dtype or
-    device a model is loaded in.
+    Attributes:
+        names: hash of the tower and of their names and shapes.
+        dtype: the coarsest of theirs, such as ``"bfloat16"``.
+        sample: a few values of each, in float32.
     """
-    digest = hashlib.sha256(model.qar.tower.encode())
-    own = (".experts.gate", ".experts.up", ".experts.down")
-    for name, parameter in sorted(model.named_parameters()):
-        if name.endswith(own) or ".experts.trained." in name or name.startswith("contrast."):
-            continue
-        values = parameter.detach().reshape(-1)
-        sample = values[:: max(1, len(values) // _SAMPLES)][:_SAMPLES].bfloat16().float().tolist()
-        digest.update(json.dumps([name, list(parameter.shape), sample]).encode())
-    return digest.hexdigest()
+
+    names: str
+    dtype: str
+    sample: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Base:
+        """The base of ``model``'s experts, whatever dtype and device it is loaded in."""
+        own = (".experts.gate", ".experts.up", ".experts.down")
+        parameters = [
+            (name, parameter.detach())
+            for name, parameter in sorted(model.named_parameters())
+            if not (name.endswith(own) or ".experts.trained." in name or name.startswith("contrast."))
+        ]
+        shapes = [[name, list(parameter.shape)] for name, parameter in parameters]
+        names = hashlib.sha256(json.dumps([model.qar.tower, shapes]).encode()).hexdigest()
+        coarsest = max({parameter.dtype for _, parameter in parameters}, key=lambda d: torch.finfo(d).eps)
+        samples = [_sample(parameter).cpu().float() for _, parameter in parameters]
+        return cls(names, str(coarsest).removeprefix("torch."), torch.cat(samples))
+
+    @classmethod
+    def from_json(cls, values: dict[str, str]) -> Base:
+        """The inverse of :meth:`to_json`."""
+        sample = np.frombuffer(base64.b64decode(values["sample"]), dtype="<f4")
+        return cls(values["names"], values["dtype"], torch.from_numpy(sample.copy()))
+
+    def to_json(self) -> dict[str, str]:
+        """As the index holds it."""
+        sample = base64.b64encode(self.sample.numpy().astype("<f4").tobytes()).decode()
+        return {"names": self.names, "dtype": self.dtype, "sample": sample}
+
+    def fits(self, other: Base) -> bool:
+        """Whether both are the same but for what the coarser of the two dtypes rounds away."""
+        if self.names != other.names:
+            return False
+        eps = max(torch.finfo(getattr(torch, dtype)).eps for dtype in (self.dtype, other.dtype))
+        # below float16's smallest normal number its steps no longer shrink
+        return torch.allclose(self.sample, other.sample, rtol=eps, atol=2**-24)
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    values = parameter.reshape(-1)
+    return values[:: max(1, len(values) // _SAMPLES)][:_SAMPLES]
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str, int]) -> None:
     """Write the experts of these queriers (name -> id) into ``folder``, beside those it has."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    base = fingerprint(model)
+    base = Base.of(model)
     files = _read_index(folder, base)["queriers"] if (folder / INDEX).exists() else {}
     before = set(files.values())
     state = model.state_dict()  # of a querier that trains alone, too, it has the latest values
@@ -62,7 +102,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str
         content = serialize(tensors)
         files[name] = f"{hashlib.sha256(content).hexdigest()}.safetensors"
         _write(folder / files[name], content)
-    index = {"base": base, "queriers": files}
+    index = {"base": base.to_json(), "queriers": files}
     _write(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
     for stale in before - set(files.values()):
         (folder / stale).unlink(missing_ok=True)
@@ -75,7 +115,7 @@ def load(
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise ValueError(f"folder: got {folder}, expected a folder with {INDEX}, written by save_experts")
-    files = _read_index(folder, fingerprint(model))["queriers"]
+    files = _read_index(folder, Base.of(model))["queriers"]
     unknown = [name for name in names or () if name not in files]
     if unknown:
         raise ValueError(f"queriers: got {unknown}, expected names of {sorted(files)}")
@@ -88,12 +128,18 @@ def _bank_key(key: str) -> str:
     return f"model.{layer}.experts.{name}"
 
 
-def _read_index(folder: Path, base: str) -> dict[str, Any]:
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    if index["base"] != base:
+def _read_index(folder: Path, base: Base) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        found = Base.from_json(index["base"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: expected what save_experts writes; it is damaged ({error})") from error
+    if not found.fits(base):
+        kind = "other values" if found.names == base.names else "another architecture, tower or adapters"
         raise ValueError(
-            f"{folder / INDEX}: got experts of base model {index['base'][:12]}, expected {base[:12]}; "
-            "experts fit only the base model, tower and adapters they were trained with"
+            f"{path}: got experts of a base model with {kind}, expected this one's; experts fit only the "
+            "base model, tower and adapters they were trained with"
         )
     return index
 

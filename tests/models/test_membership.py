@@ -313,10 +313,19 @@ def test_known_queriers_are_replaced_and_others_in_the_folder_stay(tmp_path):
     assert torch.equal(trained[1:], before[1:]) and not torch.equal(trained[0], before[0])
 
 
-def test_the_fingerprint_does_not_depend_on_the_dtype(tmp_path):
-    # a base model as it is published: bf16 values
-    named_model().bfloat16().save_experts(tmp_path)
-    named_model().bfloat16().float().load_experts(tmp_path)
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
+def test_experts_fit_their_base_in_every_dtype(saved, loaded, tmp_path):
+    named_model().to(saved).save_experts(tmp_path)
+    named_model().to(saved).to(loaded).load_experts(tmp_path)
+    named_model().to(loaded).load_experts(tmp_path)
+
+
+def slightly_changed(model):
+    """As an adapter merged into it would: by a thousandth."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -325,6 +334,7 @@ def test_the_fingerprint_does_not_depend_on_the_dtype(tmp_path):
         lambda: named_model(base=plain_model(seed=5)),
         lambda: named_model(base=plain_model(num_hidden_layers=1)),
         lambda: named_model(tower="replace"),
+        lambda: slightly_changed(named_model()),
         lambda: get_peft_model(named_model(), LoraConfig(r=2, target_modules=["gate_proj"])),
     ],
 )
@@ -332,13 +342,20 @@ def test_experts_of_another_base_are_refused(other, tmp_path):
     named_model().save_experts(tmp_path)
     model = other()
     for call in (model.load_experts, model.save_experts):
-        with pytest.raises(ValueError, match=r"index\.json: got experts of base model .*, expected "):
+        with pytest.raises(ValueError, match=r"index\.json: got experts of a base model with .*, expected "):
             call(tmp_path)
 
 
 def test_experts_of_another_rank_are_refused(tmp_path):
     named_model(expert_rank=4).save_experts(tmp_path)
     with pytest.raises(ValueError, match=r"got layers\.0\.down \(64, 4\), expected \(64, 8\), in the"):
+        named_model().load_experts(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{", "{}", '{"base": "0123", "queriers": {}}'])
+def test_a_damaged_index_is_refused(index, tmp_path):
+    (tmp_path / "index.json").write_text(index, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"index\.json: expected what save_experts writes; it is damaged"):
         named_model().load_experts(tmp_path)
 
 
