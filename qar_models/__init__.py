@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qar_kernels import __version__ as __version__
 from qar_models.config import QARConfig
 from qar_models.conversion import apply_qar, remove_qar
 from qar_models.families import (

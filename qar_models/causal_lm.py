@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -89,7 +90,10 @@ class QARForCausalLMMixin(MembershipMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As the base class, with a model card (``README.md``) where there is none yet."""
+        """As the base class, with a model card (``README.md``) where there is none yet.
+
+        With ``push_to_hub`` transformers puts its own card in its place: upload the folder to keep this one.
+        """
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_model_card(self, save_directory)
@@ -163,35 +167,27 @@ class QARForCausalLMMixin(MembershipMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = lm_loss = contrastive_loss = loss = None
+        logits = None
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
+        found = {}
         if labels is not None:
-            _check_labels(labels, hidden_states)
-            labels = labels.to(hidden_states.device)
-            if cu_seq_lens_q is not None:  # nothing before a window predicts its first token
-                labels = labels.index_fill(1, cu_seq_lens_q[:-1].long(), IGNORE_INDEX)
-            lm_loss = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)
-            loss = lm_loss.clone()  # transformers' Trainer scales the loss in place
+            labels = _checked_labels(labels, hidden_states, cu_seq_lens_q)
+            found["lm_loss"] = self._lm_loss(hidden_states, logits, labels, num_items_in_batch)
+            found["loss"] = found["lm_loss"].clone()  # transformers' Trainer scales the loss in place
         if labels is not None and self.contrast is not None:
-            contrastive_loss = self.contrast(
-                outputs.querier_states,
-                response_mask,
-                ids_of_windows(querier_ids, cu_seq_lens_q),
-                cluster_ids,
-                cu_seq_lens_q,
-            )
-            share = self._share_of_step(labels, num_items_in_batch)
-            loss = lm_loss + self.qar.contrastive_weight * share * contrastive_loss
+            ids = ids_of_windows(querier_ids, cu_seq_lens_q)
+            contrasted = outputs.querier_states, response_mask, ids, cluster_ids, cu_seq_lens_q
+            found["contrastive_loss"] = self.contrast(*contrasted)
+            share = self.qar.contrastive_weight * self._share_of_step(labels, num_items_in_batch)
+            found["loss"] = found["lm_loss"] + share * found["contrastive_loss"]
         return QARCausalLMOutput(
-            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            lm_loss=lm_loss,
-            contrastive_loss=contrastive_loss,
+            **found,
         )
 
     def _lm_loss(
@@ -205,7 +201,7 @@ class QARForCausalLMMixin(MembershipMixin):
             scores, targets = logits[:, :-1].flatten(0, 1), targets.flatten()
         else:
             raise ValueError(f"logits_to_keep: got {logits.shape[1]} positions, expected all with labels")
-        total = F.cross_entropy(scores.float(), targets.long(), ignore_index=IGNORE_INDEX, reduction="sum")
+        total = F.cross_entropy(scores.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
         return total / (kept.sum().clamp(min=1) if num_items is None else num_items)
 
     def _share_of_step(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
@@ -216,10 +212,15 @@ class QARForCausalLMMixin(MembershipMixin):
         return (mean_over_ranks(count) if self.training else count) / num_items
 
 
-def _check_labels(labels: Tensor, hidden_states: Tensor) -> None:
+def _checked_labels(labels: Tensor, hidden_states: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
+    """``(B, S)`` int64 on the states' device; a packed window's first token is predicted by nothing."""
     if labels.shape != hidden_states.shape[:2]:
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, expected {tuple(hidden_states.shape[:2])} (B, S)"
         )
     if labels.is_floating_point():
         raise TypeError(f"labels: got dtype {labels.dtype}, expected integers")
+    labels = labels.to(hidden_states.device, torch.int64)
+    if cu_seq_lens is None:
+        return labels
+    return labels.index_fill(1, cu_seq_lens[:-1].to(labels.device, torch.int64), IGNORE_INDEX)

@@ -17,6 +17,7 @@ from qar_models.contrast import QuerierContrast
 from qar_models.contrast_reference import ReferenceContrast
 from qar_models.experts import Experts
 from qar_models.families import Family, family_of
+from qar_models.queriers import TowerMemo
 
 CONTRASTS = {"masked": QuerierContrast, "reference": ReferenceContrast}
 
@@ -63,7 +64,7 @@ def remove_qar(model: nn.Module) -> nn.Module:
     for layer in decoder.layers:
         del layer.experts, layer.towers_coincide
         family.to_plain(layer)
-    for name in ("norm_specific", "qar", "trained_ids"):
+    for name in ("norm_specific", "qar", "trained_ids", "tower_memo"):
         if hasattr(decoder, name):
             delattr(decoder, name)
     del base.contrast, base.qar, base.config.qar
@@ -91,6 +92,7 @@ def install(model: PreTrainedModel) -> None:
     family.to_aware(decoder)
     model.qar = decoder.qar = qar
     decoder.trained_ids = []
+    decoder.tower_memo = TowerMemo()
     model._no_split_modules = decoder._no_split_modules = {family.aware[2].__name__}
     for index, layer in enumerate(decoder.layers):
         _install_layer(family, layer, index, qar)

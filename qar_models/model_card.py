@@ -1,4 +1,4 @@
-"""A model card for saved folders, so that they can be published as they are."""
+"""A model card for saved folders."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from qar_models.packing import (
     repeat_windows,
     restarting_positions,
 )
-from qar_models.queriers import make_towers
+from qar_models.queriers import TowerMemo
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
 
 
@@ -100,6 +100,8 @@ class QARDecoderLayerMixin:
 class QARModelMixin:
     """The decoder stack: who asks goes in once, both towers come out."""
 
+    tower_memo: TowerMemo
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -124,17 +126,12 @@ class QARModelMixin:
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_len = inputs_embeds.shape[:2]
-        device = inputs_embeds.device
         if cu_seq_lens_q is not None:
-            check_packed(cu_seq_lens_q, *inputs_embeds.shape[:2], attention_mask, past_key_values, use_cache)
+            check_packed(cu_seq_lens_q, batch_size, seq_len, attention_mask, past_key_values, use_cache)
             use_cache, kwargs = False, kwargs | self._packed_bounds(cu_seq_lens_q, seq_len)
-            if position_ids is None:
-                position_ids = restarting_positions(cu_seq_lens_q, seq_len)
-            if self.config._attn_implementation == PACKED_ATTENTION:
-                # a mask of four dimensions is handed on as it is: none of (T, T) is built; nobody reads it
-                attention_mask = inputs_embeds.new_empty(1, 1, 1, 1)
-        towers = make_towers(
-            self.qar, querier_ids, batch_size, seq_len, device, self.trained_ids, cu_seq_lens_q
+            attention_mask, position_ids = self._packed_rows(inputs_embeds, position_ids, cu_seq_lens_q)
+        towers = self.tower_memo(
+            self.qar, querier_ids, batch_size, seq_len, inputs_embeds.device, self.trained_ids, cu_seq_lens_q
         )
         if use_cache is None:
             use_cache = self.config.use_cache
@@ -150,6 +147,18 @@ class QARModelMixin:
             inputs = {name: self._for_both_towers(value, batch_size) for name, value in inputs.items()}
         out = super().forward(**inputs, use_cache=use_cache, towers=towers, **kwargs)
         return self._join_towers(out, past_key_values if use_cache else None)
+
+    def _packed_rows(
+        self, inputs_embeds: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """Attention mask and positions of windows packed into one row."""
+        mask = None
+        if self.config._attn_implementation == PACKED_ATTENTION:
+            # a mask of four dimensions is handed on as it is: none of (T, T) is built; nobody reads it
+            mask = inputs_embeds.new_empty(1, 1, 1, 1)
+        if position_ids is None:
+            position_ids = restarting_positions(cu_seq_lens, inputs_embeds.shape[1])
+        return mask, position_ids
 
     def _packed_bounds(self, cu_seq_lens: Tensor, seq_len: int) -> dict[str, Tensor]:
         two_rows = self.qar.tower == "replace"

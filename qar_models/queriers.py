@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,37 @@ def make_towers(
     others = torch.where(trained, -1, ids)
     segments, own = (_segments(found, seq_len, cu_seq_lens) for found in (others, position))
     return TowerBatch(segments, batch_size, own, may_be_unknown)
+
+
+class TowerMemo:
+    """The towers of the last forward pass, for the next: generation asks with the same ids at every token.
+
+    Ids are compared by value, which is free on the host; ids on an accelerator are grouped anew each time.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple | None = None
+        self._towers: TowerBatch | None = None
+
+    def __call__(self, qar: QARConfig, querier_ids: Tensor | None, *where: Any) -> TowerBatch:
+        """As :func:`make_towers`."""
+        on_host = isinstance(querier_ids, Tensor) and querier_ids.device.type == "cpu"
+        if torch.compiler.is_compiling() or not on_host:
+            return make_towers(qar, querier_ids, *where)
+        *shape_and_device, trained_ids, cu_seq_lens = where
+        if cu_seq_lens is not None or _is_capturing():
+            return make_towers(qar, querier_ids, *where)
+        # what inference mode makes no backward pass can save
+        mode = torch.is_inference_mode_enabled()
+        key = (mode, querier_ids.dtype, querier_ids.tolist(), *shape_and_device, list(trained_ids))
+        if key != self._key:
+            self._towers = make_towers(qar, querier_ids, *where)
+            self._key = key
+        return self._towers
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _are_known(ids: Tensor) -> bool:

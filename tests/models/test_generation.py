@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import EXPERTS, FAMILIES, QUERIER_IDS, TOWERS, aware_model, left_padded_batch
+from tiny_models import EXPERTS, FAMILIES, QUERIER_IDS, TOWERS, aware_model, left_padded_batch, training_batch
 from transformers import DynamicCache
+
+from qar_models import queriers
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -102,3 +104,23 @@ def test_querier_ids_may_be_a_list(settings):
     model, batch = aware_model(), left_padded_batch()
     as_list = generate(model, batch, QUERIER_IDS.tolist(), **settings)
     assert torch.equal(as_list, generate(model, batch, **settings))
+
+
+def test_a_generation_groups_its_rows_once(monkeypatch):
+    model, made = aware_model(), []
+    make = queriers.make_towers
+    monkeypatch.setattr(queriers, "make_towers", lambda *args: made.append(args[3]) or make(*args))
+    prompts = left_padded_batch()
+    ids = torch.tensor([3, 0, -1])
+    first = model.generate(**prompts, querier_ids=ids, max_new_tokens=6, do_sample=False)
+    assert made == [prompts["input_ids"].shape[1], 1]
+    ids[0] = 1  # in place
+    second = model.generate(**prompts, querier_ids=ids, max_new_tokens=6, do_sample=False)
+    assert len(made) == 4 and not torch.equal(first[0], second[0]) and torch.equal(first[1:], second[1:])
+
+
+def test_training_after_inference_mode_on_the_same_queriers():
+    model, batch = aware_model().train(), training_batch()
+    with torch.inference_mode():
+        model(**batch)
+    model(**batch).loss.backward()
