@@ -37,10 +37,10 @@ def _segment_d_x(
     for first in tl.static_range(0, RANK, part):
         rank = first + tl.arange(0, part)
         d_a = load_rows(d_a_ptr, rows, inside, first, RANK, part)
-        gate = load_rows(gate_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
+        gate = load_rows(gate_ptr + weights, rank, rank < RANK, col, H, BLOCK_N, ROW_POINTERS=True)
         acc = tl.dot(d_a, gate, acc, input_precision=PRECISION)
         d_u = load_rows(d_u_ptr, rows, inside, first, RANK, part)
-        up = load_rows(up_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
+        up = load_rows(up_ptr + weights, rank, rank < RANK, col, H, BLOCK_N, ROW_POINTERS=True)
         acc = tl.dot(d_u, up, acc, input_precision=PRECISION)
     return acc
 

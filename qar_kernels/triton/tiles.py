@@ -24,13 +24,20 @@ def in_columns(row_mask, col, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, row_index, row_mask, col, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Gathered rows of a row-major matrix with COLS columns: (len(row_index), BLOCK_COLS)."""
+def load_rows(
+    ptr, row_index, row_mask, col, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    ROW_POINTERS: tl.constexpr = False,
+):  # fmt: skip
+    """Gathered rows of a row-major matrix with COLS columns: (len(row_index), BLOCK_COLS).
+
+    What is added to the pointer first, rows (ROW_POINTERS) or all of the offset, decides how many registers
+    the compiler spends on pointers; each of the two spilled in kernels where the other does not.
+    """
     c = col + tl.arange(0, BLOCK_COLS)
     inside = in_columns(row_mask, col, COLS, BLOCK_COLS)
-    # The pointer comes last: pointers to rows, then to columns, took registers until a few kernels spilled.
-    offsets = row_index.to(tl.int64)[:, None] * COLS + c[None, :]
-    return tl.load(ptr + offsets, mask=inside, other=0.0)
+    rows = row_index.to(tl.int64)[:, None] * COLS
+    pointers = ptr + rows + c[None, :] if ROW_POINTERS else ptr + (rows + c[None, :])
+    return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
