@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qar_models import RowSparseAdamW, average_row_gradients, clip_grad_norm_
+from qar_models import RowSparseAdamW, clip_grad_norm_
 from train.errors import UserError
 
 FILE = "expert_optimizer.pt"
@@ -22,7 +22,7 @@ FILE = "expert_optimizer.pt"
 class ExpertOptimizer(TrainerCallback):
     """Steps whenever DeepSpeed does, at the same fraction of its learning rate.
 
-    Gradients are averaged over the ranks and clipped by a norm of their own.
+    The gradients, which the trainer has averaged over the ranks, are clipped by a norm of their own.
 
     Args:
         parameters: the experts, in this order on every rank.
@@ -54,8 +54,7 @@ class ExpertOptimizer(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         **kwargs: Any,
     ) -> None:
-        """Average, clip and step."""
-        average_row_gradients(self.parameters)
+        """Clip and step."""
         if args.max_grad_norm:
             clip_grad_norm_(self.parameters, args.max_grad_norm)
         scheduled = optimizer.param_groups[0]

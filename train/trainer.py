@@ -3,6 +3,7 @@ are whole or not there, and to stop where a loss is not finite."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -67,11 +68,6 @@ class QARTrainer(Trainer):
             if sparse and self.is_deepspeed_enabled:
                 self._train_experts_beside(list(sparse.values()), kwargs)
             elif sparse:
-                if self.args.max_grad_norm <= 0:
-                    raise ValueError(
-                        f"max_grad_norm: got {self.args.max_grad_norm}, expected above 0: ranks "
-                        "exchange row-sparse gradients where gradients are clipped"
-                    )
                 cls = RowSparseAdamW
             without = sparse if self._experts_beside else ()
             self.optimizer = cls(self._parameter_groups(model, without), **kwargs)
@@ -104,16 +100,29 @@ class QARTrainer(Trainer):
         return [group for group in groups if group["params"]]
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """As the base class, also for row-sparse gradients, which DistributedDataParallel leaves to us."""
-        sparse = sparse_parameters(self.model)
-        if not sparse or self.is_deepspeed_enabled:
+        """As the base class, also for row-sparse gradients."""
+        if not self._clips_rows():
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients(self.optimizer)
-        average_row_gradients(sparse.values())
-        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> float | None:
+        """As the base class, which measures here what was not clipped."""
+        if grad_norm is None and self._clips_rows():
+            grad_norm = self._clip_grad_norm(model)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _clips_rows(self) -> bool:
+        return bool(sparse_parameters(self.model)) and not self.is_deepspeed_enabled
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As the base class; a loss that is not finite ends the run before a checkpoint can hold it."""
+        """As the base class; a loss that is not finite ends the run before a checkpoint can hold it.
+
+        After a step's last micro-batch, row-sparse gradients are averaged over the ranks, which
+        DistributedDataParallel and DeepSpeed leave to us. That is done here because it must happen
+        whatever clips afterwards, and before float16's gradients are unscaled: every rank then meets the
+        same overflow.
+        """
         windows = inputs.pop("window_ids")
         self._sums["tokens"] += inputs.pop("num_tokens")
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -123,6 +132,8 @@ class QARTrainer(Trainer):
                 f"step {step}: the loss is {loss.item()} on the windows {named}; no checkpoint holds it, "
                 "--resume continues from the last one (a lower learning rate, or other data, may help)"
             )
+        if self.accelerator.sync_gradients:
+            average_row_gradients(sparse_parameters(self.model).values())
         return loss
 
     def _get_train_sampler(self, train_dataset: Windows | None = None) -> Sampler | None:
