@@ -74,7 +74,7 @@ def fused_mlp(
     check_base(x, gate, up, down)
     check_lora(lora, gate, down)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
-    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg)
+    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg, x.dtype)
     rows = _rows(x)
     name = _resolve(backend, expert_gate.shape[1], rows)
     if name == "triton":
@@ -115,7 +115,7 @@ def dual_mlp(
     check_base(x_general, gate, up, down)
     check_lora(lora, gate, down)
     check_experts(x_specific, "x_specific", expert_gate, expert_up, expert_down, seg)
-    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg)
+    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg, x_specific.dtype)
     rows = _rows(x_general)
     specific_rows = _rows(x_specific)
     name = _resolve(backend, expert_gate.shape[1], rows, specific_rows)
@@ -155,7 +155,7 @@ def expert_mlp(
     check_scale(expert_scale)
     (x,) = autocast(x)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
-    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg)
+    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg, x.dtype)
     rows = _rows(x)
     if base_y is not None:
         check_tensors(base_y=base_y)

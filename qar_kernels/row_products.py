@@ -10,6 +10,7 @@ T rows in grouped order, E experts.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qar_kernels.row_groups import Group, RowGroups
@@ -44,6 +45,8 @@ def linear(x: Tensor, weight: Tensor, rows: RowGroups) -> Tensor:
 
     Rows without an expert give zeros.
     """
+    if _is_plain(x, weight, rows):
+        return F.linear(x, weight[rows.only])
     out = x.new_empty(x.shape[0], weight.shape[1])
     for group in rows.groups:
         if _alone(group, weight):
@@ -55,6 +58,9 @@ def linear(x: Tensor, weight: Tensor, rows: RowGroups) -> Tensor:
 
 def linear_backward(d_out: Tensor, weight: Tensor, rows: RowGroups, add_to: Tensor | None = None) -> Tensor:
     """The gradient of ``x`` in :func:`linear`: ``d_out`` (T, m) -> (T, n), added to ``add_to`` if given."""
+    if _is_plain(d_out, weight, rows):
+        own = weight[rows.only]
+        return torch.mm(d_out, own) if add_to is None else add_to.addmm_(d_out, own)
     d_x = d_out.new_empty(d_out.shape[0], weight.shape[2]) if add_to is None else add_to
     beta = 0 if add_to is None else 1
     for group in rows.groups:
@@ -79,6 +85,11 @@ def weight_gradient(d_out: Tensor, x: Tensor, like: Tensor, rows: RowGroups) -> 
         else:
             grad.index_copy_(0, group.experts, torch.bmm(_batch(d_out, group).mT, _batch(x, group)))
     return grad
+
+
+def _is_plain(x: Tensor, weight: Tensor, rows: RowGroups) -> bool:
+    """Whether one plain product is all; with few rows calls are what costs."""
+    return rows.only is not None and rows.used == x.shape[0] and _alone(rows.groups[0], weight)
 
 
 def _alone(group: Group, weight: Tensor) -> bool:
