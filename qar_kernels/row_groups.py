@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -46,12 +45,6 @@ class RowGroups:
     used: int
     present: int
     max_id: int
-
-    @cached_property
-    def only(self) -> int | None:
-        """The expert of all rows that have one, or None where they have several."""
-        lone = len(self.groups) == 1 and self.groups[0].count == 1
-        return self.max_id if lone else None
 
 
 class _Segment(NamedTuple):

@@ -45,8 +45,11 @@ def linear(x: Tensor, weight: Tensor, rows: RowGroups) -> Tensor:
 
     Rows without an expert give zeros.
     """
-    if _is_plain(x, weight, rows):
-        return F.linear(x, weight[rows.only])
+    whole = _whole(x, rows)
+    if whole:
+        if _alone(whole, weight):
+            return F.linear(x, weight[whole.experts.start])
+        return torch.bmm(_batch(x, whole), _weights(weight, whole).mT).view(x.shape[0], -1)
     out = x.new_empty(x.shape[0], weight.shape[1])
     for group in rows.groups:
         if _alone(group, weight):
@@ -58,9 +61,11 @@ def linear(x: Tensor, weight: Tensor, rows: RowGroups) -> Tensor:
 
 def linear_backward(d_out: Tensor, weight: Tensor, rows: RowGroups, add_to: Tensor | None = None) -> Tensor:
     """The gradient of ``x`` in :func:`linear`: ``d_out`` (T, m) -> (T, n), added to ``add_to`` if given."""
-    if _is_plain(d_out, weight, rows):
-        own = weight[rows.only]
-        return torch.mm(d_out, own) if add_to is None else add_to.addmm_(d_out, own)
+    whole = _whole(d_out, rows)
+    if whole and add_to is None:
+        if _alone(whole, weight):
+            return torch.mm(d_out, weight[whole.experts.start])
+        return torch.bmm(_batch(d_out, whole), _weights(weight, whole)).view(d_out.shape[0], -1)
     d_x = d_out.new_empty(d_out.shape[0], weight.shape[2]) if add_to is None else add_to
     beta = 0 if add_to is None else 1
     for group in rows.groups:
@@ -87,9 +92,9 @@ def weight_gradient(d_out: Tensor, x: Tensor, like: Tensor, rows: RowGroups) -> 
     return grad
 
 
-def _is_plain(x: Tensor, weight: Tensor, rows: RowGroups) -> bool:
-    """Whether one plain product is all; with few rows calls are what costs."""
-    return rows.only is not None and rows.used == x.shape[0] and _alone(rows.groups[0], weight)
+def _whole(x: Tensor, rows: RowGroups) -> Group | None:
+    """The group that all rows are in: its product is the result, and with few rows calls are what costs."""
+    return rows.groups[0] if len(rows.groups) == 1 and rows.used == x.shape[0] else None
 
 
 def _alone(group: Group, weight: Tensor) -> bool:
