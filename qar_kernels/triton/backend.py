@@ -5,6 +5,7 @@ T rows, S rows that have experts, H hidden, I intermediate, R rank, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -42,7 +43,7 @@ def expert_mlp(
     x: Tensor, experts: Three, segments: Segments, scale: float = 1.0, base_y: Tensor | None = None
 ) -> Tensor:
     """``scale * expert_q(x)``, added to ``base_y`` (S, H) where given. ``x`` (S, H) -> (S, H)."""
-    return _run("expert", None, (None, None, None), x, experts, base_y, segments, scale, False)[1]
+    return _run("expert", None, (), x, experts, base_y, segments, scale, False)[1]
 
 
 def plan_tensors(plan: TilePlan) -> list[Tensor]:
@@ -53,7 +54,7 @@ def plan_tensors(plan: TilePlan) -> list[Tensor]:
 def _run(
     tower: str,
     x: Tensor | None,
-    base: tuple[Tensor | None, ...],
+    base: Sequence[Tensor],
     x_expert: Tensor | None,
     experts: Three,
     base_y: Tensor | None,
@@ -67,11 +68,13 @@ def _run(
     name = select_config(rows.device, rows.dtype, rows.shape[0])
     config = CONFIGS[name]
     plan = segments.tile_plan(config.block_rows, config.block_expert)
-    tensors = [_dense(t) for t in (x, *base, x_expert, *experts, base_y)]
+    x, x_expert, base_y = (_dense(tensor) for tensor in (x, x_expert, base_y))
+    base, experts = ([weight.contiguous() for weight in weights] for weights in (base, experts))
     adapters = [] if not lora.factors else list(prepare(lora, rows, base[0].shape[0]))
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *adapters))
+    inputs = (x, *base, x_expert, *experts, base_y, *adapters)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     outputs = ops.swiglu_experts(
-        tower, *tensors, segments.perm, plan_tensors(plan), adapters,
+        tower, x, base, x_expert, experts, base_y, segments.perm, plan_tensors(plan), adapters,
         float(scale), name, save and not recompute,
     )  # fmt: skip
     return outputs[0], outputs[1]

@@ -8,6 +8,8 @@ elements on the way out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +20,29 @@ from qar_kernels.triton.configs import CONFIGS
 from qar_kernels.triton.launch import Call, Hidden, Weights
 from qar_kernels.triton.lora import NUM_ADAPTER_TENSORS, LoraOperands, operand_grads
 
-_NUM_WEIGHTS = 3
+
+class Needs(NamedTuple):
+    """Which gradients are asked for. Operators take it flat, as a list of flags in this order."""
+
+    x: bool
+    base: bool
+    x_expert: bool
+    experts: bool
+    lora: list[bool]  # of each operand that can have a gradient; empty without adapters
+
+    @classmethod
+    def unpack(cls, flags: Sequence[bool]) -> Needs:
+        """From the flat list."""
+        return cls(*flags[:4], list(flags[4:]))
 
 
 @torch.library.custom_op("qar::swiglu_experts", mutates_args=())
 def swiglu_experts(
     tower: str,
     x: Tensor | None,
-    gate: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
+    base: Sequence[Tensor],
     x_expert: Tensor | None,
-    expert_gate: Tensor,
-    expert_up: Tensor,
-    expert_down: Tensor,
+    experts: Sequence[Tensor],
     base_y: Tensor | None,
     perm: Tensor,
     plan: Sequence[Tensor],
@@ -42,29 +53,24 @@ def swiglu_experts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the base rows and of the expert rows; the pre-activations of both where ``save``.
 
-    ``base_y`` (expert tower only) is added to the expert rows' output. ``lora`` is empty, or the tensors of
-    :class:`LoraOperands`.
+    ``base`` and ``experts`` are gate, up and down; the expert tower has no base. ``base_y`` (expert tower
+    only) is added to the expert rows' output. ``lora`` is empty, or the tensors of :class:`LoraOperands`.
     """
-    base_weights, experts = (gate, up, down), (expert_gate, expert_up, expert_down)
-    call = _call(tower, base_weights, experts, perm, plan, lora, scale, config)
+    call = _call(tower, base, experts, perm, plan, lora, scale, config)
     rows, expert_rows = _row_sets(tower, x, x_expert)
-    base, expert = launch.gate_up(call, rows, expert_rows, save)
-    low = base.seen_h @ call.lora.down_a.t() if lora else None
-    y, expert_y = launch.down(call, base.h, expert.h, rows, base_y, low)
-    return y, expert_y, base.a, base.u, expert.a, expert.u
+    hidden, expert_hidden = launch.gate_up(call, rows, expert_rows, save)
+    low = hidden.seen_h @ call.lora.down_a.t() if lora else None
+    y, expert_y = launch.down(call, hidden.h, expert_hidden.h, rows, base_y, low)
+    return y, expert_y, hidden.a, hidden.u, expert_hidden.a, expert_hidden.u
 
 
 @swiglu_experts.register_fake
 def _(
     tower: str,
     x: Tensor | None,
-    gate: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
+    base: Sequence[Tensor],
     x_expert: Tensor | None,
-    expert_gate: Tensor,
-    expert_up: Tensor,
-    expert_down: Tensor,
+    experts: Sequence[Tensor],
     base_y: Tensor | None,
     perm: Tensor,
     plan: Sequence[Tensor],
@@ -76,10 +82,10 @@ def _(
     rows, expert_rows = _row_sets(tower, x, x_expert)
     hidden = rows.shape[1]
     base_rows = 0 if tower == "expert" else rows.shape[0]
-    inter = 16 if gate is None else gate.shape[0]
+    inter = base[0].shape[0] if base else 16
     saved, saved_expert = (base_rows, expert_rows.shape[0]) if save else (0, 0)
     a = rows.new_empty(saved, inter)
-    expert_a = rows.new_empty(saved_expert, expert_gate.shape[1])
+    expert_a = rows.new_empty(saved_expert, experts[0].shape[1])
     y = rows.new_empty(base_rows, hidden)
     expert_y = rows.new_empty(0 if tower == "fused" else expert_rows.shape[0], hidden)
     return y, expert_y, a, torch.empty_like(a), expert_a, torch.empty_like(expert_a)
@@ -91,66 +97,43 @@ def swiglu_experts_backward(
     d_y: Tensor | None,
     d_y_expert: Tensor | None,
     x: Tensor | None,
-    gate: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
+    base: Sequence[Tensor],
     x_expert: Tensor | None,
-    expert_gate: Tensor,
-    expert_up: Tensor,
-    expert_down: Tensor,
-    a: Tensor,
-    u: Tensor,
-    expert_a: Tensor,
-    expert_u: Tensor,
+    experts: Sequence[Tensor],
+    pre: Sequence[Tensor],
     perm: Tensor,
     plan: Sequence[Tensor],
     lora: Sequence[Tensor],
     scale: float,
     config: str,
-    needs_x: bool,
-    needs_base: bool,
-    needs_x_expert: bool,
-    needs_experts: bool,
-    needs_lora: Sequence[bool],
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of x, gate, up, down, x_expert, the three expert weights and the adapters' operands.
+    """Gradients of x, the base weights, x_expert, the expert weights and the adapters' operands.
 
-    Unneeded ones are empty.
-
-    Empty pre-activations are recomputed. Nothing that was saved is written to, so a retained graph can
-    be walked again.
+    Unneeded ones are empty. ``pre`` are the pre-activations that the forward pass returned; empty ones are
+    computed again. Nothing that was saved is written to, so a retained graph can be walked again.
     """
-    base_weights, experts = (gate, up, down), (expert_gate, expert_up, expert_down)
-    call = _call(tower, base_weights, experts, perm, plan, lora, scale, config)
+    needed = Needs.unpack(needs)
+    call = _call(tower, base, experts, perm, plan, lora, scale, config)
     rows, expert_rows = _row_sets(tower, x, x_expert)
     d_rows, d_expert_rows = _row_sets(tower, d_y, d_y_expert)
-    base, expert = Hidden(a, u, u), Hidden(expert_a, expert_u, expert_u)
-    if expert_a.shape[0] == 0:
-        base, expert = launch.gate_up(call, rows, expert_rows, save=True)
-    if not (needs_x or needs_base or any(needs_lora)):
+    hidden, expert_hidden = _pre_activations(call, rows, expert_rows, pre)
+    if not (needed.x or needed.base or any(needed.lora)):
         call = call.only_experts()
     d_low = d_rows @ call.lora.down_b if lora and call.tower != "expert" else None
-    keep_h = needs_base or (any(needs_lora[4:]) and not call.lora.drops)
-    d_base, d_expert = launch.d_hidden(call, d_rows, d_expert_rows, base, expert, keep_h, d_low)
+    keep_h = needed.base or (any(needed.lora[4:]) and not call.lora.drops)
+    d_base, d_expert = launch.d_hidden(call, d_rows, d_expert_rows, hidden, expert_hidden, keep_h, d_low)
 
     none = rows.new_empty(0)
-    d_x, d_x_expert = none, none
-    if needs_x or needs_x_expert:
-        d_x, d_x_expert = launch.d_input(call if needs_x else call.only_experts(), d_base, d_expert, rows)
-    d_weights = Weights(none, none, none)
-    if needs_base:
+    d_x, d_x_expert = _input_grads(call, needed, d_base, d_expert, rows)
+    d_weights, d_experts, d_lora = [none] * len(base), [none] * len(experts), []
+    if needed.base:
         d_weights = _base_weight_grads(tower, rows, d_rows, perm, d_base)
-    d_experts = Weights(none, none, none)
-    if needs_experts:
+    if needed.experts:
         d_experts = launch.expert_weight_grads(call, expert_rows, d_expert_rows, d_expert)
-    d_x = d_x if needs_x else none
-    d_x_expert = d_x_expert if needs_x_expert else none
-    d_lora = []
-    if any(needs_lora):
-        reorder = _row_orders(call)
-        d_lora = operand_grads(
-            call.lora, needs_lora, d_rows, d_low, d_base.a, d_base.u, d_base.seen_h, *reorder
-        )
+    if lora:
+        d_pre = d_base.a, d_base.u, d_base.seen_h
+        d_lora = operand_grads(call.lora, needed.lora, d_rows, d_low, *d_pre, *_row_orders(call))
     return [_own(grad) for grad in (d_x, *d_weights, d_x_expert, *d_experts, *d_lora)]
 
 
@@ -160,77 +143,89 @@ def _(
     d_y: Tensor | None,
     d_y_expert: Tensor | None,
     x: Tensor | None,
-    gate: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
+    base: Sequence[Tensor],
     x_expert: Tensor | None,
-    expert_gate: Tensor,
-    expert_up: Tensor,
-    expert_down: Tensor,
-    a: Tensor,
-    u: Tensor,
-    expert_a: Tensor,
-    expert_u: Tensor,
+    experts: Sequence[Tensor],
+    pre: Sequence[Tensor],
     perm: Tensor,
     plan: Sequence[Tensor],
     lora: Sequence[Tensor],
     scale: float,
     config: str,
-    needs_x: bool,
-    needs_base: bool,
-    needs_x_expert: bool,
-    needs_experts: bool,
-    needs_lora: Sequence[bool],
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    base = [(x, needs_x), (gate, needs_base), (up, needs_base), (down, needs_base)]
-    experts = [(weight, needs_experts) for weight in (expert_gate, expert_up, expert_down)]
-    adapters = zip(lora, needs_lora, strict=False) if any(needs_lora) else ()
-    return [
-        expert_gate.new_empty(t.shape if needed and t is not None else 0)
-        for t, needed in [*base, (x_expert, needs_x_expert), *experts, *adapters]
-    ]
+    needed = Needs.unpack(needs)
+    asked = (
+        (x, needed.x),
+        *((weight, needed.base) for weight in base),
+        (x_expert, needed.x_expert),
+        *((weight, needed.experts) for weight in experts),
+        *zip(lora, needed.lora, strict=False),  # the mask has no flag
+    )
+    return [experts[0].new_empty(tensor.shape if wanted else 0) for tensor, wanted in asked]
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    tower, *tensors, _base_y, perm, plan, lora, scale, config, _save = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*tensors, *output[2:], perm, *plan, *lora)
-    ctx.num_tensors, ctx.num_plan = len(tensors), len(plan)
+    tower, x, base, x_expert, experts, _base_y, perm, plan, lora, scale, config, _save = inputs
+    pre = output[2:]
+    ctx.mark_non_differentiable(*pre)
+    groups = (x,), base, (x_expert,), experts, pre, (perm,), plan, lora
+    ctx.save_for_backward(*chain.from_iterable(groups))
+    ctx.group_sizes = [len(group) for group in groups]
     ctx.constants = tower, scale, config
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, *d_outputs: Tensor) -> tuple:
     tower, scale, config = ctx.constants
-    saved = ctx.saved_tensors
-    tensors, pre = saved[: ctx.num_tensors], saved[ctx.num_tensors : ctx.num_tensors + 4]
-    perm, *rest = saved[ctx.num_tensors + 4 :]
-    plan, lora = rest[: ctx.num_plan], rest[ctx.num_plan :]
-    needs = ctx.needs_input_grad[1 : 1 + ctx.num_tensors]
-    needs_lora = list(ctx.needs_input_grad[4 + ctx.num_tensors])[:NUM_ADAPTER_TENSORS]
+    groups = _groups(ctx.saved_tensors, ctx.group_sizes)
+    (x,), base, (x_expert,), experts, pre, (perm,), plan, lora = groups
+    _, wants_x, wants_base, wants_x_expert, wants_experts, wants_base_y, _, _, wants_lora, *_ = (
+        ctx.needs_input_grad
+    )
+    wants_lora = list(wants_lora)[:NUM_ADAPTER_TENSORS]
     d_y, d_y_expert = (grad.contiguous() for grad in d_outputs[:2])
     grads = swiglu_experts_backward(
         tower,
         d_y if tower != "expert" else None,
         d_y_expert if tower != "fused" else None,
-        *tensors, *pre, perm, plan, lora, scale, config,
-        needs[0], any(needs[1:4]), needs[4], any(needs[5:]), needs_lora,
+        x, base, x_expert, experts, pre, perm, plan, lora, scale, config,
+        [wants_x, any(wants_base), wants_x_expert, any(wants_experts), *wants_lora],
     )  # fmt: skip
-    kept = [grad if needed else None for grad, needed in zip(grads, needs, strict=False)]
-    d_lora = [None] * len(lora)
-    if any(needs_lora):
-        kept_lora = zip(grads[ctx.num_tensors :], needs_lora, strict=True)
-        d_lora[:NUM_ADAPTER_TENSORS] = [grad if needed else None for grad, needed in kept_lora]
-    d_base_y = d_y_expert if ctx.needs_input_grad[1 + ctx.num_tensors] else None
-    return None, *kept, d_base_y, None, [None] * len(plan), d_lora, None, None, None
+    sizes = 1, len(base), 1, len(experts), len(wants_lora)
+    (d_x,), d_base, (d_x_expert,), d_experts, d_lora = _groups(grads, sizes)
+    return (
+        None,
+        d_x if wants_x else None,
+        _wanted(d_base, wants_base),
+        d_x_expert if wants_x_expert else None,
+        _wanted(d_experts, wants_experts),
+        d_y_expert if wants_base_y else None,
+        None,
+        [None] * len(plan),
+        _wanted(d_lora, wants_lora) + [None] * (len(lora) - len(wants_lora)),
+        None,
+        None,
+        None,
+    )
 
 
 swiglu_experts.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _groups(flat: Sequence[Tensor | None], sizes: Sequence[int]) -> list[list[Tensor | None]]:
+    """``flat`` cut into lists of these lengths."""
+    rest = iter(flat)
+    return [list(islice(rest, size)) for size in sizes]
+
+
+def _wanted(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+
+
 def _call(
     tower: str,
-    base: tuple[Tensor | None, ...],
-    experts: tuple[Tensor, ...],
+    base: Sequence[Tensor],
+    experts: Sequence[Tensor],
     perm: Tensor,
     plan: Sequence[Tensor],
     lora: Sequence[Tensor],
@@ -238,7 +233,7 @@ def _call(
     config: str,
 ) -> Call:
     expert_weights = Weights(*experts)
-    base_weights = expert_weights if tower == "expert" else Weights(*base)
+    base_weights = Weights(*base) if base else expert_weights
     operands = LoraOperands(*lora) if lora else LoraOperands.none(expert_weights.gate)
     return Call(tower, base_weights, expert_weights, perm, TilePlan(*plan), scale, CONFIGS[config], operands)
 
@@ -248,6 +243,25 @@ def _row_sets(tower: str, rows: Tensor | None, expert_rows: Tensor | None) -> tu
     first = expert_rows if tower == "expert" else rows
     second = rows if tower == "fused" else expert_rows
     return first, second
+
+
+def _pre_activations(
+    call: Call, rows: Tensor, expert_rows: Tensor, pre: Sequence[Tensor]
+) -> tuple[Hidden, Hidden]:
+    a, u, expert_a, expert_u = pre
+    if expert_a.shape[0] == 0:
+        return launch.gate_up(call, rows, expert_rows, save=True)
+    return Hidden(a, u, u), Hidden(expert_a, expert_u, expert_u)
+
+
+def _input_grads(
+    call: Call, needed: Needs, d_base: Hidden, d_expert: Hidden, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    none = rows.new_empty(0)
+    if not (needed.x or needed.x_expert):
+        return none, none
+    d_x, d_x_expert = launch.d_input(call if needed.x else call.only_experts(), d_base, d_expert, rows)
+    return d_x if needed.x else none, d_x_expert if needed.x_expert else none
 
 
 def _base_weight_grads(tower: str, x: Tensor, d_y: Tensor, perm: Tensor, d_base: Hidden) -> Weights:

@@ -51,9 +51,9 @@ def test_opcheck_of_the_kernels(tower):
     plan = triton_backend.plan_tensors(seg.tile_plan(16, 16))
     other = leaves[0].detach().clone().requires_grad_()
     sets = {
-        "fused": (*leaves[:4], None, *leaves[4:], None),
-        "dual": (*leaves[:4], other, *leaves[4:], None),
-        "expert": (None, None, None, None, leaves[0], *leaves[4:], other),
+        "fused": (leaves[0], leaves[1:4], None, leaves[4:], None),
+        "dual": (leaves[0], leaves[1:4], other, leaves[4:], None),
+        "expert": (None, [], leaves[0], leaves[4:], other),
     }[tower]
     args = (tower, *sets, seg.perm, plan, [], 0.7, "tiny", True)
     torch.library.opcheck(torch.ops.qar.swiglu_experts.default, args)

@@ -233,11 +233,11 @@ def test_nothing_is_read_back_from_the_device(tower, lora_rank):
     leaves = {name: t.to("meta", torch.float16) for name, t in Case([0] * 300, R=64).tensors.items()}
     segments = Segments.from_ids(ids)
     plan = triton_backend.plan_tensors(segments.tile_plan(16, 16))
-    base = [leaves[n] for n in ("gate", "up", "down")] if tower != "expert" else [None] * 3
+    base = [leaves[n] for n in ("gate", "up", "down")] if tower != "expert" else []
     x = leaves["x"] if tower != "expert" else None
     x_expert = leaves["x_specific"] if tower != "fused" else None
     experts = [leaves[n] for n in ("expert_gate", "expert_up", "expert_down")]
-    tensors = x, *base, x_expert, *experts
+    tensors = x, base, x_expert, experts
     d_y = leaves["d_y"] if x is not None else None
     d_y_expert = leaves["d_y_specific"] if x_expert is not None else None
     adapters = []
@@ -251,9 +251,9 @@ def test_nothing_is_read_back_from_the_device(tower, lora_rank):
             tower, *tensors, None, segments.perm, plan, adapters, 1.0, "sm90_large", True
         )
         ops.swiglu_experts_backward._init_fn(
-            tower, d_y, d_y_expert, *tensors, *outputs[2:], segments.perm, plan, adapters, 1.0,
-            "sm90_large", x is not None, x is not None, x_expert is not None, True,
-            [t.is_floating_point() for t in adapters[:NUM_ADAPTER_TENSORS]],
+            tower, d_y, d_y_expert, *tensors, outputs[2:], segments.perm, plan, adapters, 1.0, "sm90_large",
+            [x is not None, x is not None, x_expert is not None, True]
+            + [True] * (NUM_ADAPTER_TENSORS if adapters else 0),
         )  # fmt: skip
     names = [asked.kernel.__name__ for asked in recorded]
     assert names.count("reduce_kernel") == (0 if tower == "expert" else 2)  # down and d_x split K here
