@@ -10,7 +10,7 @@ from numbers import Real
 from torch import Tensor
 
 from qar_kernels.autocast import cast_dtype
-from qar_kernels.lora import LoRA
+from qar_kernels.lora import Adapter, LoRA
 from qar_kernels.segments import Segments
 
 
@@ -21,10 +21,11 @@ def check_tensors(**arguments: object) -> None:
             raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
 
 
-def check_scale(expert_scale: object) -> None:
-    """Raise unless the scale is a number."""
-    if not isinstance(expert_scale, int | float | Real):
-        raise TypeError(f"expert_scale: got {type(expert_scale).__name__}, expected a number")
+def check_numbers(**arguments: object) -> None:
+    """Raise unless every argument is a number."""
+    for name, value in arguments.items():
+        if not isinstance(value, int | float | Real):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
 
 
 def check_base(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
@@ -51,7 +52,11 @@ def check_lora(lora: LoRA, gate: Tensor, down: Tensor) -> None:
     ):
         if adapter is None:
             continue
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"lora.{name}: got {type(adapter).__name__}, expected Adapter or None")
         a_name, b_name = f"lora.{name}.a", f"lora.{name}.b"
+        check_tensors(**{a_name: adapter.a, b_name: adapter.b})
+        check_numbers(**{f"lora.{name}.scale": adapter.scale, f"lora.{name}.dropout": adapter.dropout})
         out_features, in_features = weight.shape
         rank = adapter.a.shape[0] if adapter.a.dim() == 2 else "r"
         _check_floating(a_name, adapter.a)

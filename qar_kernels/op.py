@@ -18,7 +18,7 @@ from qar_kernels.checks import (
     check_base_y,
     check_experts,
     check_lora,
-    check_scale,
+    check_numbers,
     check_tensors,
 )
 from qar_kernels.lora import NO_LORA, LoRA
@@ -69,7 +69,7 @@ def fused_mlp(
     ``torch.func`` transforms (``grad``, ``vmap``, ``jvp``) and gradients of gradients are not supported.
     """
     check_tensors(x=x, gate=gate, up=up, down=down)
-    check_scale(expert_scale)
+    check_numbers(expert_scale=expert_scale)
     x, gate, up, down = autocast(x, gate, up, down)
     check_base(x, gate, up, down)
     check_lora(lora, gate, down)
@@ -152,7 +152,7 @@ def expert_mlp(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     check_tensors(x=x)
-    check_scale(expert_scale)
+    check_numbers(expert_scale=expert_scale)
     (x,) = autocast(x)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
     experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg, x.dtype)

@@ -146,10 +146,7 @@ class Segments:
             expert_ids: ``(B,)`` integers, -1 for sequences without an expert.
             seq_len: rows of every sequence.
         """
-        if not isinstance(seq_len, int | torch.SymInt | Integral):
-            raise TypeError(f"seq_len: got {type(seq_len).__name__}, expected an integer")
-        if seq_len < 0:
-            raise ValueError(f"seq_len: got {seq_len}, expected a number of rows >= 0")
+        _check_count(seq_len, "seq_len")
         ids, max_id = _checked_ids(expert_ids)
         return cls._group(ids.repeat_interleave(seq_len), capacity=ids.shape[0], max_id=max_id)
 
@@ -164,6 +161,8 @@ class Segments:
             cu_seqlens: ``(B + 1,)`` integers, non-decreasing, starting at 0.
             num_rows: T. Give it on an accelerator to avoid reading ``cu_seqlens[-1]`` back to the host.
         """
+        if num_rows is not None:
+            _check_count(num_rows, "num_rows")
         ids, max_id = _checked_ids(expert_ids)
         bounds = _integers(cu_seqlens, "cu_seqlens").to(ids.device)
         _check_bounds(bounds, ids.shape[0], num_rows)
@@ -187,6 +186,13 @@ class Segments:
 
 def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _check_count(rows: int, name: str) -> None:
+    if not isinstance(rows, int | torch.SymInt | Integral):
+        raise TypeError(f"{name}: got {type(rows).__name__}, expected an integer")
+    if rows < 0:
+        raise ValueError(f"{name}: got {rows}, expected a number of rows >= 0")
 
 
 def _integers(values: IdsLike, name: str) -> Tensor:

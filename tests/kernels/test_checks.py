@@ -73,6 +73,8 @@ def test_bad_segments(op, seg, error, message):
         ({"b": torch.zeros(48, 4).half()}, TypeError, r"lora\.down\.b: got dtype torch\.float16, expected"),
         ({"a": torch.zeros(4, 80).int()}, TypeError, r"lora\.down\.a: got dtype torch\.int32"),
         ({"a": torch.zeros(4, 80, device="meta")}, ValueError, r"lora\.down\.b: got device cpu"),
+        ({"b": None}, TypeError, r"lora\.down\.b: got NoneType, expected a tensor"),
+        ({"scale": "a"}, TypeError, r"lora\.down\.scale: got str, expected a number"),
         ({"dropout": 1.0}, ValueError, r"lora\.down\.dropout: got 1\.0, expected at least 0 and below 1"),
     ],
 )
@@ -83,6 +85,8 @@ def test_bad_adapters(op, change, error, message):
         call(op, arguments(), lora=LoRA(down=adapter))
     with pytest.raises(TypeError, match="lora: got dict, expected LoRA"):
         call(op, arguments(), lora={"down": adapter})
+    with pytest.raises(TypeError, match=r"lora\.up: got int, expected Adapter or None"):
+        call(op, arguments(), lora=LoRA(up=3))
 
 
 @pytest.mark.parametrize("op", [fused_mlp, expert_mlp])

@@ -81,6 +81,7 @@ def test_empty_sequences_and_batches():
         (lambda: Segments.from_ids(None), TypeError, "expert_ids: got NoneType, expected integers"),
         (lambda: Segments.from_ids(["anna"]), TypeError, "expert_ids: got list, expected integers"),
         (lambda: Segments.from_sequences([0], seq_len=2.0), TypeError, "seq_len: got float"),
+        (lambda: Segments.from_cu_seqlens([0], [0, 2], num_rows=2.0), TypeError, "num_rows: got float"),
         (lambda: Segments.from_ids([0.5]), TypeError, "expert_ids: got dtype"),
         (lambda: Segments.from_ids([[0]]), ValueError, "expert_ids: got shape"),
         (lambda: Segments.from_ids([-2]), ValueError, "expert_ids: got -2"),
