@@ -36,11 +36,11 @@ def _segment_d_x(
     part: tl.constexpr = min(RANK_PAD, BLOCK_K)
     for first in tl.static_range(0, RANK, part):
         rank = first + tl.arange(0, part)
-        d_a = load_rows(d_a_ptr, rows, inside, first, RANK, part)
-        gate = load_rows(gate_ptr + weights, rank, rank < RANK, col, H, BLOCK_N, ROW_POINTERS=True)
+        d_a = load_rows(d_a_ptr, rows, inside, first, RANK, part, ROW_POINTERS=True)
+        gate = load_rows(gate_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
         acc = tl.dot(d_a, gate, acc, input_precision=PRECISION)
-        d_u = load_rows(d_u_ptr, rows, inside, first, RANK, part)
-        up = load_rows(up_ptr + weights, rank, rank < RANK, col, H, BLOCK_N, ROW_POINTERS=True)
+        d_u = load_rows(d_u_ptr, rows, inside, first, RANK, part, ROW_POINTERS=True)
+        up = load_rows(up_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
         acc = tl.dot(d_u, up, acc, input_precision=PRECISION)
     return acc
 
