@@ -98,11 +98,14 @@ def make_room(run: Path, kept: Path | None) -> None:
 
 
 def write_failure(run: Path, step: int, error: Exception) -> UserError:
-    """The one line that a failed save ends with."""
+    """The one line that a failed save ends with; torch's own words do not say that a disk is full."""
+    free = shutil.disk_usage(run).free / 2**20
     shutil.rmtree(run / BUILDING, ignore_errors=True)
     kept = last_checkpoint(run)
     state = f"{kept} is whole, --resume continues it" if kept else "there is none before it"
-    return UserError(f"{run}: the checkpoint of step {step} cannot be written ({error}); {state}")
+    return UserError(
+        f"{run}: the checkpoint of step {step} cannot be written ({error}; {free:,.0f} MiB free); {state}"
+    )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from tqdm.auto import tqdm
 
 from train.errors import UserError
 
@@ -44,5 +45,5 @@ def positive_int(text: str) -> int:
 def _fail(message: str) -> None:
     """One line; where several ranks run, it says whose."""
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    sys.stderr.write(f"error{rank}: {' '.join(message.split())}\n")
+    tqdm.write(f"error{rank}: {' '.join(message.split())}", file=sys.stderr)  # not behind a progress bar
     raise SystemExit(USER_ERROR_EXIT) from None

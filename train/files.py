@@ -1,8 +1,9 @@
-"""Files and folders that are written whole or not at all, and read with errors that name the place."""
+"""Files and folders that are written atomically, and read with errors that name the place."""
 
 import difflib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from train.errors import UserError
 
@@ -63,16 +67,48 @@ def unknown_key(key: str, known: Iterable[str], origin: str) -> UserError:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write ``content`` to ``path`` through a temporary sibling, so that a reader never sees half a file."""
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """As :func:`write_atomic`, a safetensors file."""
+    with _replacing(path) as temporary:
+        save_file(tensors, temporary)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling that takes the place of ``path`` when the block ends without error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        with _naming(path):
+            yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink()
+        raise
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Within the block a write that the system refuses is an ``OSError`` that names ``path``.
+
+    safetensors wraps the system's error, and tells it by number only.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(number := int(found[1]), os.strerror(number), str(path)) from error
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 
@@ -93,7 +129,8 @@ def build_directory(target: Path) -> Iterator[Path]:
     try:
         built = workspace / "new"
         built.mkdir()
-        yield built
+        with _naming(target):
+            yield built
         if target.exists():
             os.replace(target, workspace / "old")
         os.replace(built, target)

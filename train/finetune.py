@@ -21,6 +21,7 @@ import torch
 import transformers
 from peft import PeftModel
 from torch.utils.data import DataLoader
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -43,7 +44,7 @@ from train.trained import TRAINED, build, first_trained_layer, read_about, save_
 from train.trainer import QARTrainer
 from train.validation import KeepBest, discard_best
 
-LOG = "log.json"
+LOG, TRAINED_FOLDER = "log.json", "trained"
 logger = logging.getLogger(__name__)
 
 
@@ -68,8 +69,7 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
             loss that is not finite or a checkpoint that cannot be written, while training.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint written that ``resume`` continues.
     """
-    output = Path(config.output_dir)
-    folder = output / "trained"
+    folder = Path(config.output_dir) / TRAINED_FOLDER
     if _is_finished(folder, config):
         logger.info("%s is there already", folder)
         return folder
@@ -86,19 +86,27 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
         trainer.add_callback(keep)
     if ranks.is_main():
         write_run(config, found.data)
-    with ranks.watching():
+    with ranks.watching(), logging_redirect_tqdm():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.interrupted:
         raise KeyboardInterrupt
     if config.validation:
         keep.load()
+    _write_results(prepared, config, found.data.responder, trainer.state.log_history)
+    return folder
+
+
+def _write_results(
+    prepared: Prepared, config: TrainConfig, responder: str, history: list[dict[str, float]]
+) -> None:
+    """The log, its page and the trained parts; all ranks call this, one writes."""
+    output = Path(config.output_dir)
     with ranks.gathered(value for value in prepared.model.parameters() if value.requires_grad):
         if ranks.is_main():
-            write_atomic(output / LOG, json.dumps(trainer.state.log_history, indent=1))
-            write_run_page(trainer.state.log_history, config.to_dict(), output)
-            save_trained(prepared.peft, config, found.data.responder, folder)
+            write_atomic(output / LOG, json.dumps(history, indent=1))
+            write_run_page(history, config.to_dict(), output)
+            save_trained(prepared.peft, config, responder, output / TRAINED_FOLDER)
     ranks.wait()
-    return folder
 
 
 def prepare(config: TrainConfig, found: RunData) -> Prepared:
@@ -161,7 +169,24 @@ def make_trainer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Windows, config: TrainConfig
 ) -> QARTrainer:
     """A trainer of whatever parameters of ``model`` require gradients."""
-    arguments = TrainingArguments(
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    collator: PackingCollator | Collator = Collator(tokenizer.pad_token_id)
+    if config.batching == "packed":
+        use_packed_attention(model)
+        collator = PackingCollator()
+    trainer = QARTrainer(
+        model, _arguments(config), data_collator=collator, train_dataset=windows, config=config
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(LossProgress)
+    return trainer
+
+
+def _arguments(config: TrainConfig) -> TrainingArguments:
+    """The configuration in transformers' terms."""
+    return TrainingArguments(
         output_dir=config.output_dir,
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
@@ -187,18 +212,6 @@ def make_trainer(
         use_cpu=not torch.cuda.is_available(),
         accelerator_config={"use_configured_state": ranks.launched()},
     )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.batching == "packed":
-        use_packed_attention(model)
-        collator = PackingCollator()
-    else:
-        collator = Collator(tokenizer.pad_token_id)
-    trainer = QARTrainer(model, arguments, data_collator=collator, train_dataset=windows, config=config)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(LossProgress)
-    return trainer
 
 
 def _available(report_to: str) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -22,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from train.base_model import default_device
 from train.data.encode import Encoded
+from train.files import write_tensors
 
 
 def upper_part(model: PreTrainedModel, first_layer: int) -> PreTrainedModel:
@@ -49,10 +49,7 @@ def lower_states(
     states = _read(path, len(windows))
     if states is None:
         states = _run_lower(model, windows, num_layers, batch_size)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({str(index): state for index, state in enumerate(states)}, partial)
-        partial.replace(path)
+        write_tensors(path, {str(index): state for index, state in enumerate(states)})
     return states
 
 

@@ -53,16 +53,7 @@ def onboard(
     """
     check_replaceable(out)
     trained = load_trained(source, torch.float32)  # the others' experts are written back as they are
-    if trained.model.qar.experts == "shared":
-        settings = f"method={trained.config.method}, experts={trained.config.experts}"
-        raise UserError(
-            f"{source}: got {settings}, expected a model whose queriers have experts of their own"
-        )
-    if trained.config.context == "few_shot":
-        raise UserError(
-            f"{source}: got context=few_shot, whose prompts show dialogues of everybody; "
-            "expected a model trained with a profile or none"
-        )
+    _check_source(trained, source)
     found = load_mqdialog(data)
     name = _name_beside(trained.queriers, querier, found.responder)
     if name in trained.queriers:
@@ -75,14 +66,33 @@ def onboard(
         names = ", ".join(found.queriers)
         raise UserError(f"{data}: no training window of querier '{querier}'; it has {names}")
     examples = with_context(dataclasses.replace(found, train=examples, dev=[]), trained.config).train
+    _add(trained, name, examples, epochs, learning_rate)
+    save_with_adapter_of(source, trained, out)
+    return out
+
+
+def _check_source(trained: Trained, source: Path) -> None:
+    """``UserError`` if no newcomer can be trained in this model."""
+    if trained.model.qar.experts == "shared":
+        settings = f"method={trained.config.method}, experts={trained.config.experts}"
+        raise UserError(
+            f"{source}: got {settings}, expected a model whose queriers have experts of their own"
+        )
+    if trained.config.context == "few_shot":
+        raise UserError(
+            f"{source}: got context=few_shot, whose prompts show dialogues of everybody; "
+            "expected a model trained with a profile or none"
+        )
+
+
+def _add(trained: Trained, name: str, examples: list[Example], epochs: float, learning_rate: float) -> None:
+    """The newcomer ``name``, whose expert starts as the mean of all and alone is trained."""
     trained.model.add_queriers(name, init="mean")
     trained.model.train_only(name)
     contrast, trained.model.contrast = trained.model.contrast, None
     _train(trained, examples, trained.model.queriers[name], epochs, learning_rate)
     trained.model.contrast = contrast
     trained.model.train_only(None)
-    save_with_adapter_of(source, trained, out)
-    return out
 
 
 def _name_beside(queriers: Sequence[str], querier: str, responder: str) -> str:

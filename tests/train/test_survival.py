@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -16,6 +17,7 @@ from processes import completed, log_of, start
 from safetensors.torch import load_file
 
 from train import checkpoints, plan
+from train import finetune as module
 from train.checkpoints import BUILDING, SEAL, damage, last_checkpoint, make_room, seal
 from train.consolidate import consolidate
 from train.errors import UserError
@@ -97,12 +99,15 @@ def test_killed_run_resumes_to_the_same_curve_and_weights(config, last, before):
     assert not (Path(killed.output_dir) / BUILDING).exists()
 
 
-def no_room(rank):
-    """No file of this process may exceed 16 KiB from step 4 on: writing fails as on a full disk."""
+def limit_files():
+    """No file of this process may exceed 16 KiB from now on: writing fails as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
 
+
+def no_room(rank):
     def deed(original, self, *args):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+        limit_files()
         return original(self, *args)
 
     at_step(rank, 4, "_save_checkpoint", deed)
@@ -114,9 +119,38 @@ def test_full_disk_ends_with_one_line_and_the_checkpoint_before(config):
     errors = [line for line in run.text().splitlines() if "error" in line.lower()]
     assert len(errors) == 1
     assert "the checkpoint of step 4 cannot be written" in errors[0]
-    assert "checkpoint-2 is whole" in errors[0]
+    assert "MiB free); " in errors[0] and "checkpoint-2 is whole" in errors[0]
+    assert errors[0].startswith("error: ")  # on a line of its own, not behind the progress bar
     assert last_checkpoint(Path(config.output_dir)).name == "checkpoint-2"
     assert not (Path(config.output_dir) / BUILDING).exists()
+
+
+def no_room_for_states(rank):
+    limit_files()
+
+
+def no_room_for_results(rank):
+    save_trained = module.save_trained
+
+    def limited(*args):
+        limit_files()
+        save_trained(*args)
+
+    module.save_trained = limited
+
+
+@pytest.mark.parametrize(
+    ("before", "named"),
+    [(no_room_for_states, r"states/\w+\.safetensors"), (no_room_for_results, "qar/trained")],
+)
+def test_full_disk_outside_checkpoints_names_the_place(config, before, named):
+    run = start(config.replace(expert_rank=32), before=before)
+    assert run.wait() == [2]
+    (error,) = [line for line in run.text().splitlines() if "error" in line.lower()]
+    assert re.search(f"{named} cannot be written: File too large", error)
+    folder = Path(config.output_dir)
+    assert not any(folder.parent.glob("states/.*")) and not any(folder.glob(".trained*"))
+    completed(config.replace(expert_rank=32), resume=True)
 
 
 def test_loss_that_is_no_number_stops_and_names_step_and_windows(config, monkeypatch, tiny_data):
