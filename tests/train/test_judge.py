@@ -4,14 +4,16 @@ import json
 import logging
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from train.cli import run
 from train.data.layout import Example, MQDialog
 from train.data.mqdialog import write_mqdialog
 from train.data.transcript import Turn
-from train.endpoint import Cached, Endpoint, NoAnswer
+from train.endpoint import LONGEST_WAIT, Cached, Endpoint, NoAnswer
 from train.errors import UserError
 from train.judge import (
     GIVE_UP_AFTER,
@@ -27,7 +29,7 @@ from train.judge import (
 
 
 class Stub:
-    """Answers with ``reply(question)``: a text, or (status, body)."""
+    """Answers with ``reply(question)``: a text, or (status, body), or (status, body, headers)."""
 
     def __init__(self, reply):
         self.reply, self.requests = reply, []
@@ -39,8 +41,10 @@ class Stub:
                 stub.requests.append((self.path, self.headers.get("Authorization"), body))
                 found = stub.reply(body["messages"][-1]["content"])
                 completion = json.dumps({"choices": [{"message": {"content": found}}]})
-                status, text = (200, completion) if isinstance(found, str) else found
+                status, text, *headers = (200, completion) if isinstance(found, str) else found
                 self.send_response(status)
+                for name, value in (headers[0] if headers else {}).items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(text.encode())
 
@@ -167,6 +171,14 @@ def test_errors_that_pass_are_tried_again(stub):
     assert judge_pair(pair(), endpoint(server)) == "a" and len(server.requests) == 5
 
 
+def test_the_wait_that_the_endpoint_asks_for_is_kept(stub, monkeypatch):
+    soon, never = ((429, "", {"Retry-After": seconds}) for seconds in ("7", "900"))
+    waits, states = [], iter([soon, (500, ""), never, "A", "B"])
+    monkeypatch.setattr(time, "sleep", waits.append)
+    assert judge_pair(pair(), endpoint(stub(lambda question: next(states)), first_wait=1.0)) == "a"
+    assert waits == [7, 2, LONGEST_WAIT]
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_ends_the_run_at_once(stub, status):
     server = stub(lambda question: (status, "no"))
@@ -270,3 +282,9 @@ def test_command_line(stub, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command, "--key-variable", "NO_SUCH_KEY"])
     with pytest.raises(UserError, match="NO_SUCH_KEY is not set"):
         main()
+    server.reply = lambda question: (401, "no")
+    monkeypatch.setattr(sys, "argv", [*command, "--cache", str(tmp_path / "other.jsonl")])
+    with pytest.raises(SystemExit, match="2"):
+        run(main)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "HTTP 401" in error
