@@ -13,6 +13,7 @@ import torch
 from train.config import TrainConfig
 from train.data.layout import MQDialog
 from train.heldout import HeldOut, held_out_windows, querier_similarity
+from train.metrics import Record
 from train.trained import Trained, load_trained, untrained
 
 METHODS = ("zero_shot", "ft", "qar")
@@ -52,7 +53,7 @@ class Comparison:
         """Records of every held-out window; for QAR also under swapped ids, expert similarity, samples."""
         model, held_out = self.load(method).model, self.held_out
         generated = held_out.sample(GENERATED, self.seed)
-        result = {"records": self._records(model, held_out.querier_ids, generated)}
+        result: dict[str, Any] = {"records": self._records(model, held_out.querier_ids, generated)}
         if method == "qar":
             result["swapped"] = self._swapped(model, generated)
             names = self.data.queriers
@@ -66,18 +67,18 @@ class Comparison:
         asked_by = self.held_out.querier_ids
         return self.held_out.generate(model, indices, asked_by, MAX_NEW_TOKENS), asked_by
 
-    def _records(self, model: Any, asked_by: Sequence[int], generated: Sequence[int]) -> list[dict[str, Any]]:
+    def _records(self, model: Any, asked_by: Sequence[int], generated: Sequence[int]) -> list[Record]:
         scores = self.held_out.nll(model, asked_by)
         return self._with_replies(model, scores, asked_by, generated)
 
     def _with_replies(
         self, model: Any, scores: list[tuple[float, int]], asked_by: Sequence[int], generated: Sequence[int]
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         chosen = [asked_by[index] for index in generated]
         replies = self.held_out.generate(model, generated, chosen, MAX_NEW_TOKENS)
         return self.held_out.records(scores, dict(zip(generated, replies, strict=True)))
 
-    def _swapped(self, model: Any, generated: Sequence[int]) -> list[dict[str, Any]]:
+    def _swapped(self, model: Any, generated: Sequence[int]) -> list[Record]:
         """The same prompts asked by others: NLL averaged over several draws, replies under the first."""
         queriers = len(self.data.queriers)
         draws = [self.held_out.swapped_ids(queriers, self.seed + draw) for draw in range(SWAPS)]

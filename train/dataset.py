@@ -35,7 +35,8 @@ def load_data(config: TrainConfig) -> RunData:
     Raises:
         UserError: what is wrong with the files, naming file, record and key.
     """
-    data, valid = with_context(load_dialogues(Path(config.data)), config), []
+    data = with_context(load_dialogues(Path(config.data)), config)
+    valid: list[Example] = []
     if config.validation:
         data, valid = split_validation(data, config.validation)
     if config.windows == "covering":

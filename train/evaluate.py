@@ -183,7 +183,7 @@ def main() -> None:
     for folder in folders:
         results.append(evaluate(folder, *settings))
         console.print(score_table(results[-1]), *_notes(results[-1]), sep="\n")
-    report = {"models": results}
+    report: dict[str, Any] = {"models": results}
     if arguments.against:
         report["differences"] = difference(results[0]["records"], results[1]["records"])
         console.print(difference_table(report["differences"], *(found["model"] for found in results)))

@@ -47,7 +47,7 @@ def dry_run(config: TrainConfig) -> None:
     ranks.start(config.deepspeed)
     found = load_data(config)
     prepared = prepare(config, found)
-    plan = {
+    plan: dict[str, Mapping[str, Any]] = {
         "data": data_sizes(found.data, prepared),
         "trainable parameters": trainable(prepared),
         "memory of one rank (estimate)": {
