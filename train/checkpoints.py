@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and how a damaged one is told.
+"""Atomic checkpoints, and how a damaged one is told.
 
 A checkpoint is built under a hidden name, sealed with the checksum of every file, and renamed. A kill or a
 full disk leaves the hidden folder, which the next save removes; later damage shows in the checksums.
@@ -50,7 +50,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if it is whole."""
+    """What is wrong with a checkpoint, in a few words; None if it is intact."""
     try:
         sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -65,12 +65,12 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged newer ones are named in the log and passed over."""
+    """The newest intact checkpoint; damaged newer ones are named in the log and passed over."""
     for path in reversed(all_checkpoints(run)):
         problem = damage(path)
         if problem is None:
             return path
-        logger.warning("%s is not a whole checkpoint (%s); falling back to the one before", path, problem)
+        logger.warning("%s is damaged (%s); falling back to the one before", path, problem)
     return None
 
 
@@ -102,7 +102,7 @@ def write_failure(run: Path, step: int, error: Exception) -> UserError:
     free = shutil.disk_usage(run).free / 2**20
     shutil.rmtree(run / BUILDING, ignore_errors=True)
     kept = last_checkpoint(run)
-    state = f"{kept} is whole, --resume continues it" if kept else "there is none before it"
+    state = f"{kept} is intact, --resume continues it" if kept else "there is none before it"
     return UserError(
         f"{run}: the checkpoint of step {step} cannot be written ({error}; {free:,.0f} MiB free); {state}"
     )

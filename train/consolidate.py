@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def consolidate(folder: Path, out: Path) -> Path:
-    """Write the trained parts of the newest whole checkpoint of the run in ``folder`` to ``out``.
+    """Write the trained parts of the newest intact checkpoint of the run in ``folder`` to ``out``.
 
     Raises:
-        UserError: if there is no run or no whole checkpoint in ``folder``, or its model is another one;
+        UserError: if there is no run or no intact checkpoint in ``folder``, or its model is another one;
             if something other than trained parts lies in ``out``.
     """
     check_replaceable(out)
@@ -37,7 +37,7 @@ def consolidate(folder: Path, out: Path) -> Path:
         raise UserError(f"{folder}: no run there ({RUN} is missing)")
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
-        raise UserError(f"{folder}: no whole checkpoint there")
+        raise UserError(f"{folder}: no intact checkpoint there")
     config, about = read_run(folder)
     model, _ = load_base(config.model, DTYPES[config.dtype])
     peft = build(model, config, tuple(about["queriers"]), about["num_clusters"])

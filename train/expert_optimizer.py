@@ -1,7 +1,7 @@
 """The experts' optimizer beside DeepSpeed's.
 
 ZeRO flattens all parameters of its optimizer into one dense buffer, in which absent queriers would cost,
-decay and drift. Experts with row-sparse gradients therefore stay out of it, whole on every rank.
+decay and drift. Experts with row-sparse gradients therefore stay out of it: every rank holds all of them.
 """
 
 from __future__ import annotations

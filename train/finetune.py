@@ -144,7 +144,7 @@ def validation_loader(prepared: Prepared, config: TrainConfig) -> DataLoader:
 
 
 def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> Path | None:
-    """The newest whole checkpoint; what is damaged, or an earlier run's, makes room for the steps to come."""
+    """The newest intact checkpoint; what is damaged, or of an earlier run, makes room for what comes."""
     output = Path(config.output_dir)
     found = checkpoints.all_checkpoints(output)
     if found and not resume:
@@ -225,7 +225,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a YAML file of train/configs")
-    parser.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the last intact checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, time a few steps, and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the file")

@@ -96,7 +96,7 @@ def first_trained_layer(config: TrainConfig, num_layers: int) -> int:
 
 
 def save_trained(peft: PeftModel, config: TrainConfig, responder: str, folder: Path) -> None:
-    """Write the trained parts, whole or not at all."""
+    """Write the trained parts, atomically."""
     with build_directory(folder) as building:
         # the embeddings are not trained; asking would look the base model up again
         peft.save_pretrained(building, save_embedding_layers=False)

@@ -1,5 +1,5 @@
-"""transformers' Trainer, taught four things: two parameter groups, reply-only logits, small checkpoints that
-are whole or not there, and to stop where a loss is not finite."""
+"""transformers' Trainer, taught four things: two parameter groups, reply-only logits, small atomic
+checkpoints, and to stop where a loss is not finite."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ class QARTrainer(Trainer):
         if not torch.isfinite(loss):
             step, named = self.state.global_step + 1, ", ".join(windows)
             raise UserError(
-                f"step {step}: the loss is {loss.item()} on the windows {named}; no checkpoint holds it, "
-                "--resume continues from the last one (a lower learning rate, or other data, may help)"
+                f"step {step}: the loss is {loss.item()} on the windows {named}; no checkpoint holds it; "
+                "a lower learning rate or other data may help, in another output_dir"
             )
         if self.accelerator.sync_gradients:
             average_row_gradients(sparse_parameters(self.model).values())

@@ -90,7 +90,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
     weights = run / "checkpoint-6" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:64])
     assert last_checkpoint(run).name == "checkpoint-4"
-    assert "checkpoint-6 is not a whole checkpoint" in caplog.text
+    assert "checkpoint-6 is damaged" in caplog.text
 
 
 @pytest.mark.parametrize(

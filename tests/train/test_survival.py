@@ -119,7 +119,7 @@ def test_full_disk_ends_with_one_line_and_the_checkpoint_before(config):
     errors = [line for line in run.text().splitlines() if "error" in line.lower()]
     assert len(errors) == 1
     assert "the checkpoint of step 4 cannot be written" in errors[0]
-    assert "MiB free); " in errors[0] and "checkpoint-2 is whole" in errors[0]
+    assert "MiB free); " in errors[0] and "checkpoint-2 is intact" in errors[0]
     assert errors[0].startswith("error: ")  # on a line of its own, not behind the progress bar
     assert last_checkpoint(Path(config.output_dir)).name == "checkpoint-2"
     assert not (Path(config.output_dir) / BUILDING).exists()
@@ -264,7 +264,7 @@ def test_consolidate_refuses_what_is_no_run(finished, tmp_path):
             deed(run, out=tmp_path / "thesis")
     for path in checkpoints.all_checkpoints(run):
         (path / SEAL).unlink()
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no intact checkpoint"):
         consolidate(run, tmp_path / "out")
 
 
