@@ -1,5 +1,8 @@
 """From a transcript to data of one responder, several or all, as the command line does it."""
 
+import csv
+from pathlib import Path
+
 import pytest
 
 from train.cli import run
@@ -128,3 +131,29 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, capsys, options, message
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_csv_with_columns_of_other_names(command, transcript, tmp_path):
+    rows = [(s.title, turn.speaker, turn.text) for s in read_transcript(transcript) for turn in s.turns]
+    with (tmp_path / "inn.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("scene", "who", "text"), *rows])
+    table = ("--transcript", tmp_path / "inn.csv", "--out", tmp_path / "from_csv", "--column", "speaker=who")
+    command(*table, *LOW, "--responder", "Doc")
+    command(*LOW, "--responder", "Doc")
+    folder = Path("inn/diags_two_role_doc_clustered")
+    table, lines = (
+        load_mqdialog(root / folder) for root in (tmp_path / "from_csv", transcript.parent / "out")
+    )
+    assert table.train == lines.train and table.dev == lines.dev
+
+
+def test_columns_are_checked(command, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        command("--column", "who=speaker")
+    assert "got 'who=speaker', expected scene=NAME, speaker=NAME, text=NAME" in capsys.readouterr().err
+    monkeypatch.setattr(
+        "sys.argv", ["build", "--show", "plays", "--column", "text=x", "--responder", "Hamlet"]
+    )
+    with pytest.raises(SystemExit):
+        run(main)
+    assert "columns are those of a CSV transcript" in capsys.readouterr().err

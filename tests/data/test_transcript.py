@@ -1,4 +1,4 @@
-"""Transcripts as JSON lines and as Markdown: what is read, and that damage is named by file and line."""
+"""Transcripts as JSON lines, Markdown and CSV: what is read, and that damage is named by file and line."""
 
 import pytest
 
@@ -95,3 +95,41 @@ def test_texts_are_joined_as_their_language_does():
     assert join_texts(["a", " ", "b "]) == "a b"
     assert join_texts(["你好。", "再见。"]) == "你好。再见。"
     assert join_texts(["你好", "Ann", "再见"]) == "你好 Ann 再见"
+
+
+CSV = """\
+"season","episode","character","line"
+"1","Pilot","Ann ","Where, ""now""?"
+"1","Pilot","Bob","At the
+market."
+"1","Diversity","Ann","Again?"
+"""
+COLUMNS = {"scene": "episode", "speaker": "character", "text": "line"}
+
+
+def test_csv(tmp_path):
+    pilot, diversity = read_transcript(write(tmp_path, CSV, "show.csv"), COLUMNS)
+    assert (pilot.source, pilot.title) == ("show", "Pilot")
+    assert pilot.turns == (Turn("Ann", 'Where, "now"?'), Turn("Bob", "At the market."))
+    assert diversity.turns == (Turn("Ann", "Again?"),)
+    own_names = write(tmp_path, "text,scene,speaker\na,1,A\n", "own.CSV")
+    assert read_transcript(own_names)[0].turns == (Turn("A", "a"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scene,who,text\n1,A,a\n", r"no column 'speaker' for the speaker, there are scene, who, text"),
+        ("scene,speaker,text\n1,A,a\n1,B\n", ":3: fewer fields"),
+        ("scene,speaker,text\n1, ,a\n", ":2: column 'speaker' is empty"),
+        ('scene,speaker,text\n1,A,"a', ": not CSV behind line 1"),
+    ],
+)
+def test_damaged_csv_names_the_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read_transcript(write(tmp_path, text, "show.csv"))
+
+
+def test_only_a_csv_has_columns(tmp_path):
+    with pytest.raises(UserError, match="only a CSV file has columns to name, got who"):
+        read_transcript(write(tmp_path, MARKDOWN, "inn.md"), {"speaker": "who"})

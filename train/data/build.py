@@ -2,6 +2,7 @@
 
 python -m train.data.build --transcript show.md --list-speakers
 python -m train.data.build --transcript show.md --responder Alice --responder Bob
+python -m train.data.build --transcript show.csv --column speaker=character --responder Alice
 python -m train.data.build --show plays --all-responders --min-dialogues 8
 python -m train.data.build --show plays --responder Anybody --querier Hamlet --querier Othello
 """
@@ -19,6 +20,7 @@ from train.data.planted import RESPONDER as PLANTED_RESPONDER
 from train.data.prepare import PLANTED, PLAYS, PrepareConfig, prepare, read_scenes
 from train.data.speakers import find_speakers, qualified, survey
 from train.data.summary import overview_table, pairs_table, speakers_table, summary_table
+from train.data.transcript_rows import KEYS
 from train.errors import UserError
 
 
@@ -47,7 +49,15 @@ def list_speakers(config: PrepareConfig, responders: list[str], console: Console
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--transcript", type=Path, help="a file of JSON lines, or Markdown (.md)")
+    parser.add_argument("--transcript", type=Path, help="a file of JSON lines, Markdown (.md) or CSV (.csv)")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        type=_column,
+        metavar="KEY=NAME",
+        help=f"of a CSV file, the column of the {', '.join(KEYS)}; may be repeated",
+    )
     parser.add_argument("--show", help=f"'{PLAYS}', '{PLANTED}', or the name to give a transcript")
     parser.add_argument("--list-speakers", action="store_true", help="only show who talks with whom")
     parser.add_argument("--responder", action="append", default=[], help="who answers; may be repeated")
@@ -71,11 +81,19 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _column(text: str) -> tuple[str, str]:
+    key, _, name = text.partition("=")
+    if key not in KEYS or not name:
+        raise argparse.ArgumentTypeError(f"got '{text}', expected {'=NAME, '.join(KEYS)}=NAME")
+    return key, name
+
+
 def _config(arguments: argparse.Namespace) -> PrepareConfig:
     config = PrepareConfig(
         show=arguments.show or (arguments.transcript.stem if arguments.transcript else PLAYS),
         out=arguments.out,
         transcript=arguments.transcript,
+        columns=tuple(arguments.column),
         queriers=tuple(arguments.querier),
         num_clusters=arguments.clusters,
         encoder=arguments.encoder,

@@ -37,7 +37,9 @@ class PrepareConfig:
     """Who answers; "Anybody" is everybody but the ``queriers``, see :mod:`train.data.anybody`."""
     out: Path = Path("data")
     transcript: Path | None = None
-    """A file of JSON lines or Markdown, see :mod:`train.data.transcript`."""
+    """A file of JSON lines, Markdown or CSV, see :mod:`train.data.transcript`."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """Of a CSV file: (scene, speaker or text, the column that holds it)."""
     queriers: tuple[str, ...] = ()
     """Only these people; empty means everybody with enough data."""
     thresholds: Thresholds | None = None
@@ -68,11 +70,13 @@ def read_scenes(config: PrepareConfig) -> list[Scene]:
     _check_show(config)
     if config.show == PLANTED:
         raise UserError(f"show '{PLANTED}' has no transcript: {PLANTED_RESPONDER} answers all its queriers")
-    return read_plays() if config.transcript is None else read_transcript(config.transcript)
+    if config.transcript is None:
+        return read_plays()
+    return read_transcript(config.transcript, dict(config.columns))
 
 
 def prepare(config: PrepareConfig, scenes: Sequence[Scene] | None = None) -> Path:
-    """Build the folder of ``config`` whole or not at all, and return it; one built the same way is reused.
+    """Build the folder of ``config`` in one step at the end, and return it; one built the same way is reused.
 
     ``scenes`` are those of :func:`read_scenes`, where several responders share them.
 
@@ -102,6 +106,8 @@ def _check_show(config: PrepareConfig) -> None:
     built_in = (PLAYS, PLANTED)
     if config.transcript is None and config.show not in built_in:
         raise UserError(f"show '{config.show}' is unknown, expected {' or '.join(built_in)}, or a transcript")
+    if config.transcript is None and config.columns:
+        raise UserError("columns are those of a CSV transcript, and none is given")
     if config.transcript is not None and config.show in built_in:
         raise UserError(f"show '{config.show}' is built in, give the transcript another show name")
 
@@ -129,6 +135,7 @@ def _recipe(config: PrepareConfig) -> dict:
     """The settings that change what is built, as JSON values."""
     return {
         "transcript": config.transcript and config.transcript.name,
+        "columns": dict(config.columns) or None,
         "queriers": sorted(config.queriers),
         "thresholds": asdict(config.minimums),
         "num_clusters": config.num_clusters,

@@ -1,0 +1,117 @@
+"""The three kinds of transcript, line by line.
+
+JSON lines: ``{"scene": str, "speaker": str, "text": str}``; neighbouring lines of one scene belong together.
+
+Markdown: a heading opens a scene, ``**Speaker:** text`` a turn, which goes on over the lines that follow; a
+line that is ``*one emphasis*`` is a stage direction, and is left out.
+
+CSV: a header that names the same three columns, or others that stand for them.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from train.errors import UserError
+from train.files import read_text
+
+Row = tuple[str, str, str]
+KEYS = ("scene", "speaker", "text")
+MARKDOWN = (".md", ".markdown")
+CSV = ".csv"
+HEADING = re.compile(r"#{1,6}[ \t]+(.+)")
+SPEECH = re.compile(r"\*\*\s*([^*]+?)\s*(?:[:：]\s*\*\*|\*\*\s*[:：])\s*(.*)")
+DIRECTION = re.compile(r"([*_])(?!\1)[^*_]+\1")
+
+
+def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+    """(scene, speaker, text) of every line of a transcript: Markdown or CSV by its suffix, else JSON lines.
+
+    Args:
+        path: the transcript.
+        columns: of a CSV file, the column of the ``scene``, ``speaker`` or ``text`` if it has another name.
+
+    Raises:
+        UserError: naming file and line for what cannot be read.
+    """
+    text, suffix = read_text(path), path.suffix.lower()
+    if suffix == CSV:
+        return _csv_rows(path, text, columns)
+    if columns:
+        raise UserError(f"{path}: only a CSV file has columns to name, got {', '.join(columns.values())}")
+    lines = enumerate(text.splitlines(), start=1)
+    return _markdown_rows(path, lines) if suffix in MARKDOWN else _json_rows(path, lines)
+
+
+def _csv_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """(scene, speaker, text) of every record."""
+    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = _column_names(path, table.fieldnames or (), columns)
+        for record in table:
+            scene, speaker, said = (record[name] for name in names)
+            if None in (scene, speaker, said):
+                raise UserError(f"{path}:{table.line_num}: fewer fields than the header has")
+            if not speaker.strip():
+                raise UserError(f"{path}:{table.line_num}: column '{names[1]}' is empty")
+            yield scene, speaker.strip(), " ".join(said.splitlines())
+    except csv.Error as error:
+        raise UserError(f"{path}: not CSV behind line {table.line_num} ({error})") from error
+
+
+def _column_names(path: Path, header: Sequence[str], columns: Mapping[str, str]) -> list[str]:
+    names = [columns.get(key, key) for key in KEYS]
+    for key, name in zip(KEYS, names, strict=True):
+        if name not in header:
+            raise UserError(
+                f"{path}: no column '{name}' for the {key}, there are {', '.join(header)}; "
+                f"--column {key}=NAME takes another"
+            )
+    return names
+
+
+def _json_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    """(scene, speaker, text) of every line."""
+    for number, line in lines:
+        if line.strip():
+            row = _parse_line(path, number, line)
+            yield row["scene"], row["speaker"].strip(), row["text"]
+
+
+def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    """(scene, speaker, text) of every line; scenes are numbered, so that equal headings stay apart."""
+    scene, speaker, number_of_scenes = path.stem, None, 0
+    for number, line in ((number, line.strip()) for number, line in lines):
+        heading, speech = HEADING.fullmatch(line), SPEECH.fullmatch(line)
+        if heading:
+            number_of_scenes += 1
+            scene, speaker = f"{number_of_scenes} {heading[1]}", None
+        elif speech:
+            speaker = speech[1]
+            yield scene, speaker, speech[2]
+        elif line.startswith("**"):
+            raise UserError(f"{path}:{number}: broken speaker {line[:40]!r}, expected '**Name:** text'")
+        elif line and not DIRECTION.fullmatch(line):
+            if speaker is None:
+                raise UserError(
+                    f"{path}:{number}: nobody speaks here; expected '**Name:** text' or '## Scene'"
+                )
+            yield scene, speaker, line
+
+
+def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{path}:{number}: expected an object with the keys {', '.join(KEYS)}")
+    for key in KEYS:
+        if not isinstance(row.get(key), str):
+            raise UserError(f"{path}:{number}: key '{key}' is missing or not a string")
+    if not row["speaker"].strip():
+        raise UserError(f"{path}:{number}: key 'speaker' is empty")
+    return row
