@@ -53,28 +53,41 @@ def make_towers(
 class TowerMemo:
     """The towers of the last forward pass, for the next: generation asks with the same ids at every token.
 
-    Ids are compared by value, which is free on the host; ids on an accelerator are grouped anew each time.
+    Ids on the host are compared by value. On an accelerator, where that would wait for the device, it must be
+    the same tensor, unchanged since.
     """
 
     def __init__(self) -> None:
+        self._ids: Tensor | None = None  # alive, so that no other tensor gets its id()
         self._key: tuple | None = None
         self._towers: TowerBatch | None = None
 
     def __call__(self, qar: QARConfig, querier_ids: Tensor | None, *where: Any) -> TowerBatch:
         """As :func:`make_towers`."""
-        on_host = isinstance(querier_ids, Tensor) and querier_ids.device.type == "cpu"
-        if torch.compiler.is_compiling() or not on_host:
+        if torch.compiler.is_compiling() or not isinstance(querier_ids, Tensor):
             return make_towers(qar, querier_ids, *where)
         *shape_and_device, trained_ids, cu_seq_lens = where
-        if cu_seq_lens is not None or _is_capturing():
+        content = _content(querier_ids)
+        if cu_seq_lens is not None or content is None or _is_capturing():
             return make_towers(qar, querier_ids, *where)
         # what inference mode makes no backward pass can save
         mode = torch.is_inference_mode_enabled()
-        key = (mode, querier_ids.dtype, querier_ids.tolist(), *shape_and_device, list(trained_ids))
+        key = (mode, querier_ids.dtype, content, *shape_and_device, list(trained_ids))
         if key != self._key:
             self._towers = make_towers(qar, querier_ids, *where)
-            self._key = key
+            self._ids, self._key = querier_ids, key
         return self._towers
+
+
+def _content(ids: Tensor) -> list | tuple[int, int] | None:
+    """What is equal only if the ids are, read without waiting for a device; None where nothing tells."""
+    if _on_host(ids):
+        return ids.tolist()
+    return None if ids.is_inference() else (id(ids), ids._version)
+
+
+def _on_host(ids: Tensor) -> bool:
+    return ids.device.type == "cpu"
 
 
 def _is_capturing() -> bool:
@@ -83,7 +96,7 @@ def _is_capturing() -> bool:
 
 def _are_known(ids: Tensor) -> bool:
     """Whether the host can tell, without waiting for a device, that no id is -1."""
-    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+    if torch.compiler.is_compiling() or not _on_host(ids):
         return False
     return not bool((ids < 0).any())
 
@@ -140,7 +153,7 @@ def _check_values(ids: Tensor, qar: QARConfig) -> None:
     if torch.compiler.is_compiling() or not ids.numel():
         return
     lowest = 0 if qar.unknown_querier == "error" else -1
-    if ids.device.type != "cpu":
+    if not _on_host(ids):
         torch._assert_async(((ids >= lowest) & (ids < qar.num_queriers)).all(), "querier_ids out of range")
         return
     wrong = ids[(ids < lowest) | (ids >= qar.num_queriers)]

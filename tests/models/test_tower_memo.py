@@ -1,0 +1,59 @@
+"""Rows are grouped once for as long as the same people ask."""
+
+import pytest
+import torch
+
+from qar_models import queriers
+from qar_models.queriers import TowerMemo
+from tests.models.tiny_models import aware_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def qar():
+    return aware_model("llama", "residual", "per_querier").qar
+
+
+def towers(memo, qar, ids, seq_len=1):
+    return memo(qar, ids, len(ids), seq_len, CPU, (), None)
+
+
+def test_on_the_host_equal_ids_share_their_towers(qar):
+    memo, ids = TowerMemo(), torch.tensor([1, 0])
+    first = towers(memo, qar, ids)
+    assert towers(memo, qar, torch.tensor([1, 0])) is first
+    assert towers(memo, qar, ids, seq_len=2) is not first
+    ids[0] = 2
+    assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
+
+
+def test_elsewhere_the_same_unchanged_tensor_shares_its_towers(qar, monkeypatch):
+    monkeypatch.setattr(queriers, "_on_host", lambda ids: False)
+    memo, ids = TowerMemo(), torch.tensor([1, 0])
+    first = towers(memo, qar, ids)
+    assert towers(memo, qar, ids) is first
+    assert towers(memo, qar, torch.tensor([1, 0])) is not first
+    first = towers(memo, qar, ids)
+    ids[0] = 2
+    assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
+    with torch.inference_mode():
+        untracked = torch.tensor([1, 0])
+        towers(memo, qar, untracked)
+        untracked[0] = 2
+        assert towers(memo, qar, untracked).segments.row_expert.tolist() == [2, 0]
+
+
+def test_generation_groups_the_rows_of_prompt_and_answer_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        queriers, "make_towers", lambda *given, real=queriers.make_towers: made.append(1) or real(*given)
+    )
+    for on_host in (True, False):
+        monkeypatch.setattr(queriers, "_on_host", lambda ids, answer=on_host: answer)
+        model = aware_model("llama", "residual", "per_querier").eval()
+        made.clear()
+        model.generate(
+            torch.randint(3, 60, (2, 5)), querier_ids=torch.tensor([0, 1]), max_new_tokens=6, min_new_tokens=6
+        )
+        assert len(made) == 2, on_host
