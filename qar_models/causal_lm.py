@@ -25,7 +25,7 @@ from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
 from qar_models.modeling import QARModelOutput
 from qar_models.packing import ids_of_windows
-from qar_models.queriers import as_ids, check_prompt_ids
+from qar_models.queriers import as_ids, check_prompt_ids, ids_that_stay
 from qar_models.row_sparse import sparse_parameters
 
 IGNORE_INDEX = -100
@@ -106,7 +106,8 @@ class QARForCausalLMMixin(MembershipMixin):
         check_prompt_ids(querier_ids, self.qar, batch_size)
         if querier_ids is not None:
             kwargs["querier_ids"] = querier_ids
-        return super().generate(inputs, *args, **kwargs)
+        with ids_that_stay():
+            return super().generate(inputs, *args, **kwargs)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -50,17 +52,30 @@ def make_towers(
     return TowerBatch(segments, batch_size, own, may_be_unknown)
 
 
+# Who promised that nobody writes to the ids' memory between forward passes, if anybody did
+_promise: ContextVar[object | None] = ContextVar("ids_that_stay", default=None)
+
+
+@contextmanager
+def ids_that_stay() -> Iterator[None]:
+    """Promise that while this lasts, as in generation, no tensor of ids changes its values."""
+    token = _promise.set(object())
+    try:
+        yield
+    finally:
+        _promise.reset(token)
+
+
 class TowerMemo:
     """The towers of the last forward pass, for the next: generation asks with the same ids at every token.
 
-    Ids on the host are compared by value. On an accelerator, where that would wait for the device, it must be
-    the same tensor, unchanged since.
+    Ids on the host are compared by value. On an accelerator, where that would wait for the device, the
+    tensor must be the same one, under :func:`ids_that_stay`.
     """
 
     def __init__(self) -> None:
-        self._ids: Tensor | None = None  # alive, so that no other tensor gets its id()
-        self._key: tuple | None = None
-        self._towers: TowerBatch | None = None
+        # one attribute, so that threads cannot mix theirs; the ids live on, or another tensor got their id()
+        self._last: tuple[tuple | None, Tensor | None, TowerBatch | None] = None, None, None
 
     def __call__(self, qar: QARConfig, querier_ids: Tensor | None, *where: Any) -> TowerBatch:
         """As :func:`make_towers`."""
@@ -73,17 +88,19 @@ class TowerMemo:
         # what inference mode makes no backward pass can save
         mode = torch.is_inference_mode_enabled()
         key = (mode, querier_ids.dtype, content, *shape_and_device, list(trained_ids))
-        if key != self._key:
-            self._towers = make_towers(qar, querier_ids, *where)
-            self._ids, self._key = querier_ids, key
-        return self._towers
+        last_key, _, towers = self._last
+        if key != last_key:
+            towers = make_towers(qar, querier_ids, *where)
+            self._last = key, querier_ids, towers
+        return towers
 
 
-def _content(ids: Tensor) -> list | tuple[int, int] | None:
+def _content(ids: Tensor) -> list | tuple[object, int] | None:
     """What is equal only if the ids are, read without waiting for a device; None where nothing tells."""
     if _on_host(ids):
         return ids.tolist()
-    return None if ids.is_inference() else (id(ids), ids._version)
+    promise = _promise.get()
+    return None if promise is None else (promise, id(ids))
 
 
 def _on_host(ids: Tensor) -> bool:

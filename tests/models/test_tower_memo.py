@@ -1,5 +1,8 @@
 """Rows are grouped once for as long as the same people ask."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -28,20 +31,30 @@ def test_on_the_host_equal_ids_share_their_towers(qar):
     assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
 
 
-def test_elsewhere_the_same_unchanged_tensor_shares_its_towers(qar, monkeypatch):
+def test_elsewhere_the_same_tensor_shares_its_towers_where_it_stays(qar, monkeypatch):
     monkeypatch.setattr(queriers, "_on_host", lambda ids: False)
     memo, ids = TowerMemo(), torch.tensor([1, 0])
-    first = towers(memo, qar, ids)
-    assert towers(memo, qar, ids) is first
-    assert towers(memo, qar, torch.tensor([1, 0])) is not first
-    first = towers(memo, qar, ids)
-    ids[0] = 2
+    with queriers.ids_that_stay():
+        first = towers(memo, qar, ids)
+        assert towers(memo, qar, ids) is first
+        assert towers(memo, qar, torch.tensor([1, 0])) is not first
+        towers(memo, qar, ids)
+    ids[0] = 2  # a buffer that a server writes the next batch's ids to
     assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
-    with torch.inference_mode():
-        untracked = torch.tensor([1, 0])
-        towers(memo, qar, untracked)
-        untracked[0] = 2
-        assert towers(memo, qar, untracked).segments.row_expert.tolist() == [2, 0]
+    with queriers.ids_that_stay():
+        assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
+
+
+def test_threads_do_not_get_each_others_towers(qar):
+    memo, start = TowerMemo(), threading.Barrier(4)
+
+    def ask(querier):
+        start.wait()
+        ids = torch.tensor([querier])
+        return {towers(memo, qar, ids).segments.row_expert.item() for _ in range(200)}
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == [{0}, {1}, {2}, {3}]
 
 
 def test_generation_groups_the_rows_of_prompt_and_answer_once(monkeypatch):
