@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     left = session.run(chain.from_iterable(suite.jobs(args.device, args.quick) for suite in chosen))
     sys.stdout.write("\n" + summary(session.result) + "\n")
     if left:
-        sys.stdout.write(f"no time for {len(left)} cells; --resume measures them\n")
+        sys.stdout.write(f"no time for the {len(left)} last cells; --resume measures them\n")
     sys.stdout.write(f"{out}\n")
 
 

@@ -12,7 +12,8 @@ from benchmarks.schema import OPS
 from benchmarks.tables import OURS, against_best, best_setting, by_cell
 from qar_kernels import roofline
 
-_MIN_POINTS = 2
+_MIN_POINTS = 2  # of a line
+_MIN_CELLS = 4  # of a heat map
 
 
 def figures(result: dict) -> Iterator[tuple[str, str]]:
@@ -46,7 +47,7 @@ def _heat_maps(rows: list[dict], run: str) -> Iterator[tuple[str, str]]:
             ("over-base", over_base, "time with experts / base MLP alone"),
             ("over-fastest-other", over_others, "our time / fastest other way's"),
         ):
-            if len(values) >= _MIN_POINTS:
+            if len(values) >= _MIN_CELLS:
                 svg = plots.heat_map(*_grid(values), title=where, unit=unit)
                 yield _slug("mlp", name, run, f"h{hidden}", f"r{rank}"), svg
 

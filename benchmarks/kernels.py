@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -20,6 +21,7 @@ from benchmarks.shapes import MODELS, QUERIERS, RANKS, Cell, matrix
 from benchmarks.verify import Reference, run_pass
 
 _MAIN_MODEL, _MAIN_RANK = "Llama-3-8B", 64
+_CPU_MODELS, _CPU_RANKS = ("SmolLM2-135M", "Qwen2.5-0.5B"), (8, 64)
 GRAPH_ROWS = 256  # up to here decoding is the use, and servers replay graphs
 # A T x Q subset for the other ranks and models while there is time for no more.
 _SAMPLE = {(1, 1), (16, 16), (256, 64), (4096, 64), (16384, 256)}
@@ -59,7 +61,7 @@ def gpu_jobs() -> Iterator[Job]:
 
 
 def cpu_jobs() -> Iterator[Job]:
-    """A small model's MLP; then the experts alone, few and many of them present."""
+    """A small model's MLP; the experts alone, few and many of them present; with time left, other shapes."""
     hidden, inter = MODELS["SmolLM2-135M"]
     for rows, queriers in ((1, 1), (16, 1), (16, 16), (256, 1), (256, 8), (256, 64), (512, 8), (512, 256)):
         for training in (False, True):
@@ -70,6 +72,12 @@ def cpu_jobs() -> Iterator[Job]:
             yield mlp_job(
                 20, "expert_mlp", Cell(rows, queriers, 1000, 16, 512, 0, "float32"), "cpu", training
             )
+
+    for model, rank in product(_CPU_MODELS, _CPU_RANKS):
+        for rows, queriers in ((16, 16), (256, 8), (256, 64)):
+            for training in (False, True):
+                cell = Cell(rows, queriers, 128, rank, *MODELS[model], "float32")
+                yield mlp_job(50, "fused_mlp", cell, "cpu", training, 0.5)
 
 
 def owned_jobs(device: str) -> Iterator[Job]:
