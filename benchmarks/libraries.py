@@ -15,6 +15,7 @@ from benchmarks.inputs import Inputs
 from benchmarks.providers import Trial, base_mlp, provider, separate_experts
 from benchmarks.shapes import Cell
 
+_GROUPS = 1000  # on a CPU every group costs, however empty
 _ADAPTERS = 64  # PEFT builds every adapter as modules of its own, and looks each name up for each sequence
 
 
@@ -26,25 +27,38 @@ def lora_rank(cell: Cell) -> int:
     return max(1, round(cell.R * cell.H / (cell.H + cell.I)))
 
 
-@provider(no_base=True)
+@provider(no_base=True, fits=lambda cell: cell.E <= _GROUPS)
 def grouped_mm(inputs: Inputs) -> Trial:
     """Base, then ``torch._grouped_mm`` over rows sorted by querier; absent experts are empty groups."""
     segments = inputs.segments
+    owned = torch.arange(inputs.cell.E, device=inputs.x.device)
+    ends = torch.searchsorted(segments.row_expert[segments.perm], owned, right=True).int()
+    return Trial(lambda: _grouped(inputs, inputs.experts, ends), [[weight] for weight in inputs.experts])
+
+
+@provider(no_base=True)
+def grouped_mm_present(inputs: Inputs) -> Trial:
+    """The same over copies of the present experts alone."""
+    present = torch.tensor(sorted(inputs.present), device=inputs.x.device)
+    ends = torch.arange(1, inputs.cell.Q + 1, device=present.device, dtype=torch.int32)
+    ends = ends * (inputs.cell.T // inputs.cell.Q)
 
     def forward() -> Tensor:
-        ids = segments.row_expert[segments.perm]
-        ends = torch.searchsorted(ids, torch.arange(inputs.cell.E, device=ids.device), right=True).int()
-        rows = inputs.x.index_select(0, segments.perm)
-        gate, up, down = (weight.transpose(1, 2) for weight in inputs.experts)
-        hidden = F.silu(torch._grouped_mm(rows, gate, ends)) * torch._grouped_mm(rows, up, ends)
-        return base_mlp(inputs).index_add(0, segments.perm, torch._grouped_mm(hidden, down, ends))
+        return _grouped(inputs, tuple(weight.index_select(0, present) for weight in inputs.experts), ends)
 
     return Trial(forward, [[weight] for weight in inputs.experts])
 
 
+def _grouped(inputs: Inputs, experts: tuple[Tensor, ...], ends: Tensor) -> Tensor:
+    rows = inputs.x.index_select(0, inputs.segments.perm)
+    gate, up, down = (weight.transpose(1, 2) for weight in experts)
+    hidden = F.silu(torch._grouped_mm(rows, gate, ends)) * torch._grouped_mm(rows, up, ends)
+    return base_mlp(inputs).index_add(0, inputs.segments.perm, torch._grouped_mm(hidden, down, ends))
+
+
 if find_spec("liger_kernel"):
 
-    @provider(devices=("cuda",), graph=False)
+    @provider(devices=("cuda",))
     def liger_loop(inputs: Inputs) -> Trial:
         """Liger's SwiGLU (what its ``LigerSwiGLUMLP`` runs) for the base, then for each sequence's expert."""
         from liger_kernel.ops import LigerSiLUMulFunction

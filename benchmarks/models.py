@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.shapes import MODELS, Cell
-from benchmarks.verify import check_close, relative_error
+from benchmarks.verify import check_close, relative_errors
 from qar_models import QARConfig, apply_qar
 
 VOCAB = 4096  # smaller than the real ones: the head is the same in every provider
@@ -43,13 +43,13 @@ class Subject:
         """
         truth, eager, got = (_results(m, training, batch) for m in (self.truth, self.eager, self.model))
         for name, expected in truth.items():
-            check_close(name, got[name], expected, relative_error(eager[name], expected))
+            check_close(name, got[name], expected, relative_errors(eager[name], expected))
 
     def check_next(self, logits: Tensor, **batch: Tensor) -> None:
         """Raise unless ``logits`` (B, 1, V) are those of the last token of ``batch``, as in :meth:`check`."""
         with torch.no_grad():
             truth, eager = (m(**batch, logits_to_keep=1).logits for m in (self.truth, self.eager))
-        check_close("logits", logits, truth, relative_error(eager, truth))
+        check_close("logits", logits, truth, relative_errors(eager, truth))
 
 
 def _results(model: PreTrainedModel, training: bool, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ class Provider:
         devices: where it runs.
         trains: whether it has a backward pass (PEFT's mixed batches have none).
         infers: whether it differs from another provider without a backward pass.
-        graph: whether a CUDA graph of it can be replayed for other ids, which is what a user would do.
+        graph: whether a CUDA graph can capture it: nothing is read or looked up on the host.
         no_base: whether it can do without a base MLP.
         fits: whether a cell is within its means.
     """
@@ -203,7 +203,7 @@ def loop(inputs: Inputs) -> Trial:
     return Trial(forward, experts)
 
 
-@provider(no_base=True, graph=False)
+@provider(no_base=True)
 def loop_slices(inputs: Inputs) -> Trial:
     """Base, then sequence after sequence as slices: the bounds are known on the host, nothing is picked."""
     experts = separate_experts(inputs)

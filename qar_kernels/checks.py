@@ -68,6 +68,12 @@ def check_lora(lora: LoRA, gate: Tensor, down: Tensor) -> None:
             raise ValueError(f"lora.{name}.dropout: got {adapter.dropout}, expected at least 0 and below 1")
 
 
+def check_towers(x_general: Tensor, x_specific: Tensor) -> None:
+    """Raise unless the rows of both towers have the same hidden size, dtype and device."""
+    hidden = _hidden(x_general, "x_general")
+    _check("x_specific", x_specific, (*x_specific.shape[:-1], hidden), x_general, "x_general")
+
+
 def check_base_y(x: Tensor, base_y: Tensor) -> None:
     """Raise unless ``base_y`` has the shape, dtype and device of ``x``."""
     _check("base_y", base_y, tuple(x.shape), x, "x")

@@ -44,6 +44,11 @@ class LoRA:
     down: Adapter | None = None
 
     @property
+    def drops(self) -> bool:
+        """Whether any adapter's input has dropout."""
+        return any(adapter.dropout > 0 for adapter in (self.gate, self.up, self.down) if adapter is not None)
+
+    @property
     def factors(self) -> tuple[Tensor, ...]:
         """``a`` and ``b`` of every adapter there is."""
         adapters = [adapter for adapter in (self.gate, self.up, self.down) if adapter is not None]

@@ -20,6 +20,7 @@ from qar_kernels.checks import (
     check_lora,
     check_numbers,
     check_tensors,
+    check_towers,
 )
 from qar_kernels.lora import NO_LORA, LoRA
 from qar_kernels.segments import Segments
@@ -114,6 +115,7 @@ def dual_mlp(
     x_general, x_specific, gate, up, down = autocast(x_general, x_specific, gate, up, down)
     check_base(x_general, gate, up, down)
     check_lora(lora, gate, down)
+    check_towers(x_general, x_specific)
     check_experts(x_specific, "x_specific", expert_gate, expert_up, expert_down, seg)
     experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg, x_specific.dtype)
     rows = _rows(x_general)
@@ -202,6 +204,9 @@ def _dispatch_shape(
     rows: Tensor, base: tuple[Tensor, ...], experts: tuple[Tensor, ...], seg: Segments, lora: LoRA
 ) -> dispatch.Shape:
     trainable = rows, *base, *experts, *lora.factors
+    # Dropout is drawn for training, and must come out the same where checkpointing runs a first pass without
+    # gradients: the two paths draw in their own ways.
+    differentiates = torch.is_grad_enabled() or lora.drops
     intermediate, hidden = base[0].shape
     num_experts, rank, _ = experts[0].shape
     return dispatch.Shape(
@@ -211,7 +216,7 @@ def _dispatch_shape(
         intermediate=intermediate,
         rank=rank,
         dtype=str(rows.dtype).removeprefix("torch."),
-        training=torch.is_grad_enabled() and any(t.requires_grad for t in trainable),
+        training=differentiates and any(t.requires_grad for t in trainable),
     )
 
 

@@ -7,10 +7,11 @@ same code runs eagerly, under ``torch.compile`` and inside a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ from qar_kernels.tile_plan import TilePlan, build_tile_plan
 
 _LAST = torch.iinfo(torch.int64).max
 IdsLike = Tensor | Sequence[int]
+
+
+def _circumstances() -> str:
+    """How what is computed now comes to hold something."""
+    if torch.compiler.is_compiling():
+        return "traced"
+    captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return "captured" if captures else "eager"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +49,9 @@ class Segments:
     offsets: Tensor
     experts: Tensor
     max_id: int | None = None
-    _plans: dict[tuple[int, int, bool], TilePlan] = field(default_factory=dict, repr=False)
+    _made: str = field(default_factory=_circumstances, repr=False)
+    _derived: dict[object, Any] = field(default_factory=dict, repr=False)
     _groups: dict[int, RowGroups] = field(default_factory=dict, repr=False)
-    _slots: dict[bool, tuple[Tensor, Segments]] = field(default_factory=dict, repr=False)
     _bounds_met: set[int] = field(default_factory=set, repr=False)
 
     @property
@@ -74,12 +83,7 @@ class Segments:
     @property
     def slots(self) -> tuple[Tensor, Segments]:
         """As :attr:`present` without waiting: C experts, those of unused segments are expert 0."""
-        if torch.compiler.is_compiling():
-            return self._renumber()
-        key = _is_capturing(self.device)  # as in tile_plan: nobody else gets what a capture computes
-        if key not in self._slots:
-            self._slots[key] = self._renumber()
-        return self._slots[key]
+        return self._kept("slots", self._renumber)
 
     def _renumber(self) -> tuple[Tensor, Segments]:
         used = self.experts >= 0
@@ -91,20 +95,24 @@ class Segments:
     def tile_plan(self, block_rows: int, block_expert: int) -> TilePlan:
         """The tiles of the sorted rows, computed once per pair of block sizes and shared by all layers.
 
-        A plan that was made while a CUDA graph was captured holds nothing until the graph is replayed,
-        so it is never handed to eager calls; an eager one serves captures too. Make segments for each graph
-        that is to see other ids. Under ``torch.compile`` common subexpressions are merged.
+        Kept only under the circumstances that the segments were made under: what a CUDA graph's capture
+        computes holds nothing until that graph is replayed, and what a trace computes is no tensor. So make
+        segments inside each graph that is to see other ids; for one that replays the same, run once before.
         """
-        if torch.compiler.is_compiling():
-            return build_tile_plan(self.perm, self.offsets, self.experts, block_rows, block_expert)
-        eager, key = (block_rows, block_expert, False), (block_rows, block_expert, _is_capturing(self.device))
-        if eager in self._plans:
-            return self._plans[eager]
-        if key not in self._plans:
-            self._plans[key] = build_tile_plan(
-                self.perm, self.offsets, self.experts, block_rows, block_expert
-            )
-        return self._plans[key]
+        return self._kept(
+            (block_rows, block_expert),
+            lambda: build_tile_plan(self.perm, self.offsets, self.experts, block_rows, block_expert),
+        )
+
+    def _kept(self, key: object, make: Callable[[], Any]) -> Any:
+        now = _circumstances()
+        if now == self._made:
+            if key not in self._derived:
+                self._derived[key] = make()
+            return self._derived[key]
+        # what eager code computed is there in every replay
+        serves = (self._made, now) == ("eager", "captured") and key in self._derived
+        return self._derived[key] if serves else make()
 
     def require_ids_below(self, num_experts: int) -> None:
         """Raise ``ValueError`` for an expert id that is too large; an accelerator asserts it by itself."""
@@ -115,7 +123,7 @@ class Segments:
                 )
         elif self.device.type != "cpu" and num_experts not in self._bounds_met:
             torch._assert_async((self.experts < num_experts).all(), "seg: expert id out of range")
-            if not torch.compiler.is_compiling():
+            if _circumstances() == self._made:
                 self._bounds_met.add(num_experts)
 
     def row_groups(self, most: int) -> RowGroups:
@@ -182,10 +190,6 @@ class Segments:
         used = offsets[1:] > offsets[:-1]
         first = key[offsets[:-1].clamp(max=max(key.shape[0] - 1, 0))] if key.shape[0] else offsets[:-1]
         return cls(row_expert, perm, offsets, torch.where(used, first, -1), max_id)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _check_count(rows: int, name: str) -> None:

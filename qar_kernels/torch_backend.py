@@ -186,6 +186,8 @@ def _(
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     x, gate, up, down, *segments = inputs
     _, gate_pre, up_pre = output
+    ctx.mark_non_differentiable(gate_pre, up_pre)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, gate, up, down, gate_pre, up_pre, *segments)
 
 

@@ -108,7 +108,7 @@ def _on_host(ids: Tensor) -> bool:
 
 
 def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _are_known(ids: Tensor) -> bool:

@@ -169,6 +169,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
     tower, x, base, x_expert, experts, _base_y, perm, plan, lora, scale, config, _save = inputs
     pre = output[2:]
     ctx.mark_non_differentiable(*pre)
+    ctx.set_materialize_grads(False)  # else autograd fills zeros of the pre-activations' size in every pass
     groups = (x,), base, (x_expert,), experts, pre, (perm,), plan, lora
     ctx.save_for_backward(*chain.from_iterable(groups))
     ctx.group_sizes = [len(group) for group in groups]
@@ -183,11 +184,12 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, *d_outputs: Tensor) -> t
         ctx.needs_input_grad
     )
     wants_lora = list(wants_lora)[:NUM_ADAPTER_TENSORS]
-    d_y, d_y_expert = (grad.contiguous() for grad in d_outputs[:2])
+    d_y = None if tower == "expert" else _contiguous(d_outputs[0], x)
+    d_y_expert = None if tower == "fused" else _contiguous(d_outputs[1], x_expert)
     grads = swiglu_experts_backward(
         tower,
-        d_y if tower != "expert" else None,
-        d_y_expert if tower != "fused" else None,
+        d_y,
+        d_y_expert,
         x, base, x_expert, experts, pre, perm, plan, lora, scale, config,
         [wants_x, any(wants_base), wants_x_expert, any(wants_experts), *wants_lora],
     )  # fmt: skip
@@ -210,6 +212,11 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, *d_outputs: Tensor) -> t
 
 
 swiglu_experts.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _contiguous(d_y: Tensor | None, like: Tensor) -> Tensor:
+    """An output's gradient; zeros for one of two outputs that nothing was made of."""
+    return torch.zeros_like(like) if d_y is None else d_y.contiguous()
 
 
 def _groups(flat: Sequence[Tensor | None], sizes: Sequence[int]) -> list[list[Tensor | None]]:

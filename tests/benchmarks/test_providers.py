@@ -80,6 +80,16 @@ def test_a_wrong_provider_is_refused(wrong, training, name):
         Reference(inputs).check(wrong(inputs))
 
 
+def test_one_wrong_row_among_thousands_is_refused():
+    inputs = Inputs.draw(dataclasses.replace(CELL, T=6144, dtype="bfloat16"), "cpu", False)
+    right = PROVIDERS["loop_slices"].prepare(inputs)
+    kept = torch.ones(6144, 1, dtype=torch.bfloat16)
+    kept[4000] = 0
+    Reference(inputs).check(right)
+    with pytest.raises(WrongResult, match=r"^y: relative error of a row"):
+        Reference(inputs).check(Trial(lambda: right.forward() * kept, right.experts))
+
+
 def test_a_wrong_or_failing_provider_is_reported_and_not_timed(monkeypatch, tmp_path, capsys):
     def fails(inputs):
         raise NotImplementedError("no such kernel")

@@ -89,6 +89,29 @@ def test_bad_adapters(op, change, error, message):
         call(op, arguments(), lora=LoRA(up=3))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda x: x.half(),
+            TypeError,
+            r"x_specific: got dtype torch\.float16, expected torch\.float32 like x_g",
+        ),
+        (lambda x: x[:, :32], ValueError, r"x_specific: got shape \(\d+, 32\), expected \(\d+, 48\)"),
+        (lambda x: x.to("meta"), ValueError, "x_specific: got device meta, expected cpu like x_general"),
+    ],
+)
+def test_the_towers_rows_are_alike(change, error, message, backend):
+    """Although the specific rows and the experts fit each other."""
+    given = arguments()
+    x = given.pop("x")
+    for name in ("expert_gate", "expert_up", "expert_down"):
+        given[name] = change(given[name].flatten(0, 1)).unflatten(0, given[name].shape[:2])
+    with pytest.raises(error, match=message):
+        dual_mlp(x, change(x), **given, backend=backend)
+
+
 @pytest.mark.parametrize("op", [fused_mlp, expert_mlp])
 @pytest.mark.parametrize("scale", [None, "2", torch.tensor(2.0)])
 def test_bad_scale(op, scale):

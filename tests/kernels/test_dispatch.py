@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -51,8 +52,10 @@ def test_a_measured_cell_always_decides_for_itself(ratios):
         assert measured_path(table, CARD, shape) == ("fused" if ratio <= 1 else "grouped")
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(3000, "grouped"), (200, "fused"), (1024, None)])
-def test_the_nearest_cell_within_a_factor_of_two_decides(rows, expected):
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(3000, "grouped"), (200, "fused"), (1024, "grouped"), (63, None)]
+)
+def test_the_nearest_cell_within_reach_decides(rows, expected):
     table = [cell(1.1), cell(0.9, replace(SHAPE, rows=256))]
     assert measured_path(table, CARD, replace(SHAPE, rows=rows)) == expected
 
@@ -68,7 +71,7 @@ def test_a_cell_speaks_only_for_its_kind(other):
 
 @pytest.mark.parametrize("order", [(0.9, 1.1), (1.1, 0.9)])
 def test_of_equally_near_cells_the_safe_one_decides(order):
-    rows = (2048, 8192)
+    rows = (1024, 16384)
     table = [cell(ratio, replace(SHAPE, rows=r)) for ratio, r in zip(order, rows, strict=True)]
     assert measured_path(table, CARD, SHAPE) == "grouped"
 
@@ -81,10 +84,15 @@ def test_the_rule_where_nothing_was_measured(rows, segments, path):
     assert default_path(replace(SHAPE, rows=rows, segments=segments)) == path
 
 
+def fill_table(monkeypatch, cells):
+    monkeypatch.setattr(dispatch, "MEASUREMENTS", cells)
+    monkeypatch.setattr(dispatch, "_measured", lru_cache(dispatch._measured.__wrapped__))
+
+
 def test_table_before_rule_and_environment_before_both(monkeypatch):
     device = torch.device("cpu")
     assert choose_path(device, SHAPE) == "fused"
-    monkeypatch.setattr(dispatch, "MEASUREMENTS", [cell(1.1, device="cpu")])
+    fill_table(monkeypatch, [cell(1.1, device="cpu")])
     assert choose_path(device, SHAPE) == "grouped"
     monkeypatch.setenv("QAR_KERNELS_PATH", "fused")
     assert choose_path(device, SHAPE) == "fused"
@@ -127,3 +135,45 @@ def test_auto_takes_the_kernels_where_they_were_compiled_for(monkeypatch, capabi
 
 def test_a_cpu_is_not_warned_of(recwarn):
     assert not configs.has_kernels(torch.device("cpu")) and not recwarn
+
+
+def operands(case, **options):
+    leaves = case.leaves(torch.float32, **options)
+    return [leaves[n] for n in ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")]
+
+
+def test_a_filled_table_compiles_with_varying_rows(monkeypatch):
+    case = Case([0, 1, 1, -1])
+    shape = Shape(4, 4, case.H, case.I, case.R, "float32", training=False)
+    tables = [cell(1.1, replace(shape, rows=t, segments=q), "cpu") for t in (4, 16, 64) for q in (1, 4, 16)]
+    fill_table(monkeypatch, tables)
+    x, *weights = operands(case)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x, ids):
+        return fused_mlp(x, *weights, Segments.from_ids(ids), backend="triton")
+
+    for rows in (4, 6, 9):
+        ids = torch.arange(rows) % 2
+        got, wanted = (
+            step(x[0].expand(rows, -1), ids),
+            fused_mlp(x[0].expand(rows, -1), *weights, Segments.from_ids(ids)),
+        )
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_checkpoint_draws_the_same_dropout_on_the_way_there_and_back(monkeypatch):
+    """The reentrant kind runs a first pass without gradients, for which other paths may be measured."""
+    case = Case([0, 1, 1, -1])
+    training = Shape(4, 4, case.H, case.I, case.R, "float32", training=True)
+    fill_table(monkeypatch, [cell(0.9, training, "cpu"), cell(1.1, replace(training, training=False), "cpu")])
+    x, *weights = operands(case, requires_grad=True)
+    seg, a, b = Segments.from_ids(case.ids), torch.randn(2, case.I), torch.randn(case.H, 2)
+    lora, seen = LoRA(down=Adapter(a, b, dropout=0.5)), []
+
+    def layer(x):
+        seen.append(fused_mlp(x, *weights, seg, backend="triton", lora=lora))
+        return seen[-1]
+
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True).sum().backward()
+    assert torch.equal(*(y.detach() for y in seen))

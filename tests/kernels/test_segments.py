@@ -59,6 +59,42 @@ def test_the_plan_is_made_once():
     assert seg.tile_plan(16, 16) is not seg.tile_plan(32, 16)
 
 
+def test_what_a_capture_computes_serves_it_alone(monkeypatch):
+    """Before its graph is replayed it holds nothing; eager results are there in every replay."""
+    before, fresh = Segments.from_ids([1, 0, 1]), Segments.from_ids([1, 0, 1])
+    eager = before.tile_plan(16, 16), before.slots[0]
+    for asked in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, asked, lambda: True)
+    assert (before.tile_plan(16, 16), before.slots[0]) == eager
+    assert fresh.tile_plan(16, 16) is not fresh.tile_plan(16, 16)
+    assert fresh.slots[0] is not fresh.slots[0]
+    inside = Segments.from_ids([1, 0, 1])
+    assert inside.tile_plan(16, 16) is inside.tile_plan(16, 16)
+    monkeypatch.undo()
+    assert inside.tile_plan(16, 16) is not inside.tile_plan(16, 16)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_of_a_compiled_program_share_a_plan(training):
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph.graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=keep)
+    def layers(ids):
+        seg = Segments.from_ids(ids)
+        return [seg.tile_plan(16, 16).rank + layer for layer in range(4)]
+
+    with torch.set_grad_enabled(training):
+        layers(torch.tensor([1, 0, 1]))
+    (graph,) = graphs
+    sorts = [node for node in graph.nodes if "searchsorted" in str(node.target)]
+    once = 1 + 3  # the offsets, and what a plan looks up
+    assert len(sorts) == once
+
+
 def test_constructors_agree():
     by_row = Segments.from_ids([2, 2, 2, -1, -1, -1, 0, 0, 0])
     by_sequence = Segments.from_sequences([2, -1, 0], seq_len=3)

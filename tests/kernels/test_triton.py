@@ -258,3 +258,13 @@ def test_nothing_is_read_back_from_the_device(tower, lora_rank):
     names = [asked.kernel.__name__ for asked in recorded]
     assert names.count("reduce_kernel") == (0 if tower == "expert" else 2)  # down and d_x split K here
     assert len(names) - names.count("reduce_kernel") == 5
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_backward_pass_fills_nothing_of_the_hidden_size(tower):
+    """Autograd makes zeros for outputs without a gradient, the pre-activations, unless told otherwise."""
+    case = CASES["ragged, unsorted, some without"]
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run(case, tower, "triton", torch.float32)
+    made = [event.concrete_inputs[0] for event in profile.events() if event.name == "aten::zeros"]
+    assert [len(case.ids), case.I] not in made and [len(case.ids), case.R] not in made
