@@ -72,7 +72,6 @@ def cpu_jobs() -> Iterator[Job]:
             yield mlp_job(
                 20, "expert_mlp", Cell(rows, queriers, 1000, 16, 512, 0, "float32"), "cpu", training
             )
-
     for model, rank in product(_CPU_MODELS, _CPU_RANKS):
         for rows, queriers in ((16, 16), (256, 8), (256, 64)):
             for training in (False, True):

@@ -21,7 +21,7 @@ class Reference:
         self._known: dict[Answer, dict[str, tuple[Tensor, tuple[float, float]]]] = {}
 
     def check(self, trial: Trial) -> None:
-        """Raise unless every result is within twice eager PyTorch's error, plus one unit in the last place.
+        """Raise unless every result is as near as :func:`check_close` asks.
 
         Raises:
             WrongResult: naming the result and both errors.

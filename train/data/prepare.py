@@ -37,7 +37,7 @@ class PrepareConfig:
     """Who answers; "Anybody" is everybody but the ``queriers``, see :mod:`train.data.anybody`."""
     out: Path = Path("data")
     transcript: Path | None = None
-    """A file of JSON lines, Markdown or CSV, see :mod:`train.data.transcript`."""
+    """A file of JSON lines, Markdown or CSV, see :mod:`train.data.transcript_rows`."""
     columns: tuple[tuple[str, str], ...] = ()
     """Of a CSV file: (scene, speaker or text, the column that holds it)."""
     queriers: tuple[str, ...] = ()
