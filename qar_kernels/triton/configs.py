@@ -139,9 +139,13 @@ def select_config(device: torch.device, dtype: torch.dtype, rows: int) -> str:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels are known to compile for and fit on a device; warns of a CUDA device if not."""
+    return _has_kernels(device)  # a function of its own: dynamo warns of a cached one
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     if torch.version.hip is None and _capability(device) in FAMILIES:

@@ -24,7 +24,7 @@ from qar_kernels.triton.kernels_down import down_kernel
 from qar_kernels.triton.kernels_gate_up import gate_up_kernel
 from qar_kernels.triton.kernels_weight_grad import expert_weight_grad_kernel
 from qar_kernels.triton.lora import LoraOperands
-from qar_kernels.triton.runner import run_kernel
+from qar_kernels.triton.runner import cdiv, run_kernel
 
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
@@ -200,7 +200,7 @@ def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) ->
     """Gradients of the expert weights, zeros for experts that are absent."""
     gemm, hidden = call.config.weight_grad, x.shape[1]
     grads = Weights(*(torch.zeros_like(weight) for weight in call.experts))
-    tiles = 2 * (call.plan.experts.shape[0] - 1) * triton.cdiv(hidden, gemm.block_n)
+    tiles = 2 * (call.plan.experts.shape[0] - 1) * cdiv(hidden, gemm.block_n)
     run_kernel(
         expert_weight_grad_kernel, _grid(x, tiles),
         x, d_y, d_expert.a, d_expert.u, d_expert.h, *grads,
@@ -239,7 +239,7 @@ def _blocks(call: Call, gemm: Gemm) -> dict[str, int]:
 
 
 def _rank_pad(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def _precision(x: Tensor) -> str:
@@ -255,12 +255,12 @@ def _new_hidden(like: Tensor, rows: int, width: int, save: bool, drops: bool = F
 
 
 def _base_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
-    return triton.cdiv(rows, call.config.block_rows) * triton.cdiv(columns, gemm.block_n)
+    return cdiv(rows, call.config.block_rows) * cdiv(columns, gemm.block_n)
 
 
 def _row_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
     grouped = 0 if call.tower == "fused" else call.plan.tile_segment.shape[0]
-    return grouped * triton.cdiv(columns, gemm.block_n) + _base_tiles(call, rows, columns, gemm)
+    return grouped * cdiv(columns, gemm.block_n) + _base_tiles(call, rows, columns, gemm)
 
 
 def _grid(x: Tensor, tiles: int) -> tuple[int]:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from qar_kernels.lora import Adapter, LoRA
 from qar_kernels.triton.kernels_lora import dropout_mask_kernel
-from qar_kernels.triton.runner import run_kernel
+from qar_kernels.triton.runner import cdiv, run_kernel
 
 _MASK_LEVELS = 1 << 16  # of a 16-bit random number, see dropout_mask_kernel
 _MASK_BLOCK = 1024
@@ -82,10 +81,10 @@ def draw_mask(seed: Tensor, rows: int, columns: int, probability: float) -> Tens
     A function of ``seed`` (1,) int64 alone, so that a checkpointed layer draws the same mask again. Bits
     take a sixteenth of the memory of 16-bit hidden units. ``probability`` counts to 16 binary digits.
     """
-    width = triton.cdiv(columns, 8)
+    width = cdiv(columns, 8)
     mask = torch.empty(rows, width, dtype=torch.uint8, device=seed.device)
     run_kernel(
-        dropout_mask_kernel, (triton.cdiv(rows * width, _MASK_BLOCK),), seed, mask, rows * width,
+        dropout_mask_kernel, (cdiv(rows * width, _MASK_BLOCK),), seed, mask, rows * width,
         round(probability * _MASK_LEVELS), BLOCK=_MASK_BLOCK, num_warps=4, num_stages=1,
     )  # fmt: skip
     return mask

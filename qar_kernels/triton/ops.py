@@ -36,8 +36,7 @@ class Needs(NamedTuple):
         return cls(*flags[:4], list(flags[4:]))
 
 
-@torch.library.custom_op("qar::swiglu_experts", mutates_args=())
-def swiglu_experts(
+def forward(
     tower: str,
     x: Tensor | None,
     base: Sequence[Tensor],
@@ -62,6 +61,9 @@ def swiglu_experts(
     low = hidden.seen_h @ call.lora.down_a.t() if lora else None
     y, expert_y = launch.down(call, hidden.h, expert_hidden.h, rows, base_y, low)
     return y, expert_y, hidden.a, hidden.u, expert_hidden.a, expert_hidden.u
+
+
+swiglu_experts = torch.library.custom_op("qar::swiglu_experts", forward, mutates_args=())
 
 
 @swiglu_experts.register_fake

@@ -7,11 +7,10 @@ slots are added from the first to the last. T rows, H columns of the output.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from qar_kernels.triton.kernels_reduce import reduce_kernel
-from qar_kernels.triton.runner import run_kernel
+from qar_kernels.triton.runner import cdiv, run_kernel
 from qar_kernels.triton.tiles import num_slots
 
 _COLUMNS = 1024
@@ -39,6 +38,6 @@ def reduce(parts: Tensor, out: Tensor, perm: Tensor, tower: str) -> None:
     """Write the sum of the slots to ``out``; in the fused tower they are in the order of ``perm``."""
     slots, rows, columns = parts.shape
     run_kernel(
-        reduce_kernel, (rows, triton.cdiv(columns, _COLUMNS)), parts, out, perm, rows,
+        reduce_kernel, (rows, cdiv(columns, _COLUMNS)), parts, out, perm, rows,
         H=columns, SLOTS=slots, BLOCK_N=_COLUMNS, SORTED=tower == "fused", num_warps=4, num_stages=1,
     )  # fmt: skip

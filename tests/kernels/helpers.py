@@ -10,7 +10,7 @@ import torch
 from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
 
 TOWERS = ("fused", "dual", "expert")
-_NAMES = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
+NAMES = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
 
 
 def relative_error(got, ref64):
@@ -76,17 +76,17 @@ def run(case, tower, backend, dtype, rounded=None, device="cpu", **options):
     """Outputs and every gradient by name. ``rounded``: dtype the inputs are rounded to first."""
     leaves = case.leaves(rounded or dtype, requires_grad=False)
     leaves = {n: t.to(device, dtype).requires_grad_(not n.startswith("d_y")) for n, t in leaves.items()}
-    weights = [leaves[name] for name in _NAMES[1:]]
+    weights = [leaves[name] for name in NAMES[1:]]
     seg = Segments.from_ids(torch.tensor(case.ids, device=device))
     if tower == "fused":
         outputs = {"y": fused_mlp(leaves["x"], *weights, seg, case.scale, backend=backend, **options)}
-        used = _NAMES
+        used = NAMES
     elif tower == "dual":
         y, specific = dual_mlp(leaves["x"], leaves["x_specific"], *weights, seg, backend=backend, **options)
-        outputs, used = {"y": y, "y_specific": specific}, (*_NAMES, "x_specific")
+        outputs, used = {"y": y, "y_specific": specific}, (*NAMES, "x_specific")
     else:
         y = expert_mlp(leaves["x"], *weights[3:], seg, backend=backend, **options)
-        outputs, used = {"y": y}, ("x", *_NAMES[4:])
+        outputs, used = {"y": y}, ("x", *NAMES[4:])
     loss = sum((y * leaves[f"d_{name}"]).sum() for name, y in outputs.items())
     loss = loss + 0 * leaves["x"].sum()  # the reference of a batch without experts has no graph
     grads = torch.autograd.grad(loss, [leaves[name] for name in used], materialize_grads=True)

@@ -96,7 +96,7 @@ def operation(tensors, expert_ids, tower, scale, backend, dropout, **options):
 
 
 def segments_of(expert_ids, tensors):
-    return Segments.from_ids(torch.tensor(expert_ids, device=tensors["x"].device))
+    return Segments.from_ids(torch.as_tensor(expert_ids, device=tensors["x"].device))
 
 
 def leaves(tensors, dtype, wanted, rounded=None, device="cpu"):

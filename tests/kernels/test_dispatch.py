@@ -127,10 +127,10 @@ def test_ranks_that_train_together_take_one_path(monkeypatch):
 def test_auto_takes_the_kernels_where_they_were_compiled_for(monkeypatch, capability, hip, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    configs.has_kernels.cache_clear()
+    configs._has_kernels.cache_clear()
     with nullcontext() if expected else pytest.warns(UserWarning, match=r"none of NVIDIA's .* 8.9, 9.0"):
         assert configs.has_kernels(torch.device("cuda:0")) is expected
-    configs.has_kernels.cache_clear()
+    configs._has_kernels.cache_clear()
 
 
 def test_a_cpu_is_not_warned_of(recwarn):

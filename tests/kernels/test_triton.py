@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TOWERS, Case, check, run
+from helpers import NAMES, TOWERS, Case, check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qar_kernels import Adapter, LoRA, Segments, fused_mlp
+from qar_kernels import Adapter, LoRA, Segments, dual_mlp, expert_mlp, fused_mlp
 from qar_kernels.triton import backend as triton_backend
 from qar_kernels.triton import launch, ops, split_k
 from qar_kernels.triton.configs import CONFIGS, Gemm
@@ -193,6 +194,39 @@ def test_only_what_needs_a_gradient_is_computed(wanted, monkeypatch):
     assert {n for n in names if leaves[n].grad is not None} == set(wanted)
     expert = any(name.startswith("expert") for name in wanted)
     assert launched == ["d_input"] * ("x" in wanted) + ["expert_weight_grads"] * expert
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def forward(tower):
+    case = Case(ids(20, 3), E=3)
+    x, *weights = (case.leaves(torch.float32)[n] for n in NAMES)
+    seg = Segments.from_ids(case.ids)
+    if tower == "fused":
+        return (fused_mlp(x, *weights, seg, backend="triton"),)
+    if tower == "dual":
+        return dual_mlp(x, 2 * x, *weights, seg, backend="triton")
+    return (expert_mlp(x, *weights[3:], seg, backend="triton"),)
+
+
+@pytest.mark.parametrize("tower", ["fused", "dual", "expert"])
+def test_inference_does_without_an_operator_unless_somebody_watches(tower):
+    trained = forward(tower)
+    with torch.no_grad():
+        plain = forward(tower)
+        with Watch() as watch:
+            watched = forward(tower)
+    assert torch.ops.qar.swiglu_experts.default in watch.seen
+    for outputs in zip(trained, plain, watched, strict=True):
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
 def test_nothing_is_saved_without_grad():
