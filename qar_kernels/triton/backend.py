@@ -19,7 +19,6 @@ from qar_kernels.triton.configs import CONFIGS, select_config
 from qar_kernels.triton.lora import prepare
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _PLAN_FIELDS = tuple(field.name for field in fields(TilePlan))
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -72,24 +71,10 @@ def _run(
     x, x_expert, base_y = (_dense(tensor) for tensor in (x, x_expert, base_y))
     base, experts = ([weight.contiguous() for weight in weights] for weights in (base, experts))
     adapters = [] if not lora.factors else list(prepare(lora, rows, base[0].shape[0]))
-    inputs = [t for t in (x, *base, x_expert, *experts, base_y, *adapters) if t is not None]
-    differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    run = ops.swiglu_experts if differentiates or _is_watched(inputs) else ops.forward
-    outputs = run(
+    return ops.run(
         tower, x, base, x_expert, experts, base_y, segments.perm, plan_tensors(plan), adapters,
-        float(scale), name, differentiates and not recompute,
+        float(scale), name, recompute,
     )  # fmt: skip
-    return outputs[0], outputs[1]
-
-
-def _is_watched(inputs: list[Tensor]) -> bool:
-    """Whether somebody (a trace, a mode, a tensor subclass) has to see an operator.
-
-    Where nobody has to, none is called: that alone costs the host as much as two launches.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    return not all(type(tensor) in _PLAIN for tensor in inputs)
 
 
 def _check_runnable(x: Tensor) -> None:

@@ -1,67 +1,20 @@
-"""The registered operators: what autograd, ``torch.compile`` and export see of the kernels.
+"""The passes as autograd, ``torch.compile`` and export see them.
 
-T rows, S rows that have experts, H hidden, I intermediate, R rank, E experts. One forward and one
-backward operator serve the three towers; what a tower does not have is None on the way in and has no
-elements on the way out.
+T rows, S rows that have experts, H hidden, I intermediate, R rank, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qar_kernels.tile_plan import TilePlan
-from qar_kernels.triton import launch
-from qar_kernels.triton.configs import CONFIGS
-from qar_kernels.triton.launch import Call, Hidden, Weights
-from qar_kernels.triton.lora import NUM_ADAPTER_TENSORS, LoraOperands, operand_grads
+from qar_kernels.triton.lora import NUM_ADAPTER_TENSORS
+from qar_kernels.triton.passes import Needs, backward, forward, row_sets
 
-
-class Needs(NamedTuple):
-    """Which gradients are asked for. Operators take it flat, as a list of flags in this order."""
-
-    x: bool
-    base: bool
-    x_expert: bool
-    experts: bool
-    lora: list[bool]  # of each operand that can have a gradient; empty without adapters
-
-    @classmethod
-    def unpack(cls, flags: Sequence[bool]) -> Needs:
-        """From the flat list."""
-        return cls(*flags[:4], list(flags[4:]))
-
-
-def forward(
-    tower: str,
-    x: Tensor | None,
-    base: Sequence[Tensor],
-    x_expert: Tensor | None,
-    experts: Sequence[Tensor],
-    base_y: Tensor | None,
-    perm: Tensor,
-    plan: Sequence[Tensor],
-    lora: Sequence[Tensor],
-    scale: float,
-    config: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs of the base rows and of the expert rows; the pre-activations of both where ``save``.
-
-    ``base`` and ``experts`` are gate, up and down; the expert tower has no base. ``base_y`` (expert tower
-    only) is added to the expert rows' output. ``lora`` is empty, or the tensors of :class:`LoraOperands`.
-    """
-    call = _call(tower, base, experts, perm, plan, lora, scale, config)
-    rows, expert_rows = _row_sets(tower, x, x_expert)
-    hidden, expert_hidden = launch.gate_up(call, rows, expert_rows, save)
-    low = hidden.seen_h @ call.lora.down_a.t() if lora else None
-    y, expert_y = launch.down(call, hidden.h, expert_hidden.h, rows, base_y, low)
-    return y, expert_y, hidden.a, hidden.u, expert_hidden.a, expert_hidden.u
-
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 swiglu_experts = torch.library.custom_op("qar::swiglu_experts", forward, mutates_args=())
 
@@ -81,7 +34,7 @@ def _(
     config: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, expert_rows = _row_sets(tower, x, x_expert)
+    rows, expert_rows = row_sets(tower, x, x_expert)
     hidden = rows.shape[1]
     base_rows = 0 if tower == "expert" else rows.shape[0]
     inter = base[0].shape[0] if base else 16
@@ -93,50 +46,7 @@ def _(
     return y, expert_y, a, torch.empty_like(a), expert_a, torch.empty_like(expert_a)
 
 
-@torch.library.custom_op("qar::swiglu_experts_backward", mutates_args=())
-def swiglu_experts_backward(
-    tower: str,
-    d_y: Tensor | None,
-    d_y_expert: Tensor | None,
-    x: Tensor | None,
-    base: Sequence[Tensor],
-    x_expert: Tensor | None,
-    experts: Sequence[Tensor],
-    pre: Sequence[Tensor],
-    perm: Tensor,
-    plan: Sequence[Tensor],
-    lora: Sequence[Tensor],
-    scale: float,
-    config: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of x, the base weights, x_expert, the expert weights and the adapters' operands.
-
-    Unneeded ones are empty. ``pre`` are the pre-activations that the forward pass returned; empty ones are
-    computed again. Nothing that was saved is written to, so a retained graph can be walked again.
-    """
-    needed = Needs.unpack(needs)
-    call = _call(tower, base, experts, perm, plan, lora, scale, config)
-    rows, expert_rows = _row_sets(tower, x, x_expert)
-    d_rows, d_expert_rows = _row_sets(tower, d_y, d_y_expert)
-    hidden, expert_hidden = _pre_activations(call, rows, expert_rows, pre)
-    if not (needed.x or needed.base or any(needed.lora)):
-        call = call.only_experts()
-    d_low = d_rows @ call.lora.down_b if lora and call.tower != "expert" else None
-    keep_h = needed.base or (any(needed.lora[4:]) and not call.lora.drops)
-    d_base, d_expert = launch.d_hidden(call, d_rows, d_expert_rows, hidden, expert_hidden, keep_h, d_low)
-
-    none = rows.new_empty(0)
-    d_x, d_x_expert = _input_grads(call, needed, d_base, d_expert, rows)
-    d_weights, d_experts, d_lora = [none] * len(base), [none] * len(experts), []
-    if needed.base:
-        d_weights = _base_weight_grads(tower, rows, d_rows, perm, d_base)
-    if needed.experts:
-        d_experts = launch.expert_weight_grads(call, expert_rows, d_expert_rows, d_expert)
-    if lora:
-        d_pre = d_base.a, d_base.u, d_base.seen_h
-        d_lora = operand_grads(call.lora, needed.lora, d_rows, d_low, *d_pre, *_row_orders(call))
-    return [_own(grad) for grad in (d_x, *d_weights, d_x_expert, *d_experts, *d_lora)]
+swiglu_experts_backward = torch.library.custom_op("qar::swiglu_experts_backward", backward, mutates_args=())
 
 
 @swiglu_experts_backward.register_fake
@@ -168,52 +78,128 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    tower, x, base, x_expert, experts, _base_y, perm, plan, lora, scale, config, _save = inputs
-    pre = output[2:]
-    ctx.mark_non_differentiable(*pre)
-    ctx.set_materialize_grads(False)  # else autograd fills zeros of the pre-activations' size in every pass
-    groups = (x,), base, (x_expert,), experts, pre, (perm,), plan, lora
-    ctx.save_for_backward(*chain.from_iterable(groups))
-    ctx.group_sizes = [len(group) for group in groups]
-    ctx.constants = tower, scale, config
+    tower, x, base, x_expert, experts, base_y, perm, plan, lora, scale, config, _save = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    groups = [[x], base, [x_expert], experts, [base_y], [perm], plan, lora]
+    _keep(ctx, groups, output[2:], (tower, scale, config))
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, *d_outputs: Tensor) -> tuple:
-    tower, scale, config = ctx.constants
-    groups = _groups(ctx.saved_tensors, ctx.group_sizes)
-    (x,), base, (x_expert,), experts, pre, (perm,), plan, lora = groups
-    _, wants_x, wants_base, wants_x_expert, wants_experts, wants_base_y, _, _, wants_lora, *_ = (
-        ctx.needs_input_grad
+    _, x, base, x_expert, experts, base_y, perm, plan, lora, *_ = ctx.needs_input_grad
+    wanted = [[x], base, [x_expert], experts, [base_y], [perm], plan, lora]
+    (d_x,), d_base, (d_x_expert,), d_experts, (d_base_y,), _, d_plan, d_lora = _gradients(
+        ctx, d_outputs, wanted, swiglu_experts_backward
     )
-    wants_lora = list(wants_lora)[:NUM_ADAPTER_TENSORS]
-    d_y = None if tower == "expert" else _contiguous(d_outputs[0], x)
-    d_y_expert = None if tower == "fused" else _contiguous(d_outputs[1], x_expert)
-    grads = swiglu_experts_backward(
-        tower,
-        d_y,
-        d_y_expert,
-        x, base, x_expert, experts, pre, perm, plan, lora, scale, config,
-        [wants_x, any(wants_base), wants_x_expert, any(wants_experts), *wants_lora],
-    )  # fmt: skip
-    sizes = 1, len(base), 1, len(experts), len(wants_lora)
-    (d_x,), d_base, (d_x_expert,), d_experts, d_lora = _groups(grads, sizes)
-    return (
-        None,
-        d_x if wants_x else None,
-        _wanted(d_base, wants_base),
-        d_x_expert if wants_x_expert else None,
-        _wanted(d_experts, wants_experts),
-        d_y_expert if wants_base_y else None,
-        None,
-        [None] * len(plan),
-        _wanted(d_lora, wants_lora) + [None] * (len(lora) - len(wants_lora)),
-        None,
-        None,
-        None,
-    )
+    return None, d_x, d_base, d_x_expert, d_experts, d_base_y, None, d_plan, d_lora, None, None, None
 
 
 swiglu_experts.register_autograd(_backward, setup_context=_setup_context)
+
+
+def run(
+    tower: str,
+    x: Tensor | None,
+    base: Sequence[Tensor],
+    x_expert: Tensor | None,
+    experts: Sequence[Tensor],
+    base_y: Tensor | None,
+    perm: Tensor,
+    plan: Sequence[Tensor],
+    lora: Sequence[Tensor],
+    scale: float,
+    config: str,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs of the base rows and of the expert rows.
+
+    The registered operator is left out where nobody has to see it: it costs the host as much as two launches,
+    and its autograd, which walks through its lists, as much as five more.
+    """
+    groups = [[x], base, [x_expert], experts, [base_y], [perm], plan, lora]
+    tensors = list(chain.from_iterable(groups))
+    differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save = differentiates and not recompute
+    if differentiates and not _is_watched(tensors):
+        sizes = [len(group) for group in groups]
+        return _Passes.apply((tower, scale, config), save, sizes, *tensors)
+    call = swiglu_experts if _is_watched(tensors) else forward
+    return call(tower, x, base, x_expert, experts, base_y, perm, plan, lora, scale, config, save)[:2]
+
+
+class _Passes(torch.autograd.Function):
+    """Both passes for eager tensors: a call's in a row, and in ``sizes`` how many each argument has."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        constants: tuple[str, float, str],
+        save: bool,
+        sizes: list[int],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        tower, scale, config = constants
+        groups = _groups(tensors, sizes)
+        (x,), base, (x_expert,), experts, (base_y,), (perm,), plan, lora = groups
+        y, expert_y, *pre = forward(
+            tower, x, base, x_expert, experts, base_y, perm, plan, lora, scale, config, save
+        )
+        _keep(ctx, groups, pre, constants)
+        ctx.argument_sizes = sizes
+        return y, expert_y
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *d_outputs: Tensor | None) -> tuple:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backend 'triton': gradients of gradients (create_graph=True) are not implemented"
+            )
+        wanted = _groups(ctx.needs_input_grad[3:], ctx.argument_sizes)
+        call = swiglu_experts_backward if _is_watched(d_outputs) else backward
+        return None, None, None, *chain.from_iterable(_gradients(ctx, d_outputs, wanted, call))
+
+
+def _is_watched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a trace, a mode or a tensor subclass has to see a registered operator."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return not all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+
+
+def _keep(
+    ctx: torch.autograd.function.FunctionCtx, groups: list[Sequence], pre: Sequence[Tensor], constants: tuple
+) -> None:
+    """Save a call's tensors, the pre-activations in place of ``base_y``, which no gradient needs."""
+    kept = [*groups[:4], pre, *groups[5:]]
+    ctx.save_for_backward(*chain.from_iterable(kept))
+    ctx.kept_sizes = [len(group) for group in kept]
+    ctx.constants = constants
+    ctx.set_materialize_grads(False)  # else autograd fills zeros of the pre-activations' size in every pass
+
+
+def _gradients(
+    ctx: torch.autograd.function.FunctionCtx,
+    d_outputs: Sequence[Tensor | None],
+    wanted: Sequence[Sequence[bool]],
+    call: Callable[..., list[Tensor]],
+) -> list[list[Tensor | None]]:
+    """Gradients of x, base, x_expert, experts, base_y, perm, plan and lora, None where not wanted."""
+    tower, scale, config = ctx.constants
+    (x,), base, (x_expert,), experts, pre, (perm,), plan, lora = _groups(ctx.saved_tensors, ctx.kept_sizes)
+    (wants_x,), wants_base, (wants_x_expert,), wants_experts, (wants_base_y,), _, _, wants_lora = wanted
+    wants_lora = list(wants_lora)[:NUM_ADAPTER_TENSORS]
+    d_y = None if tower == "expert" else _contiguous(d_outputs[0], x)
+    d_y_expert = None if tower == "fused" else _contiguous(d_outputs[1], x_expert)
+    needs = [wants_x, any(wants_base), wants_x_expert, any(wants_experts), *wants_lora]
+    grads = call(
+        tower, d_y, d_y_expert, x, base, x_expert, experts, pre, perm, plan, lora, scale, config, needs
+    )
+    wants = wants_x, *wants_base, wants_x_expert, *wants_experts, *wants_lora
+    grads = [grad if want else None for grad, want in zip(grads, wants, strict=True)]
+    sizes = 1, len(base), 1, len(experts), len(wants_lora)
+    d_x, d_base, d_x_expert, d_experts, d_lora = _groups(grads, sizes)
+    d_base_y = [d_y_expert if wants_base_y else None]
+    mask = [None] * (len(lora) - len(d_lora))
+    return [d_x, d_base, d_x_expert, d_experts, d_base_y, [None], [None] * len(plan), d_lora + mask]
 
 
 def _contiguous(d_y: Tensor | None, like: Tensor) -> Tensor:
@@ -225,68 +211,3 @@ def _groups(flat: Sequence[Tensor | None], sizes: Sequence[int]) -> list[list[Te
     """``flat`` cut into lists of these lengths."""
     rest = iter(flat)
     return [list(islice(rest, size)) for size in sizes]
-
-
-def _wanted(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-
-
-def _call(
-    tower: str,
-    base: Sequence[Tensor],
-    experts: Sequence[Tensor],
-    perm: Tensor,
-    plan: Sequence[Tensor],
-    lora: Sequence[Tensor],
-    scale: float,
-    config: str,
-) -> Call:
-    expert_weights = Weights(*experts)
-    base_weights = Weights(*base) if base else expert_weights
-    operands = LoraOperands(*lora) if lora else LoraOperands.none(expert_weights.gate)
-    return Call(tower, base_weights, expert_weights, perm, TilePlan(*plan), scale, CONFIGS[config], operands)
-
-
-def _row_sets(tower: str, rows: Tensor | None, expert_rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Base rows and expert rows; where a tower has one set it stands in for both."""
-    first = expert_rows if tower == "expert" else rows
-    second = rows if tower == "fused" else expert_rows
-    return first, second
-
-
-def _pre_activations(
-    call: Call, rows: Tensor, expert_rows: Tensor, pre: Sequence[Tensor]
-) -> tuple[Hidden, Hidden]:
-    a, u, expert_a, expert_u = pre
-    if expert_a.shape[0] == 0:
-        return launch.gate_up(call, rows, expert_rows, save=True)
-    return Hidden(a, u, u), Hidden(expert_a, expert_u, expert_u)
-
-
-def _input_grads(
-    call: Call, needed: Needs, d_base: Hidden, d_expert: Hidden, rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    none = rows.new_empty(0)
-    if not (needed.x or needed.x_expert):
-        return none, none
-    d_x, d_x_expert = launch.d_input(call if needed.x else call.only_experts(), d_base, d_expert, rows)
-    return d_x if needed.x else none, d_x_expert if needed.x_expert else none
-
-
-def _base_weight_grads(tower: str, x: Tensor, d_y: Tensor, perm: Tensor, d_base: Hidden) -> Weights:
-    """Plain GEMMs over all rows, in the order that ``d_base`` has: the vendor library's best case."""
-    if tower == "fused":
-        x, d_y = x.index_select(0, perm), d_y.index_select(0, perm)
-    return Weights(d_base.a.t() @ x, d_base.u.t() @ x, d_y.t() @ d_base.h)
-
-
-def _row_orders(call: Call) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """From the batch's order of rows to the hidden units', and back."""
-    if call.tower != "fused":
-        return (lambda rows: rows), (lambda rows: rows)
-    return (lambda rows: rows.index_select(0, call.perm)), (lambda rows: rows.index_select(0, call.plan.rank))
-
-
-def _own(grad: Tensor) -> Tensor:
-    """Outputs of an operator may not share memory: an empty one is copied."""
-    return grad if grad.numel() else grad.clone()

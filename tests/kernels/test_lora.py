@@ -24,7 +24,7 @@ from test_triton import ids, slots_used, split_config, use_config  # noqa: F401
 
 from qar_kernels import Adapter, LoRA, Segments
 from qar_kernels.triton import lora as triton_lora
-from qar_kernels.triton import ops
+from qar_kernels.triton import passes
 from qar_kernels.triton.configs import CONFIGS
 
 BACKENDS = ("triton", "torch", "reference")
@@ -101,7 +101,7 @@ def test_grouped_path(monkeypatch):
     ],
 )
 def test_frozen_base(monkeypatch, frozen, dropout):
-    monkeypatch.setattr(ops, "_base_weight_grads", lambda *_: pytest.fail("the base is frozen"))
+    monkeypatch.setattr(passes, "_base_weight_grads", lambda *_: pytest.fail("the base is frozen"))
     check(monkeypatch, Case(ids(9, 4)), "fused", "triton", torch.float32, dropout=dropout, frozen=frozen)
 
 

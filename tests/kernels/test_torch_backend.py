@@ -116,13 +116,10 @@ def test_autocast_casts_like_linear():
     assert all(t.grad.dtype == torch.float32 for t in leaves)
 
 
-@pytest.mark.parametrize(
-    ("backend", "message"),
-    [("torch", "gradients of gradients .* are not implemented"), ("triton", "no autograd formula")],
-)
-def test_gradients_of_gradients_are_refused(backend, message):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_of_gradients_are_refused(backend):
     leaves, seg = leaves_and_segments()
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=r"gradients of gradients .* are not implemented"):
         (d_x,) = torch.autograd.grad(
             fused_mlp(*leaves, seg, backend=backend).sum(), leaves[0], create_graph=True
         )

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qar_kernels import Adapter, LoRA, Segments, dual_mlp, expert_mlp, fused_mlp
 from qar_kernels.triton import backend as triton_backend
-from qar_kernels.triton import launch, ops, split_k
+from qar_kernels.triton import launch, passes, split_k
 from qar_kernels.triton.configs import CONFIGS, Gemm
 from qar_kernels.triton.lora import NUM_ADAPTER_TENSORS, prepare
 from qar_kernels.triton.runner import recording
@@ -211,22 +211,35 @@ def forward(tower):
     x, *weights = (case.leaves(torch.float32)[n] for n in NAMES)
     seg = Segments.from_ids(case.ids)
     if tower == "fused":
-        return (fused_mlp(x, *weights, seg, backend="triton"),)
-    if tower == "dual":
-        return dual_mlp(x, 2 * x, *weights, seg, backend="triton")
-    return (expert_mlp(x, *weights[3:], seg, backend="triton"),)
+        outputs = (fused_mlp(x, *weights, seg, backend="triton"),)
+    elif tower == "dual":
+        outputs = dual_mlp(x, 2 * x, *weights, seg, backend="triton")
+    else:
+        outputs = (expert_mlp(x, *weights[3:], seg, backend="triton"),)
+    return outputs, (x, *weights[3:])
 
 
 @pytest.mark.parametrize("tower", ["fused", "dual", "expert"])
-def test_inference_does_without_an_operator_unless_somebody_watches(tower):
-    trained = forward(tower)
+def test_inference_calls_the_operator_only_where_somebody_watches(tower):
     with torch.no_grad():
-        plain = forward(tower)
+        plain, _ = forward(tower)
         with Watch() as watch:
-            watched = forward(tower)
+            watched, _ = forward(tower)
     assert torch.ops.qar.swiglu_experts.default in watch.seen
-    for outputs in zip(trained, plain, watched, strict=True):
-        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert all(map(torch.equal, plain, watched))
+
+
+@pytest.mark.parametrize("tower", ["fused", "dual", "expert"])
+def test_training_calls_the_operators_only_where_somebody_watches(tower):
+    def step():
+        outputs, leaves = forward(tower)
+        return *outputs, *torch.autograd.grad(sum(y.sum() for y in outputs), leaves)
+
+    plain = step()
+    with Watch() as watch:
+        watched = step()
+    assert torch.ops.qar.swiglu_experts_backward.default in watch.seen
+    assert all(map(torch.equal, plain, watched))
 
 
 def test_nothing_is_saved_without_grad():
@@ -281,10 +294,10 @@ def test_nothing_is_read_back_from_the_device(tower, lora_rank):
         down = Adapter(x.new_empty(lora_rank, inter), x.new_empty(hidden, lora_rank), dropout=0.1)
         adapters = list(prepare(LoRA(up, up, down), x, inter))
     with recording() as recorded:
-        outputs = ops.swiglu_experts._init_fn(
+        outputs = passes.forward(
             tower, *tensors, None, segments.perm, plan, adapters, 1.0, "sm90_large", True
         )
-        ops.swiglu_experts_backward._init_fn(
+        passes.backward(
             tower, d_y, d_y_expert, *tensors, outputs[2:], segments.perm, plan, adapters, 1.0, "sm90_large",
             [x is not None, x is not None, x_expert is not None, True]
             + [True] * (NUM_ADAPTER_TENSORS if adapters else 0),
