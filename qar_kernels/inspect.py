@@ -31,7 +31,7 @@ from qar_kernels.triton.machine_code import (
 from qar_kernels.triton.runner import Recorded
 from qar_kernels.triton.shipped import Case
 
-NO_PRODUCTS = ("reduce_kernel", "dropout_mask_kernel")
+NO_PRODUCTS = ("reduce_kernel", "dropout_mask_kernel", "adamw_rows_kernel")
 
 
 @dataclass(frozen=True)

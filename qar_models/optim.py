@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qar_kernels.triton.configs import has_kernels
 from qar_models.row_sparse import rows_of
 
 
@@ -25,7 +26,8 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     Args:
         params: parameters or groups, dense ones too.
-        options: as :class:`torch.optim.AdamW`, except ``amsgrad``; ``fused`` is on unless given.
+        options: as :class:`torch.optim.AdamW`, except ``amsgrad``; ``fused`` is on unless given. On a card
+            it updates all rows of a parameter in one launch of a Triton kernel.
     """
 
     def __init__(self, params: Any, **options: Any) -> None:
@@ -62,6 +64,9 @@ class RowSparseAdamW(torch.optim.AdamW):
         for parameter in sparse:
             ids, d_rows = rows_of(parameter.grad)
             state = self._state_of(parameter, group)
+            if group["fused"] and has_kernels(parameter.device) and parameter.dtype != torch.float64:
+                self._launch(parameter, ids, d_rows, state, group)
+                continue
             weights = state.get("master", parameter)
             if weights is not parameter:
                 self._rounded.append((parameter, ids))
@@ -72,6 +77,34 @@ class RowSparseAdamW(torch.optim.AdamW):
                 exp_avg_sqs.append(state["exp_avg_sq"][row])
                 state_steps.append(state["step"][row])
         return has_complex
+
+    def _launch(
+        self,
+        parameter: nn.Parameter,
+        ids: Tensor,
+        d_rows: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+    ) -> None:
+        """One launch for all rows: on a card a view of each row costs more than its update."""
+        from qar_kernels.triton.adamw import adamw_rows
+
+        scale = getattr(self, "grad_scale", None)  # these two are GradScaler's
+        d_rows = d_rows if scale is None else d_rows / scale
+        adamw_rows(
+            state.get("master", parameter),
+            parameter if "master" in state else None,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            ids,
+            -d_rows if group["maximize"] else d_rows.contiguous(),
+            float(group["lr"]),
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            getattr(self, "found_inf", None),
+        )
 
     def _state_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[parameter]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qar_kernels.segments import Segments
 from qar_kernels.triton import launch
+from qar_kernels.triton.adamw import adamw_rows
 from qar_kernels.triton.configs import CONFIGS, FAMILIES
 from qar_kernels.triton.launch import Call, Hidden, Weights
 from qar_kernels.triton.lora import LoraOperands, draw_mask
@@ -102,11 +103,20 @@ def _launches(
                 grads = launch.d_hidden(call, x, x, base, expert, kept, low)
             launch.d_input(call, *grads, x)
             launch.expert_weight_grads(call, x, x, grads[1])
+            _optimizer_step(call.experts.gate)
         if case.lora_rank:
             draw_mask(
                 torch.empty(1, dtype=torch.int64, device="meta"), x.shape[0], SHAPES[case.shape][1], 0.1
             )
     return recorded
+
+
+def _optimizer_step(bank: Tensor) -> None:
+    """Of every expert of the batch: fp32 weights without a copy, 16-bit ones under a gradient scaler."""
+    exact = torch.empty_like(bank, dtype=torch.float32)
+    steps, ids = exact[:, 0, 0], torch.empty(len(bank), dtype=torch.int64, device="meta")
+    rounded, found_inf = (None, None) if bank.dtype == exact.dtype else (bank, steps[:1])
+    adamw_rows(exact, rounded, exact, exact, steps, ids, bank, 1e-3, (0.9, 0.999), 1e-8, 0.01, found_inf)
 
 
 def _call(case: Case, rows: int) -> tuple[Call, Tensor]:

@@ -17,6 +17,7 @@ from helpers import TOWERS, Case, check, run
 
 from qar_kernels import Segments, fused_mlp, reference
 from qar_kernels.triton import launch
+from qar_models import optim
 
 CARD = os.environ.get("QAR_REHEARSE") != "1"
 if CARD and launch.INTERPRETED:
@@ -184,6 +185,29 @@ def test_memory_saved_for_the_backward_pass(recompute, limit):
 
     ours = held(lambda: fused_mlp(x, *weights, segments, backend="triton", recompute=recompute))
     assert ours <= limit * held(lambda: reference.swiglu_mlp(x, *weights[:3]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_optimizer_of_rows(monkeypatch, dtype):
+    """Against PyTorch's AdamW in float64, a parameter for each row; expert 3 is never asked for."""
+    if not CARD:
+        monkeypatch.setattr(optim, "has_kernels", lambda device: True)
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    bank = torch.nn.Parameter(torch.randn(5, 7, 300).to(DEVICE, dtype))
+    before = bank.detach().clone()
+    alone = [torch.nn.Parameter(row.double()) for row in before]
+    optimizer, others = optim.RowSparseAdamW([bank], **settings), torch.optim.AdamW(alone, **settings)
+    for present in ([4, 0, 1], [1], [2, 4]):
+        rows = torch.randn(len(present), 7, 300).to(DEVICE, dtype)
+        bank.grad = torch.sparse_coo_tensor(torch.tensor([present], device=DEVICE), rows, bank.shape)
+        others.zero_grad()
+        for index, row in zip(present, rows, strict=True):
+            alone[index].grad = row.double()
+        optimizer.step()
+        others.step()
+    trained = optimizer.state[bank].get("master", bank)
+    torch.testing.assert_close(trained[:3].double(), torch.stack(alone)[:3], rtol=1e-5, atol=1e-6)
+    assert torch.equal(bank[3], before[3]) and torch.equal(bank, trained.to(dtype))
 
 
 SANITIZER = shutil.which("compute-sanitizer")

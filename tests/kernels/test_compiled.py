@@ -18,7 +18,7 @@ from qar_kernels.triton.machine_code import specialisation
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 ARCHS = sorted(SHARED_LIMIT)
-NO_PRODUCTS = ("reduce_kernel", "dropout_mask_kernel")
+NO_PRODUCTS = ("reduce_kernel", "dropout_mask_kernel", "adamw_rows_kernel")
 
 
 @cache
