@@ -44,7 +44,7 @@ class KeepBest(TrainerCallback):
         self.folder = Path(trainer.args.output_dir) / BEST
         self.best = self._stored()  # read once, before any rank writes
 
-    def on_epoch_end(
+    def on_step_end(
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -52,8 +52,11 @@ class KeepBest(TrainerCallback):
         model: nn.Module,
         **kwargs: object,
     ) -> None:
-        """Every rank scores the same windows, and rank 0 writes. An interrupted epoch does not count."""
-        if abs(state.epoch - round(state.epoch)) > 1e-6:
+        """After an epoch's last step every rank scores the same windows, and rank 0 writes.
+
+        The step's checkpoint comes after this, so a run that is killed in between scores that epoch again.
+        """
+        if not float(state.epoch).is_integer():
             return
         nll = self._score(model)
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, "valid_nll": nll})

@@ -78,3 +78,25 @@ def test_an_interrupted_epoch_is_not_scored(config, tmp_path, monkeypatch):
     resumed = experts_of(finetune(config.replace(**changes), resume=True))
     unbroken = experts_of(final(config, tmp_path, "whole", epochs=2))
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+
+
+def test_an_epoch_whose_scoring_was_cut_short_is_scored_when_resumed(config, tmp_path, monkeypatch):
+    changes = {"output_dir": str(tmp_path / "runs" / "cut"), "validation": 0.2, "epochs": 2, "save_steps": 1}
+    score, scored = KeepBest._score, []
+
+    def cut(self, model):
+        scored.append(model)
+        if len(scored) == 2:
+            raise KeyboardInterrupt  # as if killed in the last epoch's scoring
+        return score(self, model)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(KeepBest, "_score", cut)
+        finetune(config.replace(**changes))
+    finetune(config.replace(**changes), resume=True)
+    final(config, tmp_path, "whole", epochs=2, save_steps=1)
+    cut_short, whole = (
+        json.loads((tmp_path / "runs" / name / "log.json").read_text()) for name in ("cut", "whole")
+    )
+    kept = [[row["valid_nll"] for row in log if "valid_nll" in row] for log in (cut_short, whole)]
+    assert len(kept[0]) == 2 and kept[0] == kept[1]
