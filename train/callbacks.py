@@ -9,9 +9,14 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from train import ranks
+
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    A signal reaches the ranks at different moments, or one of them alone; they stop after the same step.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -30,6 +35,7 @@ class StopOnInterrupt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ask for a checkpoint and the end."""
+        self.interrupted = ranks.on_any(self.interrupted)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 

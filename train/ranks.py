@@ -75,6 +75,15 @@ def from_main(value: Any) -> Any:
     return broadcast_object_list([value])[0] if world_size() > 1 else value
 
 
+def on_any(value: bool) -> bool:
+    """Whether ``value`` holds on any rank; all ranks ask together."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(int(value), device=PartialState().device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
+
+
 def wait() -> None:
     """Wait for the other ranks."""
     if world_size() > 1:

@@ -14,6 +14,8 @@ import yaml
 from processes import ENVIRONMENT, completed, free_port, log_of, start
 from safetensors.torch import load_file
 
+from train import finetune as finetune_module
+from train.callbacks import StopOnInterrupt
 from train.checkpoints import last_checkpoint
 from train.consolidate import consolidate
 from train.errors import UserError
@@ -98,6 +100,28 @@ def test_two_ranks_equal_one_and_survive_the_death_of_one(config, stage):
     completed(broken, ranks=2, resume=True)
     assert log_of(broken) == log_of(two)
     assert_same_tensors(load_file(Path(broken.output_dir) / "trained" / EXPERTS), experts, atol=0)
+
+
+class Interrupting(StopOnInterrupt):
+    """SIGTERM to this process in step 3."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt(rank, victim):
+    if rank == victim:
+        finetune_module.StopOnInterrupt = Interrupting
+
+
+def test_ranks_stop_together_where_one_is_interrupted(config):
+    two = as_two_ranks(config, "ddp")
+    stopped = start(two, ranks=2, before=functools.partial(interrupt, victim=1))
+    assert stopped.wait() == [130, 130], stopped.text()
+    assert last_checkpoint(Path(two.output_dir)).name == "checkpoint-3"
+    completed(two, ranks=2, resume=True)
+    assert len(log_of(two)) == 6
 
 
 @pytest.mark.parametrize("stage", OTHERS)
