@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from train import ranks
 from train.config import TrainConfig, config_from
 from train.data.layout import MQDialog
 from train.errors import UserError
@@ -18,7 +20,7 @@ FREE = ("output_dir", "save_steps", "save_total_limit", "report_to", "gradient_c
 
 def write_run(config: TrainConfig, data: MQDialog) -> None:
     """Describe the run in its folder."""
-    about = {"config": config.to_dict(), **_of_data(data)}
+    about = {"config": config.to_dict(), **_beside_config(data)}
     write_atomic(Path(config.output_dir) / RUN, json.dumps(about, indent=1, ensure_ascii=False))
 
 
@@ -29,18 +31,23 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 
 def check_continues(config: TrainConfig, data: MQDialog) -> None:
-    """``UserError`` naming the first setting, or part of the data, that is not as the run was started."""
+    """``UserError`` naming the first of settings, data and ranks that is not as the run was started."""
     folder = Path(config.output_dir)
-    started, of_data = read_run(folder)
-    before, now = started.to_dict() | of_data, config.to_dict() | _of_data(data)
+    started, about = read_run(folder)
+    before, now = started.to_dict() | about, config.to_dict() | _beside_config(data)
     for key in now:
-        if key not in FREE and before[key] != now[key]:
+        if key not in FREE and key in before and before[key] != now[key]:
             raise UserError(
                 f"{folder / RUN}: the run was started with {key}={before[key]!r:.80}, got {now[key]!r:.80}; "
                 "another output_dir starts anew"
             )
 
 
-def _of_data(data: MQDialog) -> dict[str, Any]:
-    names = {"responder": data.responder, "queriers": list(data.queriers)}
-    return {**names, "num_clusters": data.num_clusters}
+def _beside_config(data: MQDialog) -> dict[str, Any]:
+    return {
+        "responder": data.responder,
+        "queriers": list(data.queriers),
+        "num_clusters": data.num_clusters,
+        "training_windows": hashlib.sha256(repr(data.train).encode()).hexdigest()[:16],
+        "ranks": ranks.world_size(),
+    }

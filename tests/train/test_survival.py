@@ -16,7 +16,7 @@ import torch
 from processes import completed, log_of, start
 from safetensors.torch import load_file
 
-from train import checkpoints, plan
+from train import checkpoints, plan, run_file
 from train import finetune as module
 from train.checkpoints import BUILDING, SEAL, damage, last_checkpoint, make_room, seal
 from train.consolidate import consolidate
@@ -234,7 +234,7 @@ def test_a_finished_run_leaves_its_curves(finished):
     assert row["loss"] == pytest.approx(row["lm_loss"] + 0.5 * row["contrastive_loss"], rel=1e-5)
 
 
-def test_resume_refuses_another_run(config, tiny_data):
+def test_resume_refuses_another_run(config, tiny_data, monkeypatch):
     finetune(config)
     shutil.rmtree(Path(config.output_dir) / "trained")
     for changes, named in [
@@ -246,6 +246,12 @@ def test_resume_refuses_another_run(config, tiny_data):
     other = dataclasses.replace(tiny_data, queriers=tiny_data.queriers[::-1])
     with pytest.raises(UserError, match="started with queriers="):
         check_continues(config, other)
+    changed = dataclasses.replace(tiny_data, train=tiny_data.train[1:])
+    with pytest.raises(UserError, match="started with training_windows="):
+        check_continues(config, changed)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="started with ranks=1, got 2"):
+        patch.setattr(run_file.ranks, "world_size", lambda: 2)
+        check_continues(config, tiny_data)
     assert finetune(config.replace(save_steps=5, save_total_limit=1), resume=True).is_dir()
     (Path(config.output_dir) / RUN).write_text("{}")
     with pytest.raises(UserError, match=r"run\.json: damaged, 'config' is missing"):
