@@ -16,7 +16,8 @@ QUERIERS = ["Prince Henry", "Ford"]
 def data() -> MQDialog:
     def make(split, querier_id, number):
         turns = (Turn(QUERIERS[querier_id], f"{split} {number}?"), Turn("Falstaff", "Ay – é."))
-        return Example(f"{split}{number}", turns, "Falstaff", QUERIERS[querier_id], querier_id, number % 3)
+        name = QUERIERS[querier_id]
+        return Example(f"{split}{querier_id}_{number}", turns, "Falstaff", name, querier_id, number % 3)
 
     train = [make("train", querier_id, number) for querier_id in (0, 1) for number in range(4)]
     dev = [make("dev", querier_id, 0) for querier_id in (0, 1)]
@@ -46,7 +47,7 @@ def test_layout_and_round_trip(folder):
     assert folder.parts[-2:] == ("plays", "diags_two_role_falstaff_clustered")
     record = json.loads(train_file(folder, "PrinceHenry").read_text())[1]
     assert record == {
-        "id": "train1",
+        "id": "train0_1",
         "conversations": [
             {"from": "Prince Henry", "value": "train 1?"},
             {"from": "Falstaff", "value": "Ay – é."},
@@ -98,6 +99,19 @@ def test_any_ids_become_contiguous_in_their_order(folder, mapping):
 def test_damaged_records_are_named(folder, change, message):
     edit(train_file(folder), change)
     with pytest.raises(UserError, match=message):
+        load_mqdialog(folder)
+
+
+def test_windows_of_two_queriers_that_share_an_id_are_told_apart(folder):
+    for path in folder.glob("*/*.json"):
+        if path.parent.name != "configs":
+            edit(path, lambda found: [record.update(id=index) for index, record in enumerate(found)])
+    loaded = load_mqdialog(folder)
+    for found in (loaded.train, loaded.dev):
+        assert len({example.id for example in found}) == len(found)
+    assert loaded.dev[1].id == "Prince Henry/0"
+    edit(train_file(folder), lambda found: found[1].update(id=0))
+    with pytest.raises(UserError, match="2 train windows of querier 'Ford' have the id '0'"):
         load_mqdialog(folder)
 
 

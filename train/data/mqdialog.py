@@ -4,7 +4,9 @@ The reader is strict: every error names file, record and key.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,11 @@ def _dump(value: dict | Sequence) -> str:
 def load_mqdialog(folder: Path) -> MQDialog:
     """The data of one responder; querier ids are 0..Q-1 in the order of ``role_pair_id``.
 
+    Where the ids of two queriers' windows are the same, the querier's name goes before all of them.
+
     Raises ``UserError``: no such folder (lists what is there), damaged JSON (file, line), a missing or wrong
-    key (file, index, key), a pair id unknown to ``role_pair_id.json``, two responders, an empty split.
+    key (file, index, key), a pair id unknown to ``role_pair_id.json``, two responders, an empty split, one id
+    twice in a querier's half.
     """
     folder = Path(folder)
     if not (folder / PAIR_IDS).is_file():
@@ -70,6 +75,7 @@ def load_mqdialog(folder: Path) -> MQDialog:
     examples = {
         split: [_example(record, list(names)) for record in found] for split, found in records.items()
     }
+    examples = _told_apart(examples, folder)
     clusters = 1 + max(example.cluster_id for found in examples.values() for example in found)
     return MQDialog(responders.pop(), list(names.values()), clusters, examples["train"], examples["dev"])
 
@@ -167,3 +173,20 @@ def _example(record: dict, pair_ids: list[int]) -> Example:
         querier_id=pair_ids.index(int(record["role_pair_id"])),
         cluster_id=int(record["cluster_id"]),
     )
+
+
+def _told_apart(examples: Mapping[str, list[Example]], folder: Path) -> Mapping[str, list[Example]]:
+    """``examples`` by split, with ids that are one window's each: evaluation pairs windows by them."""
+    for split, found in examples.items():
+        counts = Counter((example.querier, example.id) for example in found)
+        for (querier, window), count in counts.items():
+            if count > 1:
+                raise UserError(
+                    f"{folder}: {count} {split} windows of querier '{querier}' have the id '{window}'"
+                )
+    if all(len({example.id for example in found}) == len(found) for found in examples.values()):
+        return examples
+    return {
+        split: [replace(example, id=f"{example.querier}/{example.id}") for example in found]
+        for split, found in examples.items()
+    }
