@@ -23,6 +23,14 @@ def config_for(path, **changes):
     return replace(config, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"seed": -1}, "seed: got -1"), ({"show": "a/b"}, "show 'a/b'")]
+)
+def test_settings_that_cannot_be_built_are_named(transcript, changes, named):
+    with pytest.raises(UserError, match=named):
+        prepare(config_for(transcript, **changes))
+
+
 def test_planted_habits_are_recoverable_and_known_only_by_the_asker():
     data = planted()
     assert len(data.queriers) == 8 and len(data.train) == 8 * 24 and len(data.dev) == 8 * 6
@@ -69,6 +77,13 @@ def test_prepare_then_reuse_then_force(transcript):
     assert next(folder.rglob("*_train.json")).stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="was prepared with other seed; --force rebuilds it"):
         prepare(replace(config, seed=5))
+    with pytest.raises(UserError, match="was prepared with other responder"):
+        prepare(replace(config, responder="D. oc"))
+    said = transcript.read_text()
+    transcript.write_text(said.replace("Yes", "No"))
+    with pytest.raises(UserError, match="was prepared with other text"):
+        prepare(config)
+    transcript.write_text(said)
     prepare(replace(config, seed=5, force=True))
     assert load_mqdialog(folder) != data
     assert load_mqdialog(prepare(replace(config, force=True))) == data

@@ -3,6 +3,7 @@
 The command line is :mod:`train.data.build`.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -114,6 +115,10 @@ def _check_show(config: PrepareConfig) -> None:
 
 def _check(config: PrepareConfig) -> None:
     _check_show(config)
+    if Path(config.show).name != config.show:
+        raise UserError(f"show '{config.show}': expected a name for a folder and files, not a path")
+    if not 0 <= config.seed < 2**32:  # what scikit-learn takes
+        raise UserError(f"seed: got {config.seed}, expected 0 to 4294967295")
     if not short_name(config.responder):
         raise UserError(f"responder '{config.responder}' has no letters or digits to name a folder by")
     if config.show == PLANTED and config.responder != PLANTED_RESPONDER:
@@ -126,7 +131,7 @@ def _require_same_recipe(config: PrepareConfig) -> None:
     if not path.is_file():
         return
     found = json.loads(read_text(path))
-    changed = [key for key, value in _recipe(config).items() if found.get(key) != value]
+    changed = [key for key, value in _recipe(config).items() if key in found and found[key] != value]
     if changed:
         raise UserError(f"{config.folder} was prepared with other {', '.join(changed)}; --force rebuilds it")
 
@@ -134,7 +139,9 @@ def _require_same_recipe(config: PrepareConfig) -> None:
 def _recipe(config: PrepareConfig) -> dict:
     """The settings that change what is built, as JSON values."""
     return {
+        "responder": config.responder,  # whose folder may be another's too: Ann Lee, Annlee
         "transcript": config.transcript and config.transcript.name,
+        "text": config.transcript and hashlib.sha256(read_text(config.transcript).encode()).hexdigest(),
         "columns": dict(config.columns) or None,
         "queriers": sorted(config.queriers),
         "thresholds": asdict(config.minimums),
