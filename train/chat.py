@@ -65,7 +65,7 @@ class Chat:
             querier_ids=torch.tensor([asking], device=model.device),
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            eos_token_id=end_marks(tokenizer),
+            eos_token_id=end_marks(self.trained),
             pad_token_id=tokenizer.pad_token_id,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.cli import positive_int, run
 from train.config import TrainConfig
-from train.data.encode import encode_prompt
+from train.data.encode import encode_prompt, end_mark
 from train.data.layout import Example, MQDialog
 from train.data.responders import split_pair
 from train.data.transcript import Turn
@@ -75,7 +75,7 @@ def answer(
     ids = [querier_id(trained.queriers, name) for name in queriers]
     prompts = [prompt_as(trained, history, name) for name in queriers]
     replies = generate_replies(
-        trained.model, trained.tokenizer, prompts, ids, max_new_tokens, end_marks(trained.tokenizer)
+        trained.model, trained.tokenizer, prompts, ids, max_new_tokens, end_marks(trained)
     )
     return dict(zip(queriers, replies, strict=True))
 
@@ -138,11 +138,10 @@ def known_querier(queriers: Sequence[str], name: str) -> str:
     raise UserError(f"querier '{name}' is unknown; did you mean {' or '.join(close)}?")
 
 
-def end_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a turn: the tokenizer's end of sequence, and the marks of chat formats it knows."""
-    vocabulary = tokenizer.get_vocab()
-    marks = [vocabulary[mark] for mark in ("<|im_end|>", "<|eot_id|>") if mark in vocabulary]
-    return sorted({tokenizer.eos_token_id, *marks})
+def end_marks(trained: Trained) -> list[int]:
+    """Tokens that end a reply: the mark that was learnt, and the tokenizer's end of sequence."""
+    mark = end_mark(trained.tokenizer, trained.config.style)
+    return sorted({mark, trained.tokenizer.eos_token_id} - {None})
 
 
 def answer_table(trained: Trained, replies: Mapping[str, str]) -> Table:

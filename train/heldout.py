@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from train.base_model import load_base, load_tokenizer, num_layers
 from train.batches import Collator, Windows
 from train.config import TrainConfig
-from train.data.encode import IGNORE, Encoded
+from train.data.encode import IGNORE
 from train.data.layout import Example, MQDialog
 from train.dataset import window_set
 from train.errors import UserError
@@ -95,7 +95,7 @@ class HeldOut:
         """Greedy replies to the windows at ``indices``, asked by ``querier_ids``."""
         windows = [self.windows[index] for index in indices]
         prompts = [window.input_ids[: window.prompt_length] for window in windows]
-        end_marks = sorted({_end_mark(window) for window in self.windows})
+        end_marks = sorted({window.end_mark for window in self.windows})
         return generate_replies(
             model, self.tokenizer, prompts, querier_ids, max_new_tokens, end_marks, self.batch_size
         )
@@ -139,11 +139,6 @@ class HeldOut:
             }
             for index, (example, (nll, count)) in enumerate(zip(self.examples, scores, strict=True))
         ]
-
-
-def _end_mark(window: Encoded) -> int:
-    """The token that ends a reply: the last one that is learnt."""
-    return next(label for label in reversed(window.reply_labels) if label != IGNORE)
 
 
 def held_out_windows(config: TrainConfig, data: MQDialog, batch_size: int = BATCH_SIZE) -> HeldOut:

@@ -1,5 +1,6 @@
 """Who asks and who answers when a trained model is talked to, and how replies are shown."""
 
+import copy
 import dataclasses
 from io import StringIO
 
@@ -14,7 +15,7 @@ from train.data.responders import merge
 from train.data.transcript import Turn
 from train.dataset import with_context
 from train.errors import UserError
-from train.generate import answer_table, known_querier, prompt_as
+from train.generate import answer_table, end_marks, known_querier, prompt_as
 from train.trained import untrained
 
 
@@ -108,3 +109,18 @@ def test_chat_asks_where_the_model_is(pairs):
     talking = dataclasses.replace(trained, model=model)
     Chat(talking, trained.queriers[0], Console(file=StringIO()), max_new_tokens=2).handle("Well ?")
     assert model.devices == {Elsewhere.device}
+
+
+OWN = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<over>{% endfor %}"
+OWN += "{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+def test_replies_end_where_an_own_template_ends_them(pairs):
+    trained, _ = pairs
+    tokenizer = copy.deepcopy(trained.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<over>"]})
+    tokenizer.chat_template = OWN
+    over = tokenizer.convert_tokens_to_ids("<over>")
+    assert end_marks(dataclasses.replace(trained, tokenizer=tokenizer)) == sorted(
+        {tokenizer.eos_token_id, over}
+    )

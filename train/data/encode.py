@@ -55,6 +55,11 @@ class Encoded:
         """Labels of the last reply alone, for evaluation."""
         return _labels(self.input_ids, self.response_mask, self.prompt_length)
 
+    @property
+    def end_mark(self) -> int:
+        """The token that ends the reply: the last one that is learnt."""
+        return next(label for label in reversed(self.labels) if label != IGNORE)
+
 
 def encode(
     example: Example,
@@ -142,6 +147,13 @@ def encode_prompt(
     if fitted.dropped_context:
         logger.warning("cut the context to fit the token limit")
     return fitted.rendered.ids[: fitted.rendered.prompt_length]
+
+
+def end_mark(tokenizer: PreTrainedTokenizerBase, style: Style = "auto") -> int:
+    """The token that ends a reply."""
+    turns = (Turn("user", "?"), Turn("assistant", "."))
+    window = encode(Example("", turns, "assistant", "user", 0, 0), tokenizer, style=style)
+    return window.end_mark
 
 
 def resolve_style(tokenizer: PreTrainedTokenizerBase, style: Style) -> str:
