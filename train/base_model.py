@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,7 +43,7 @@ def load_base(
     source = _source(name, cache)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
     return model, tokenizer
 
@@ -56,7 +57,10 @@ def num_layers(name: str, cache: Path = CACHE) -> int:
 
 
 def load_tokenizer(name: str, cache: Path = CACHE) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; one without a padding token of its own pads with its end mark."""
+    """The tokenizer alone; one without a padding token of its own pads with its end mark.
+
+    Raises ``UserError`` where it cannot be loaded, or has neither.
+    """
     source = _source(name, cache)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -64,6 +68,10 @@ def load_tokenizer(name: str, cache: Path = CACHE) -> PreTrainedTokenizerBase:
         raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"model '{name}': its tokenizer has no padding and no end-of-sequence token to pad with"
+        )
     return tokenizer
 
 

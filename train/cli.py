@@ -15,10 +15,14 @@ from train.errors import UserError
 USER_ERROR_EXIT = 2
 INTERRUPT_EXIT = 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``; ``UserError`` and a full disk become one line on stderr and exit code 2, Ctrl-C 130."""
+    """Call ``main``; ``UserError`` and what cannot be written become one line on stderr and exit code 2.
+
+    Ctrl-C becomes exit code 130.
+    """
     # these call what another of them, or torch, renamed; that is not for our users to mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|accelerate|torch)\..*")
     if not torch.accelerator.is_available():
@@ -28,7 +32,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in DISK_FULL + REFUSED:
             raise
         _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     except KeyboardInterrupt:

@@ -123,6 +123,12 @@ def prepare(config: TrainConfig, found: RunData) -> Prepared:
         )
     if not len(windows):
         raise UserError(f"{config.data}: no training window fits into max_tokens={config.max_tokens}")
+    longest, positions = max(windows.lengths), model.config.max_position_embeddings
+    if longest > positions:
+        raise UserError(
+            f"max_tokens: got {config.max_tokens}, and a window of {longest} tokens, but the model has "
+            f"{positions} positions"
+        )
     peft = build(model, config, tuple(data.queriers), data.num_clusters)
     trained = upper_part(model, first) if first else model
     return Prepared(peft, trained, tokenizer, windows, valid)

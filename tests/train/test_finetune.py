@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from train import finetune as module
 from train.callbacks import StopOnInterrupt
 from train.checkpoints import last_checkpoint
+from train.cli import run
 from train.data.encode import IGNORE
 from train.errors import UserError
 from train.finetune import finetune
@@ -113,6 +115,33 @@ def test_mistakes_are_named_before_training(config, changes, named):
     with pytest.raises(UserError, match=named):
         finetune(config.replace(**changes))
     assert not (Path(config.output_dir) / "trained").exists()
+
+
+def test_models_that_do_not_fit_are_named(config, tmp_path):
+    folder = shutil.copytree(config.model, tmp_path / "own")
+    changed = config.replace(model=str(folder))
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"max_position_embeddings": 8}))
+    with pytest.raises(
+        UserError, match=r"max_tokens: got 592, and a window of \d+ tokens, but .* 8 positions"
+    ):
+        finetune(changed)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-20])
+    with pytest.raises(UserError, match="own': cannot be loaded"):
+        finetune(changed)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = {key: settings[key] for key in settings if key not in ("eos_token", "pad_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="own': its tokenizer has no padding"):
+        finetune(changed)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(config, tmp_path, capsys):
+    (tmp_path / "mine").write_text("notes")
+    with pytest.raises(SystemExit) as raised:
+        run(lambda: finetune(config.replace(output_dir=str(tmp_path / "mine"))))
+    assert raised.value.code == 2
+    assert "mine cannot be written: File exists" in capsys.readouterr().err
 
 
 def test_replace_tower_and_full_depth_train_too(config):

@@ -27,7 +27,7 @@ from train.data.encode import IGNORE, Encoded, TooLongError, encode
 from train.data.layout import Example
 from train.dataset import load_data
 from train.errors import UserError
-from train.files import write_atomic
+from train.files import check_file, write_atomic
 
 DEFAULTS = Path(__file__).parents[1] / "configs" / "demo.yaml"
 CONTEXT, LEARNT, SPEAKER, DROPPED = "bright_black", "bold green", "bold magenta", "strike red"
@@ -120,6 +120,8 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """The command line."""
     arguments = _arguments()
+    if arguments.html:
+        check_file(arguments.html)
     data = [] if arguments.data is None else [f"data={json.dumps(arguments.data)}"]
     config = load_config(arguments.config, [*arguments.overrides, *data])
     found = load_data(config)
