@@ -157,3 +157,10 @@ def test_columns_are_checked(command, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(main)
     assert "columns are those of a CSV transcript" in capsys.readouterr().err
+
+
+def test_names_in_brackets_are_shown(command, transcript):
+    transcript.write_text(transcript.read_text().replace('"Ann"', '"[i]Ann"').replace('"Doc"', '"[red]Doc"'))
+    for shown in (command("--list-speakers", *LOW), command("--responder", "[red]Doc", *LOW)):
+        assert "[red]Doc" in shown
+    assert "[i]Ann" in command("--list-speakers", "--responder", "[red]Doc", *LOW)

@@ -91,6 +91,19 @@ def test_damaged_markdown_names_the_line(tmp_path, text, message):
         read_transcript(write(tmp_path, text, "inn.md"))
 
 
+def test_a_rule_is_not_spoken(tmp_path):
+    text = "---\n## One\n**A:** a\n**B:** b\n\n---\n\n* * *\n## Two\n**A:** c - d\n***\n"
+    scenes = read_transcript(write(tmp_path, text, "show.md"))
+    assert [turn.text for scene in scenes for turn in scene.turns] == ["a", "b", "c - d"]
+
+
+def test_a_json_line_ends_at_the_line_feed_alone(tmp_path):
+    line = '{"scene": "1", "speaker": "%s", "text": "%s"}\r\n'
+    text = line % ("A", "a\u2028b\x85c") + line % ("B", "d")
+    (scene,) = read_transcript(write(tmp_path, text, "show.jsonl"))
+    assert [turn.text for turn in scene.turns] == ["a\u2028b\x85c", "d"]
+
+
 def test_texts_are_joined_as_their_language_does():
     assert join_texts(["a", " ", "b "]) == "a b"
     assert join_texts(["你好。", "再见。"]) == "你好。再见。"

@@ -114,7 +114,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--html", type=Path, help="write a page instead")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the file")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:

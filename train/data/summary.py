@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from train.data.dialogue import Thresholds
@@ -17,7 +18,7 @@ def summary_table(data: MQDialog) -> Table:
     table = _table(title, "querier", *COLUMNS)
     for querier_id, querier in enumerate(data.queriers):
         halves = [[e for e in half if e.querier_id == querier_id] for half in (data.train, data.dev)]
-        table.add_row(querier, *_figures(*halves))
+        table.add_row(escape(querier), *_figures(*halves))
     table.add_section()
     table.add_row("all", *_figures(data.train, data.dev))
     return table
@@ -28,7 +29,7 @@ def overview_table(parts: Sequence[MQDialog]) -> Table:
     table = _table(f"{len(parts)} responders (train / dev)", "responder", "queriers", "clusters", *COLUMNS)
     for data in parts:
         counts = str(len(data.queriers)), str(data.num_clusters)
-        table.add_row(data.responder, *counts, *_figures(data.train, data.dev))
+        table.add_row(escape(data.responder), *counts, *_figures(data.train, data.dev))
     return table
 
 
@@ -43,7 +44,7 @@ def speakers_table(speakers: Sequence[Speaker], thresholds: Thresholds) -> Table
     )
     for speaker in qualified:
         counts = speaker.turns, len(speaker.queriers), speaker.dialogues, len(speaker.pairs)
-        table.add_row(speaker.name, *map(str, counts))
+        table.add_row(escape(speaker.name), *map(str, counts))
     return table
 
 
@@ -55,12 +56,13 @@ def pairs_table(speaker: Speaker, thresholds: Thresholds) -> Table:
     )
     table = _table(title, "who asks", "turns", "dialogues", "querier")
     for pair in speaker.pairs:
-        table.add_row(pair.querier, str(pair.turns), str(pair.dialogues), "yes" if pair.has_enough else "no")
+        answer = "yes" if pair.has_enough else "no"
+        table.add_row(escape(pair.querier), str(pair.turns), str(pair.dialogues), answer)
     return table
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=escape(title))
     table.add_column(first)
     for column in columns:
         table.add_column(column, justify="right")

@@ -3,7 +3,7 @@
 JSON lines: ``{"scene": str, "speaker": str, "text": str}``; neighbouring lines of one scene belong together.
 
 Markdown: a heading opens a scene, ``**Speaker:** text`` a turn, which goes on over the lines that follow; a
-line that is ``*one emphasis*`` is a stage direction, and is left out.
+line that is ``*one emphasis*`` is a stage direction, and is left out, as is a rule (``---``).
 
 CSV: a header that names the same three columns, or others that stand for them.
 """
@@ -24,6 +24,7 @@ MARKDOWN = (".md", ".markdown")
 CSV = ".csv"
 HEADING = re.compile(r"#{1,6}[ \t]+(.+)")
 SPEECH = re.compile(r"\*\*\s*([^*]+?)\s*(?:[:：]\s*\*\*|\*\*\s*[:：])\s*(.*)")
+RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
 DIRECTION = re.compile(r"([*_])(?!\1)[^*_]+\1")
 
 
@@ -42,7 +43,7 @@ def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         return _csv_rows(path, text, columns)
     if columns:
         raise UserError(f"{path}: only a CSV file has columns to name, got {', '.join(columns.values())}")
-    lines = enumerate(text.splitlines(), start=1)
+    lines = enumerate(text.split("\n"), start=1)  # not splitlines: a JSON text may hold U+2028
     return _markdown_rows(path, lines) if suffix in MARKDOWN else _json_rows(path, lines)
 
 
@@ -85,6 +86,8 @@ def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row
     """(scene, speaker, text) of every line; scenes are numbered, so that equal headings stay apart."""
     scene, speaker, number_of_scenes = path.stem, None, 0
     for number, line in ((number, line.strip()) for number, line in lines):
+        if RULE.fullmatch(line):
+            continue
         heading, speech = HEADING.fullmatch(line), SPEECH.fullmatch(line)
         if heading:
             number_of_scenes += 1
