@@ -189,11 +189,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"override '{override}': expected key=value")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"override '{override}': the value is not valid YAML") from error
+        values[key] = override_value(override, value)
     return config_from(values, str(path))
+
+
+def override_value(override: str, value: str) -> Any:
+    """The YAML value of ``override``; ``UserError`` naming it where there is none."""
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}': the value is not valid YAML") from error
 
 
 def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--planted", type=Path, default=Path("train/configs/planted.yaml"))
     parser.add_argument("--responder", default="Falstaff", help="who answers, in all plays")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of --config")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.disable_progress_bar()  # of loading weights; the stages have bars of their own
     config = load_config(arguments.config, arguments.overrides)

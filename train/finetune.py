@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan, time a few steps, and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO if ranks.is_main() else logging.ERROR, format="%(message)s")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:

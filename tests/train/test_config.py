@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from train import finetune
 from train.cli import positive_int
 from train.config import TrainConfig, load_config
 from train.data import build, show
@@ -107,6 +108,16 @@ def test_counts_of_the_data_tools(module, option, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         module.main()
     assert f"{option}: got -5, expected a whole number" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(monkeypatch):
+    line = ["finetune", "--config", "any.yaml", "data=d", "--resume", "epochs=3"]
+    monkeypatch.setattr(sys, "argv", line)
+    started = {}
+    monkeypatch.setattr(finetune, "load_config", lambda path, overrides: overrides)
+    monkeypatch.setattr(finetune, "finetune", lambda config, resume: started.update({resume: config}))
+    finetune.main()
+    assert started == {True: ["data=d", "epochs=3"]}
 
 
 def test_missing_file_and_bad_override(tmp_path):

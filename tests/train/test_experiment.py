@@ -88,6 +88,8 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
         ("methods={ft: {seed: 3}}", "'seed' is set for each cell"),
         ("train.epochs=no", "method 'zero_shot': key 'epochs'"),
         ("other.epochs=1", "expected key=value or train.key=value"),
+        ("train.epochs=[", "override 'train.epochs=[': the value is not valid YAML"),
+        ("output_dir=5", "key 'output_dir': got 5, expected a path"),
         ("epochs", "expected key=value"),
     ],
 )

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file of train/configs/experiments")
     parser.add_argument("--results", type=Path, help="folder of the table (default: the output_dir)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of the file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.logging.disable_progress_bar()
     experiment = load_experiment(arguments.config, arguments.overrides)

@@ -8,9 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from train.config import TrainConfig, config_from
+from train.config import TrainConfig, config_from, override_value
 from train.data.dialogue import PLAY_THRESHOLDS
 from train.data.prepare import PLAYS, PrepareConfig, prepare
 from train.errors import UserError
@@ -128,7 +126,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if dot and group != "train":
         raise UserError(f"override '{override}': expected key=value or train.key=value")
     target = values.setdefault("train", {}) if dot else values
-    target[inner or group] = yaml.safe_load(value)
+    target[inner or group] = override_value(override, value)
 
 
 def _checked(values: dict[str, Any], path: Path) -> Experiment:
@@ -139,6 +137,8 @@ def _checked(values: dict[str, Any], path: Path) -> Experiment:
     for key in ("output_dir", "train", "methods"):
         if key not in values:
             raise UserError(f"{path}: key '{key}' is missing")
+    if not isinstance(values["output_dir"], str):
+        raise UserError(f"{path}: key 'output_dir': got {values['output_dir']!r}, expected a path")
     for key in ("train", "methods"):
         if not isinstance(values[key], dict) or not values[key]:
             raise UserError(f"{path}: key '{key}': got {values[key]!r}, expected a mapping")
