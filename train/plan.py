@@ -16,7 +16,6 @@ It is an estimate: it knows nothing of the allocator, of communication buffers a
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -34,7 +33,7 @@ from train.config import TrainConfig
 from train.data.layout import MQDialog
 from train.data.summary import num_dialogues
 from train.dataset import load_data
-from train.files import read_text
+from train.files import read_json
 from train.finetune import Prepared, make_trainer, prepare
 from train.trained import is_querier_part
 
@@ -129,8 +128,7 @@ def _activations(prepared: Prepared, config: TrainConfig) -> float:
 def _zero_stage(config: TrainConfig) -> int:
     if config.deepspeed is None:
         return 0
-    settings = json.loads(read_text(Path(config.deepspeed)))
-    return settings.get("zero_optimization", {}).get("stage", 0)
+    return read_json(Path(config.deepspeed), ()).get("zero_optimization", {}).get("stage", 0)
 
 
 def num_steps(config: TrainConfig, windows: int) -> int:

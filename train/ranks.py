@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from train.errors import UserError
+from train.files import read_json
 
 TIMEOUT = timedelta(minutes=30)  # rank 0 may run the frozen layers over all windows while the others wait
 _LAUNCH = "start with torchrun --nproc-per-node N -m train.finetune, or deepspeed train/finetune.py"
@@ -35,12 +37,14 @@ def start(deepspeed: str | None) -> None:
     is built whole on every rank (and converted, and cut) and ZeRO-3 shards it when training starts.
 
     Raises:
-        UserError: if DeepSpeed is asked for without its package or a launcher, or if one process would
-            have to serve several GPUs.
+        UserError: if DeepSpeed is asked for without its package, a readable file or a launcher, or if one
+            process would have to serve several GPUs.
     """
     cards = torch.cuda.device_count()
     if deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise UserError("deepspeed: the package is not installed (pip install '.[deepspeed]')")
+    if deepspeed is not None:
+        read_json(Path(deepspeed), ())
     if deepspeed is not None and not launched():
         raise UserError(f"deepspeed: there is no launcher; {_LAUNCH}")
     if cards > 1 and not launched():

@@ -167,6 +167,15 @@ def test_deepspeed_launcher(config, tmp_path, request):
 
 
 @needs_deepspeed
+def test_a_deepspeed_file_that_cannot_be_read_is_named(config, tmp_path):
+    with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
+        finetune(config.replace(deepspeed=str(tmp_path / "absent.json")))
+    (tmp_path / "cut.json").write_text('{"zero_optimization": ')
+    with pytest.raises(UserError, match=r"cut\.json:1: damaged JSON"):
+        finetune(config.replace(deepspeed=str(tmp_path / "cut.json")))
+
+
+@needs_deepspeed
 def test_deepspeed_without_a_launcher_is_refused(config):
     with pytest.raises(UserError, match="deepspeed: there is no launcher; start with torchrun"):
         finetune(as_two_ranks(config, "zero2"))
