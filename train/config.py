@@ -61,7 +61,8 @@ class TrainConfig:
         expert_learning_rate, expert_weight_decay: for the experts and the contrastive heads.
         warmup_ratio: share of all steps.
         windows: ``every_reply``, the paper's: one window per reply, which repeats most of a dialogue; or
-            ``covering``: as few of them as hold every reply.
+            ``covering``: as few of them as hold every reply before ``max_tokens`` drops old turns, so that
+            dialogues longer than that lose some.
         validation: share of the training dialogues that are held back, to keep the state of the epoch that
             answers them best; 0 trains on all and keeps the last state.
         batching: ``packed`` puts a batch's windows one behind the other (no padding, the same loss);

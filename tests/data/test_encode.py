@@ -99,11 +99,10 @@ def test_prompt_is_the_training_text_up_to_the_reply(example, make_tokenizer, ch
     assert prompt == found.input_ids[: found.prompt_length]
 
 
-def test_last_only_learns_the_last_reply_but_pools_all(example, make_tokenizer):
+def test_reply_labels_are_of_the_last_reply(example, make_tokenizer):
     tokenizer = make_tokenizer()
-    found = encode(example, tokenizer, style="qwen", supervise="last")
-    assert learnt(tokenizer, found.labels) == [*VERY, E]
-    assert found.response_mask == encode(example, tokenizer, style="qwen").response_mask
+    found = encode(example, tokenizer, style="qwen")
+    assert learnt(tokenizer, found.reply_labels) == [*VERY, E]
 
 
 @pytest.mark.parametrize("style", ["llama3", "qwen", "plain", "chat"])

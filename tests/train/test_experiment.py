@@ -84,6 +84,7 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
         ("queriers=Hamlet", "key 'queriers': got 'Hamlet', expected a list of names"),
         ("generated=0", "key 'generated': got 0"),
         ("pairs=[[qar, control]]", "'control' is none of the methods"),
+        ("methods={a_vs_b: {}}", "joins two methods"),
         ("methods={ft: {methd: ft}, qar: {}}", "method 'ft': unknown key 'methd'; did you mean 'method'?"),
         ("methods={ft: {seed: 3}}", "'seed' is set for each cell"),
         ("train.epochs=no", "method 'zero_shot': key 'epochs'"),

@@ -64,11 +64,22 @@ def test_rouge_chinese_characters_and_words_differ():
 def test_tokens_are_chosen_by_the_letters_of_the_reference():
     assert tokens_for(["OK, 我们走吧。"]) == "character"
     assert tokens_for(["He said 你好 to them."]) == tokens_for([]) == tokens_for(["1, 2."]) == "word"
+    assert tokens_for(["ここにいる"]) == "character"
+    assert tokens_for(["Привет, мир"]) == tokens_for(["안녕하세요 여러분"]) == "unicode"
     assert rouge("喜欢我们", "我们喜欢") == rouge("喜欢我们", "我们喜欢", "character")
 
 
+def test_words_of_other_scripts():
+    assert rouge("привет, друзья", "Привет, мир")["rouge1"] == pytest.approx(1 / 2)
+    assert rouge("привет, друзья", "привет, мир", compat="rouge-1.0.0")["rouge1"] == pytest.approx(
+        1 / 2, abs=1e-6
+    )
+    assert sentence_bleu("Привет, друзья", "Привет, мир", "unicode")["bleu1"] == pytest.approx(2 / 3)
+    assert distinct(["мир Мир дом"], "unicode")["distinct1"] == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("compat", [None, "rouge-1.0.0"])
-@pytest.mark.parametrize("tokens", ["word", "character", "jieba"])
+@pytest.mark.parametrize("tokens", ["word", "unicode", "character", "jieba"])
 @pytest.mark.parametrize("prediction", ["", "  \n", "..."])
 def test_an_empty_prediction_scores_zero(tokens, prediction, compat):
     assert set(rouge(prediction, "好 good", tokens, compat).values()) == {0.0}

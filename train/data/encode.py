@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 IGNORE = -100
 MAX_TOKENS = 592
 Style = Literal["auto", "chat", "llama3", "qwen", "plain"]
-Supervise = Literal["all", "last"]
 Render = Callable[[Sequence[Turn], str], Rendered]
 
 
@@ -68,17 +67,14 @@ def encode(
     max_tokens: int = MAX_TOKENS,
     names_in_prompt: bool = True,
     style: Style = "auto",
-    supervise: Supervise = "all",
 ) -> Encoded:
     """Token ids and labels of ``example``.
 
     ``style`` "auto" is the tokenizer's chat template if it has one, else the reference's format that its
-    special tokens belong to, else plain "Name: text" lines. ``supervise`` "all" learns every reply in the
-    window, "last" only the last one. Raises ``TooLongError`` if the reply alone (in a chat: and its query)
-    exceeds ``max_tokens``, ``UserError`` for a tokenizer that cannot write the style.
+    special tokens belong to, else plain "Name: text" lines. Every reply in the window is learnt. Raises
+    ``TooLongError`` if the last reply alone (in a chat: and its query) exceeds ``max_tokens``, ``UserError``
+    for a tokenizer that cannot write the style.
     """
-    if supervise not in ("all", "last"):
-        raise UserError(f"supervise is '{supervise}', expected 'all' or 'last'")
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, example.responder, names_in_prompt)
     room = _Room(example.responder, render, lambda rendered: len(rendered.ids), max_tokens)
@@ -86,10 +82,9 @@ def encode(
     if fitted is None:
         raise TooLongError(f"example '{example.id}': the reply does not fit into {max_tokens} tokens")
     found = fitted.rendered
-    first = found.prompt_length if supervise == "last" else 0
     return Encoded(
         found.ids,
-        _labels(found.ids, found.mask, first),
+        _labels(found.ids, found.mask, 0),
         found.mask,
         example.querier_id,
         example.cluster_id,

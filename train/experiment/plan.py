@@ -172,6 +172,8 @@ def _pair(pair: Any, methods: dict[str, Any], path: Path) -> tuple[str, str]:
 
 def _method(name: str, changes: Any, path: Path) -> Method:
     changes = {} if changes is None else changes
+    if "_vs_" in str(name):
+        raise UserError(f"{path}: method '{name}': '_vs_' joins two methods' names in the results")
     if not isinstance(changes, dict):
         raise UserError(f"{path}: method '{name}': got {changes!r}, expected a mapping of keys to values")
     changes = dict(changes)

@@ -56,5 +56,5 @@ def _prepared(texts: Sequence[str], tokens: Tokens) -> list[str]:
 
 @cache
 def _bleu(order: int, tokens: Tokens, one_reply: bool) -> BLEU:
-    tokenizer = {"word": "13a", "character": "char", "jieba": "none"}[checked(tokens)]
+    tokenizer = {"word": "13a", "unicode": "intl", "character": "char", "jieba": "none"}[checked(tokens)]
     return BLEU(max_ngram_order=order, tokenize=tokenizer, smooth_method="exp", effective_order=one_reply)

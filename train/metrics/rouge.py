@@ -22,8 +22,9 @@ def rouge(
     """F-measures in [0, 1] of one reply; an empty one scores 0.
 
     Args:
-        tokens: ``word`` (lower-case, stemmed), ``character`` (the paper's, for Chinese) or ``jieba`` (words
-            of Chinese); None chooses by the letters of ``reference``, see :func:`tokens_for`.
+        tokens: ``word`` (lower-case, stemmed), ``unicode`` (lower-case words of any script), ``character``
+            (the paper's, for Chinese) or ``jieba`` (words of Chinese); None chooses by the letters of
+            ``reference``, see :func:`tokens_for`.
         compat: ``rouge-1.0.0`` counts as that package does (see :mod:`train.metrics.rouge_100`): the paper's
             numbers come from it.
 
@@ -35,7 +36,7 @@ def rouge(
         if compat != "rouge-1.0.0":
             raise UserError(f"compat: expected 'rouge-1.0.0' or none, got {compat!r}")
         spaced = (prediction, reference)
-        if tokens != "word":
+        if tokens in ("character", "jieba"):
             spaced = tuple(" ".join(tokenise(text, tokens)) for text in spaced)
         return dict(zip(ROUGE_KEYS, rouge_100.f_measures(*spaced), strict=True))
     scores = _scorer(tokens).score(reference, prediction)

@@ -12,17 +12,23 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 from train.errors import UserError
 
-Tokens = Literal["word", "character", "jieba"]
+Tokens = Literal["word", "unicode", "character", "jieba"]
 
-CHINESE = re.compile(r"[㐀-鿿豈-﫿\U00020000-\U0003ffff]")
+UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 LETTER = re.compile(r"[^\W\d_]")
+WORD = re.compile(r"\w+")
 
 
 def tokens_for(texts: Iterable[str]) -> Tokens:
-    """``character``, the paper's for Chinese, where most letters of ``texts`` are Chinese; else ``word``."""
+    """By what most letters of ``texts`` are.
+
+    ``character``, the paper's for Chinese, where they are Chinese or Japanese; ``word`` where they are plain
+    Latin ones; ``unicode`` for other scripts, of which rouge-score's words would leave nothing.
+    """
     letters = [letter for text in texts for letter in LETTER.findall(text)]
-    chinese = sum(bool(CHINESE.match(letter)) for letter in letters)
-    return "character" if 2 * chinese > len(letters) else "word"
+    if 2 * sum(bool(UNSPACED.match(letter)) for letter in letters) > len(letters):
+        return "character"
+    return "word" if 2 * sum(map(str.isascii, letters)) >= len(letters) else "unicode"
 
 
 def checked(tokens: str) -> Tokens:
@@ -33,9 +39,14 @@ def checked(tokens: str) -> Tokens:
 
 
 def tokenise(text: str, tokens: Tokens) -> list[str]:
-    """``word``: lower-case runs of Latin letters and digits; otherwise all pieces but white space."""
+    """``word``: lower-case runs of plain Latin letters and digits; ``unicode``: of any letters and digits.
+
+    The others: all pieces but white space.
+    """
     if tokens == "word":
         return DefaultTokenizer(use_stemmer=False).tokenize(text)
+    if tokens == "unicode":
+        return WORD.findall(text.casefold())
     split = _jieba_split() if tokens == "jieba" else list
     return [piece for piece in split(text) if not piece.isspace()]
 
