@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from tiny_models import EXPERTS, FAMILIES, QUERIER_IDS, TOWERS, aware_model, left_padded_batch, training_batch
+from tiny_models import (
+    EXPERTS,
+    FAMILIES,
+    QUERIER_IDS,
+    TOWERS,
+    aware_model,
+    left_padded_batch,
+    plain_model,
+    training_batch,
+)
 from transformers import DynamicCache
 
-from qar_models import queriers
+from qar_models import QARConfig, apply_qar, queriers
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -44,6 +53,18 @@ def test_cached_equals_uncached(tower, first_expert_layer, settings):
     assert torch.equal(
         generate(model, batch, **settings), generate(model, batch, **uncached, use_cache=False)
     )
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_plain_model_drafts(tower):
+    """Speculative decoding; without experts the draft ignores who asks, and the answer does not change."""
+    model = aware_model(tower=tower)
+    plain = plain_model()
+    nothing = QARConfig(num_queriers=5, first_expert_layer=plain.config.num_hidden_layers)
+    draft = apply_qar(plain, nothing)
+    prompt = {name: tensor[1:2] for name, tensor in left_padded_batch().items()}
+    expected = generate(model, prompt, QUERIER_IDS[1:2])
+    assert torch.equal(generate(model, prompt, QUERIER_IDS[1:2], assistant_model=draft), expected)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
