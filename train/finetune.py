@@ -39,7 +39,7 @@ from train.files import write_atomic
 from train.layers import upper_part
 from train.packing import PackingCollator, use_packed_attention
 from train.report.run_page import write_run_page
-from train.run_file import check_continues, write_run
+from train.run_file import check_continues, check_finished, write_run
 from train.trained import TRAINED, build, first_trained_layer, read_about, save_trained
 from train.trainer import QARTrainer
 from train.validation import KeepBest, discard_best
@@ -62,7 +62,7 @@ class Prepared:
 def finetune(config: TrainConfig, resume: bool = False) -> Path:
     """Train, and return the folder with the trained parts (``<output_dir>/trained``).
 
-    A finished run with the same configuration is returned as it is.
+    A finished run with the same configuration and data is returned as it is.
 
     Raises:
         UserError: what is wrong with the data, the model or the configuration, before any training; a
@@ -71,6 +71,7 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     """
     folder = Path(config.output_dir) / TRAINED_FOLDER
     if _is_finished(folder, config):
+        check_finished(config, load_data(config).data)
         logger.info("%s is there already", folder)
         return folder
     ranks.start(config.deepspeed)

@@ -32,11 +32,21 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 def check_continues(config: TrainConfig, data: MQDialog) -> None:
     """``UserError`` naming the first of settings, data and ranks that is not as the run was started."""
+    _compare(config, data, FREE)
+
+
+def check_finished(config: TrainConfig, data: MQDialog) -> None:
+    """The same for a finished run, which any number of ranks may ask for; one without its file passes."""
+    if (Path(config.output_dir) / RUN).is_file():
+        _compare(config, data, (*FREE, "ranks"))
+
+
+def _compare(config: TrainConfig, data: MQDialog, free: tuple[str, ...]) -> None:
     folder = Path(config.output_dir)
     started, about = read_run(folder)
     before, now = started.to_dict() | about, config.to_dict() | _beside_config(data)
     for key in now:
-        if key not in FREE and key in before and before[key] != now[key]:
+        if key not in free and key in before and before[key] != now[key]:
             raise UserError(
                 f"{folder / RUN}: the run was started with {key}={before[key]!r:.80}, got {now[key]!r:.80}; "
                 "another output_dir starts anew"

@@ -20,6 +20,7 @@ from train import checkpoints, plan, run_file
 from train import finetune as module
 from train.checkpoints import BUILDING, SEAL, damage, last_checkpoint, make_room, seal
 from train.consolidate import consolidate
+from train.dataset import RunData
 from train.errors import UserError
 from train.finetune import finetune
 from train.onboard import onboard
@@ -232,6 +233,18 @@ def test_a_finished_run_leaves_its_curves(finished):
     wanted = {"lm_loss", "contrastive_loss", "grad_norm", "learning_rate", "expert_learning_rate"}
     assert wanted | {"tokens_per_second"} <= row.keys()
     assert row["loss"] == pytest.approx(row["lm_loss"] + 0.5 * row["contrastive_loss"], rel=1e-5)
+
+
+def test_a_finished_run_is_not_taken_for_one_on_other_data(config, tiny_data, monkeypatch):
+    folder = finetune(config)
+    monkeypatch.setattr(run_file.ranks, "world_size", lambda: 2)  # of them any number may ask
+    assert finetune(config) == folder
+    changed = dataclasses.replace(tiny_data, train=tiny_data.train[1:])
+    monkeypatch.setattr(module, "load_data", lambda config: RunData(changed, []))
+    with pytest.raises(UserError, match="started with training_windows="):
+        finetune(config)
+    (Path(config.output_dir) / RUN).unlink()
+    assert finetune(config) == folder
 
 
 def test_resume_refuses_another_run(config, tiny_data, monkeypatch):
