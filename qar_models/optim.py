@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qar_kernels.triton.configs import has_kernels
-from qar_models.row_sparse import rows_of
+from qar_models.row_sparse import row_sparse, rows_of
 
 
 class RowSparseAdamW(torch.optim.AdamW):
@@ -58,11 +58,11 @@ class RowSparseAdamW(torch.optim.AdamW):
         state_steps: list[Tensor],
     ) -> bool:
         lists = (params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-        sparse = [p for p in group["params"] if p.grad is not None and p.grad.is_sparse]
-        others = [p for p in group["params"] if p.grad is None or not p.grad.is_sparse]
+        sparse = [p for p in group["params"] if self._has_rows(p)]
+        others = [p for p in group["params"] if not self._has_rows(p)]
         has_complex = super()._init_group({**group, "params": others}, *lists)
         for parameter in sparse:
-            ids, d_rows = rows_of(parameter.grad)
+            ids, d_rows = rows_of(parameter.grad if parameter.grad.is_sparse else _all_rows(parameter.grad))
             state = self._state_of(parameter, group)
             if group["fused"] and has_kernels(parameter.device) and parameter.dtype != torch.float64:
                 self._launch(parameter, ids, d_rows, state, group)
@@ -77,6 +77,13 @@ class RowSparseAdamW(torch.optim.AdamW):
                 exp_avg_sqs.append(state["exp_avg_sq"][row])
                 state_steps.append(state["step"][row])
         return has_complex
+
+    def _has_rows(self, parameter: nn.Parameter) -> bool:
+        """Whether rows are counted one by one: here and now, or in the state that a dense gradient meets."""
+        if parameter.grad is None:
+            return False
+        step = self.state.get(parameter, {}).get("step")
+        return parameter.grad.is_sparse or (isinstance(step, Tensor) and step.dim() == 1)
 
     def _launch(
         self,
@@ -108,11 +115,14 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     def _state_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[parameter]
-        if not state:
+        if "step" not in state or state["step"].dim() == 0:
+            # none, or that of dense gradients, which had every row
             weights = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
             device = parameter.device if group["fused"] or group["capturable"] else "cpu"
-            state["step"] = torch.zeros(len(parameter), device=device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
+            step = state.get("step", torch.zeros(())).to(device, torch.float32)
+            state["step"] = step.expand(len(parameter)).clone()
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(weights.dtype) if name in state else torch.zeros_like(weights)
             if weights.dtype != parameter.dtype:
                 state["master"] = weights
         return state
@@ -133,3 +143,8 @@ class RowSparseAdamW(torch.optim.AdamW):
             values = state_dict["state"].get(index, {})
             if "master" in values:
                 self.state[parameter] = {name: value.to(parameter.device) for name, value in values.items()}
+
+
+def _all_rows(gradient: Tensor) -> Tensor:
+    """A dense gradient as a row-sparse one with every row."""
+    return row_sparse(torch.arange(len(gradient), device=gradient.device), gradient, gradient.shape)

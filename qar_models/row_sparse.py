@@ -47,7 +47,7 @@ class _TakeRows(torch.autograd.Function):
                 "row-sparse gradients: their gradients (create_graph=True) are not implemented"
             )
         (ids,) = ctx.saved_tensors
-        return None, *(_row_sparse(ids, rows, shape) for rows, shape in zip(d_rows, ctx.shapes, strict=True))
+        return None, *(row_sparse(ids, rows, shape) for rows, shape in zip(d_rows, ctx.shapes, strict=True))
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def average_row_gradients(parameters: Iterable[nn.Parameter]) -> None:
         else:
             ids, rows = rows_of(parameter.grad)
         rows, ids = gather_batch(rows[None] / dist.get_world_size(), ids)
-        parameter.grad = _row_sparse(ids, rows[0], parameter.shape).coalesce() if ids.shape[0] else None
+        parameter.grad = row_sparse(ids, rows[0], parameter.shape).coalesce() if ids.shape[0] else None
 
 
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -98,7 +98,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
             continue
         if gradient.is_sparse:
             ids, gradient = rows_of(gradient)
-            parameter.grad = _row_sparse(ids, gradient, parameter.shape)
+            parameter.grad = row_sparse(ids, gradient, parameter.shape)
         values.append(gradient)
     total = torch.nn.utils.get_total_norm(values)
     for value in values:
@@ -106,5 +106,6 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     return total
 
 
-def _row_sparse(ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+def row_sparse(ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of shape ``shape`` with ``rows`` at ``ids`` and nothing elsewhere."""
     return torch.sparse_coo_tensor(ids.unsqueeze(0), rows, shape, check_invariants=False)

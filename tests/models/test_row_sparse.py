@@ -288,3 +288,25 @@ def test_two_ranks_train_as_one(tmp_path):
     for name, parameter in model.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], parameter, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("layouts", [("dense", "sparse"), ("sparse", "dense")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_optimizer_state_moves_between_layouts(layouts, dtype):
+    everybody = batch_of(0, 1, 2) | {"querier_ids": torch.tensor([[0, 1, 2, 3, 4] * 2] * 3)}
+    model, other = (aware_model(expert_gradients=layout).to(dtype).train() for layout in layouts)
+    optimizer = RowSparseAdamW(model.parameters(), **SETTINGS)
+    for _ in range(2):
+        gradients(model, everybody)
+        optimizer.step()
+    other.load_state_dict(model.state_dict())
+    resumed = RowSparseAdamW(other.parameters(), **SETTINGS)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, its in ((model, optimizer), (other, resumed)):
+        gradients(one, everybody)
+        its.step()
+    equal = {"rtol": 0, "atol": 0} if dtype == torch.float32 else {"rtol": 0.05, "atol": 5e-3}
+    for one, another in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, another, **equal)
+    steps = {int(state["step"].max()) for state in resumed.state.values()}
+    assert steps == {3}
