@@ -18,6 +18,7 @@ from qar_models.experts import Experts
 from qar_models.packing import (
     PACKED_ATTENTION,
     check_packed,
+    check_positions,
     general_windows,
     named_bounds,
     repeat_windows,
@@ -158,6 +159,8 @@ class QARModelMixin:
             mask = inputs_embeds.new_empty(1, 1, 1, 1)
         if position_ids is None:
             position_ids = restarting_positions(cu_seq_lens, inputs_embeds.shape[1])
+        elif mask is None:
+            check_positions(position_ids, cu_seq_lens)
         return mask, position_ids
 
     def _packed_bounds(self, cu_seq_lens: Tensor, seq_len: int) -> dict[str, Tensor]:

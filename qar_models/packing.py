@@ -27,6 +27,7 @@ def packed_sdpa(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside every window, one call per window; as "sdpa" where rows are not packed.
@@ -37,6 +38,7 @@ def packed_sdpa(
         query: ``(rows, heads, T, D)``; rows hold the same windows (one row per tower).
         key, value: ``(rows, key heads, T, D)``.
         cu_seq_lens_q: ``(rows * N + 1,)``, bounds of the windows of all rows laid end to end.
+        sliding_window: positions that a token attends to, itself included; default all before it.
 
     Returns:
         ``(rows, T, heads, D)``, and no attention weights.
@@ -52,11 +54,20 @@ def packed_sdpa(
     gqa = query.shape[1] != key.shape[1]
     attended = [
         F.scaled_dot_product_attention(
-            *part, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=gqa
+            *part, **_causal(part[0], sliding_window), scale=scaling, dropout_p=dropout, enable_gqa=gqa
         ).transpose(1, 2)
         for part in parts
     ]
     return torch.cat(attended, dim=1), None
+
+
+def _causal(query: Tensor, sliding_window: int | None) -> dict[str, Any]:
+    """What makes attention within a window causal, and no wider than the layer's sliding window."""
+    length = query.shape[2]
+    if sliding_window is None or length <= sliding_window:
+        return {"is_causal": True}
+    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    return {"attn_mask": ones.tril().triu(1 - sliding_window)}
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_sdpa)
@@ -71,10 +82,12 @@ def check_packed(
     past_key_values: Any,
     use_cache: bool | None,
 ) -> None:
-    """Raise ``ValueError`` for what packed rows cannot be, naming the argument.
+    """Raise ``ValueError`` or ``TypeError`` for what packed rows cannot be, naming the argument.
 
     The values of ``cu_seq_lens`` (N + 1,) are read where that costs no device sync.
     """
+    if not isinstance(cu_seq_lens, Tensor):
+        raise TypeError(f"cu_seq_lens_q: got a {type(cu_seq_lens).__name__}, expected a tensor (N + 1,)")
     if attention_mask is not None or past_key_values is not None or use_cache:
         raise ValueError(
             "attention_mask, past_key_values, use_cache: got a value, expected none of them with packed rows "
@@ -90,6 +103,23 @@ def check_packed(
     bounds = cu_seq_lens.tolist()
     if bounds[0] != 0 or bounds[-1] != seq_len or bounds != sorted(set(bounds)):
         raise ValueError(f"cu_seq_lens_q: got {bounds}, expected ascending bounds from 0 to {seq_len}")
+
+
+def check_positions(position_ids: Tensor, cu_seq_lens: Tensor) -> None:
+    """Raise ``ValueError`` where positions ``(1, T)`` run on from one window into the next.
+
+    transformers' masks are built from positions: such windows would see each other. Values are read where
+    that costs no device sync.
+    """
+    if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    starts = cu_seq_lens[1:-1].long().to(position_ids.device)
+    running = starts[(position_ids[0, starts] - position_ids[0, starts - 1]) == 1].tolist()
+    if running:
+        raise ValueError(
+            f"position_ids: got positions that run on into the windows at {running}, expected each window "
+            "of cu_seq_lens_q to start anew"
+        )
 
 
 def window_of(cu_seq_lens: Tensor, num_tokens: int) -> Tensor:

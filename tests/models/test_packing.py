@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import EXPERTS, QUERIERS, TOWERS, VOCAB, aware_model
+from tiny_models import EXPERTS, QUERIERS, TOWERS, VOCAB, aware_model, plain_model
 
 from qar_models.packing import PACKED_ATTENTION
 
@@ -135,3 +135,32 @@ def test_several_rows_are_refused():
     model, (padded, packed) = aware_model(), batches()
     with pytest.raises(ValueError, match="for 4 rows, expected"):
         model(padded["input_ids"], querier_ids=IDS, cu_seq_lens_q=packed["cu_seq_lens_q"])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", PACKED_ATTENTION])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_layers_with_a_sliding_window(tower, attention):
+    base = plain_model("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)
+    model = aware_model("qwen2", tower, base=base)
+    padded, packed = batches()
+    expected = model(padded["input_ids"], padded["attention_mask"], querier_ids=IDS).logits
+    model.set_attn_implementation(attention)
+    got = model(packed["input_ids"], cu_seq_lens_q=packed["cu_seq_lens_q"], querier_ids=IDS).logits
+    kept = padded["attention_mask"].bool()
+    torch.testing.assert_close(got[0], expected[kept], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_run_on_are_refused_where_masks_come_from_them():
+    model = aware_model()
+    _, packed = batches()
+    inputs = {name: packed[name] for name in ("input_ids", "cu_seq_lens_q", "querier_ids")}
+    restarting = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
+    expected = model(**inputs).logits
+    torch.testing.assert_close(model(**inputs, position_ids=restarting).logits, expected)
+    running = torch.arange(sum(LENGTHS)).unsqueeze(0)
+    with pytest.raises(
+        ValueError, match=r"position_ids: got positions that run on into the windows at \[5, "
+    ):
+        model(**inputs, position_ids=running)
+    model.set_attn_implementation(PACKED_ATTENTION)  # reads the bounds; positions only shift
+    torch.testing.assert_close(model(**inputs, position_ids=running).logits, expected, rtol=1e-3, atol=1e-3)
