@@ -86,7 +86,11 @@ class QARConfig:
             object.__setattr__(self, "unknown_querier", "none" if self.tower == "residual" else "error")
         self._check_choice("unknown_querier", UnknownPolicy)
         if self.querier_names is not None:
-            object.__setattr__(self, "querier_names", tuple(self.querier_names))
+            names = self.querier_names if isinstance(self.querier_names, str) else tuple(self.querier_names)
+            # one name alone is a sequence of strings too: its letters
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"querier_names: got {names!r}, expected a sequence of strings")
+            object.__setattr__(self, "querier_names", names)
         self._check_combinations()
 
     def _check_choice(self, name: str, choices: Any) -> None:

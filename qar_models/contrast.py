@@ -95,7 +95,7 @@ class QuerierContrast(nn.Module):
         """
         self._check(querier_states, response_mask, querier_ids, cluster_ids, cu_seq_lens)
         device = querier_states.device
-        querier_ids, cluster_ids = querier_ids.to(device), cluster_ids.to(device)
+        querier_ids, cluster_ids = (ids.to(device, torch.int64) for ids in (querier_ids, cluster_ids))
         mask = response_mask.to(querier_states)
         weighted = self.norm_role_proj(querier_states) * mask.unsqueeze(-1)
         summed, count = (_sum_sequences(values, cu_seq_lens) for values in (weighted, mask.unsqueeze(-1)))
@@ -185,9 +185,11 @@ class QuerierContrast(nn.Module):
         for name, (tensor, shape) in expected.items():
             if tensor is None:
                 raise ValueError(f"{name}: missing, but the contrastive loss needs it, of shape {shape}")
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: got a {type(tensor).__name__}, expected a tensor of shape {shape}")
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-            if name != "response_mask" and tensor.is_floating_point():
+            if name != "response_mask" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")
         if not torch.compiler.is_compiling():
             self._check_values(response_mask, querier_ids, cluster_ids)

@@ -33,9 +33,12 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
         The same object. With ``tower="residual"`` it computes exactly what it did before, until trained.
 
     Raises:
-        TypeError: if the family is not supported, or others' classes took the place of its own.
+        TypeError: if ``qar`` is no QARConfig, the family is not supported, or others' classes took the place
+            of its own.
         ValueError: if the model is querier-aware already, or the settings do not fit it.
     """
+    if not isinstance(qar, QARConfig):
+        raise TypeError(f"qar: got a {type(qar).__name__}, expected a QARConfig")
     base = _unwrap(model)
     family = family_of(base)
     if type(base) is family.for_causal_lm:

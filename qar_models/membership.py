@@ -34,6 +34,8 @@ class MembershipMixin:
 
     def name_queriers(self, names: Sequence[str]) -> None:
         """Give every querier a (new) name, in order of id."""
+        if isinstance(names, str):
+            raise TypeError(f"names: got {names!r}, expected a sequence of names")
         if len(names) != self.qar.num_queriers:
             raise ValueError(f"names: got {len(names)} names, expected {self.qar.num_queriers}")
         self._set_names(tuple(names))

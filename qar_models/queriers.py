@@ -87,7 +87,7 @@ class TowerMemo:
             return make_towers(qar, querier_ids, *where)
         # what inference mode makes no backward pass can save
         mode = torch.is_inference_mode_enabled()
-        key = (mode, querier_ids.dtype, content, *shape_and_device, list(trained_ids))
+        key = (qar, mode, querier_ids.dtype, content, *shape_and_device, list(trained_ids))
         last_key, _, towers = self._last
         if key != last_key:
             towers = make_towers(qar, querier_ids, *where)
@@ -162,6 +162,7 @@ def _checked_ids(querier_ids: Tensor | None, qar: QARConfig, shapes: list[tuple[
     if ids.shape not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"querier_ids: got shape {tuple(ids.shape)}, expected {expected}")
+    ids = ids.long()  # comparisons with -1 or a count beyond a short type's range would wrap around
     _check_values(ids, qar)
     return ids
 

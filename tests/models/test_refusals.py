@@ -162,3 +162,37 @@ def test_config_round_trip_and_unknown_keys():
     assert config.unknown_querier == "error" and qar_config().unknown_querier == "none"
     with pytest.raises(ValueError, match=r"got unknown keys \['rank'\], expected keys of \['backend'"):
         QARConfig.from_dict({**config.to_dict(), "rank": 4})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_ids_of_short_types_are_ids(dtype):
+    model = apply_qar(plain_model(), QARConfig(num_queriers=200, expert_rank=8))
+    ids = torch.tensor([100, 0, 3])
+    batch = left_padded_batch()
+    expected = model(**batch, querier_ids=ids).logits
+    assert torch.equal(model(**batch, querier_ids=ids.to(dtype)).logits, expected)
+
+
+def test_short_ids_in_the_contrastive_loss(model):
+    batch = training_batch() | {"response_mask": torch.ones(3, 10), "cluster_ids": torch.tensor([0, 1, 0])}
+    short = batch | {name: batch[name].to(torch.int8) for name in ("querier_ids", "cluster_ids")}
+    torch.testing.assert_close(model(**short).loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize("names", ["abc", (1, 2, 3), ("a", "b", None)])
+def test_names_are_strings(names):
+    with pytest.raises(TypeError, match=r"querier_names: got .* expected a sequence of strings"):
+        QARConfig(num_queriers=3, querier_names=names)
+
+
+def test_what_is_no_config_and_no_tensor_is_named(model):
+    with pytest.raises(TypeError, match="qar: got a dict, expected a QARConfig"):
+        apply_qar(plain_model(), {"num_queriers": 3})
+    batch = training_batch() | {"response_mask": torch.ones(3, 10), "cluster_ids": torch.tensor([0, 1, 0])}
+    for name in ("labels", "response_mask", "cluster_ids"):
+        with pytest.raises(TypeError, match=f"{name}: got a list, expected"):
+            model(**batch | {name: batch[name].tolist()})
+    with pytest.raises(TypeError, match="cu_seq_lens_q: got a list, expected a tensor"):
+        model(batch["input_ids"][:1], cu_seq_lens_q=[0, 10], querier_ids=QUERIER_IDS[:1])
+    with pytest.raises(TypeError, match=r"cluster_ids: got dtype torch\.bool"):
+        model(**batch | {"cluster_ids": batch["cluster_ids"].bool()})

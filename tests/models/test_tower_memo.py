@@ -1,5 +1,6 @@
 """Rows are grouped once for as long as the same people ask."""
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -70,3 +71,16 @@ def test_generation_groups_the_rows_of_prompt_and_answer_once(monkeypatch):
             torch.randint(3, 60, (2, 5)), querier_ids=torch.tensor([0, 1]), max_new_tokens=6, min_new_tokens=6
         )
         assert len(made) == 2, on_host
+
+
+def test_other_queriers_or_policies_are_grouped_anew():
+    model = aware_model(querier_names=tuple("ABCDE"))
+    input_ids, ids = torch.tensor([[5, 6, 7]]), torch.tensor([4])
+    model(input_ids, querier_ids=ids)
+    model.remove_queriers("B")
+    with pytest.raises(ValueError, match="querier_ids: got 4, expected ids from -1 to 3"):
+        model(input_ids, querier_ids=ids)
+    model(input_ids, querier_ids=-torch.ones(1, dtype=torch.int64))
+    model.set_qar(dataclasses.replace(model.qar, unknown_querier="error"))
+    with pytest.raises(ValueError, match="unknown_querier='error'"):
+        model(input_ids, querier_ids=-torch.ones(1, dtype=torch.int64))
