@@ -87,6 +87,9 @@ class QARForCausalLMMixin(MembershipMixin):
                     f"checkpoint: {problem} {keys[0]} and {len(keys) - 1} more, tower={model.qar.tower!r} "
                     f"and experts={model.qar.experts!r}; a plain model loads with from_base"
                 )
+        if "contrast.norm_role_proj.weight" in info["missing_keys"]:
+            # the loss starts afresh, as after apply_qar
+            model.contrast.norm_role_proj.load_state_dict(model.model.norm.state_dict())
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -215,6 +218,8 @@ class QARForCausalLMMixin(MembershipMixin):
 
 def _checked_labels(labels: Tensor, hidden_states: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
     """``(B, S)`` int64 on the states' device; a packed window's first token is predicted by nothing."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: got a {type(labels).__name__}, expected an integer tensor (B, S)")
     if labels.shape != hidden_states.shape[:2]:
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, expected {tuple(hidden_states.shape[:2])} (B, S)"

@@ -216,3 +216,15 @@ def test_settings_may_be_given_anew_when_a_model_is_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     other = dataclasses.replace(model.qar, expert_scale=0.5)
     assert type(model).from_pretrained(tmp_path, qar=other).qar == other
+
+
+def test_a_contrastive_loss_that_is_turned_on_later_starts_as_after_apply_qar(tmp_path):
+    base = plain_model()
+    with torch.no_grad():
+        base.model.norm.weight.normal_(1, 0.5)
+    aware_model(base=base).save_pretrained(tmp_path)
+    settings = qar_config(num_clusters=2, memory_size=3, projection_dim=8)
+    model = QARLlamaForCausalLM.from_pretrained(tmp_path, qar=settings)
+    assert torch.equal(model.contrast.norm_role_proj.weight, base.model.norm.weight)
+    assert model.contrast.norm_role_proj.weight is not model.model.norm.weight
+    assert not model.contrast.memory.any() and not model.contrast.writes.any()
