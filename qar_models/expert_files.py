@@ -41,7 +41,7 @@ class Base:
 
     Attributes:
         names: hash of the tower and of their names and shapes.
-        dtype: the coarsest of theirs, such as ``"bfloat16"``.
+        dtype: the coarsest floating-point one of theirs, such as ``"bfloat16"``.
         sample: a few values of each, in float32.
     """
 
@@ -60,7 +60,9 @@ class Base:
         ]
         shapes = [[name, list(parameter.shape)] for name, parameter in parameters]
         names = hashlib.sha256(json.dumps([model.qar.tower, shapes]).encode()).hexdigest()
-        coarsest = max({parameter.dtype for _, parameter in parameters}, key=lambda d: torch.finfo(d).eps)
+        floating = {parameter.dtype for _, parameter in parameters if parameter.is_floating_point()}
+        # quantised weights are integers, and exact
+        coarsest = max(floating, key=lambda d: torch.finfo(d).eps)
         samples = [_sample(parameter).cpu().float() for _, parameter in parameters]
         return cls(names, str(coarsest).removeprefix("torch."), torch.cat(samples))
 
@@ -116,11 +118,12 @@ def load(
     if not (folder / INDEX).is_file():
         raise ValueError(f"folder: got {folder}, expected a folder with {INDEX}, written by save_experts")
     files = _read_index(folder, Base.of(model))["queriers"]
-    unknown = [name for name in names or () if name not in files]
-    if unknown:
+    names = list(files) if names is None else names
+    unknown = [name for name in names if name not in files]
+    if unknown or not names:
         raise ValueError(f"queriers: got {unknown}, expected names of {sorted(files)}")
     expected = {key: tensor.shape for key, tensor in rows(model, 0).items()}
-    return {name: _read(folder / files[name], name, expected) for name in names or files}
+    return {name: _read(folder / files[name], name, expected) for name in names}
 
 
 def _bank_key(key: str) -> str:
@@ -133,7 +136,10 @@ def _read_index(folder: Path, base: Base) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         found = Base.from_json(index["base"])
-    except (ValueError, LookupError, TypeError) as error:
+        torch.finfo(getattr(torch, found.dtype))
+        if not all(isinstance(file, str) for file in dict(index["queriers"]).values()):
+            raise TypeError("queriers: expected names of files")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected what save_experts writes; it is damaged ({error})") from error
     if not found.fits(base):
         kind = "other values" if found.names == base.names else "another architecture, tower or adapters"

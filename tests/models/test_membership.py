@@ -401,3 +401,43 @@ def test_unknown_names_and_folders_are_refused(tmp_path):
         model.load_experts(tmp_path, ["Howard"])
     with pytest.raises(ValueError, match=r"names: got \['Stuart'\]"):
         model.save_experts(tmp_path, ["Stuart"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"queriers": None}, {"queriers": ["Amy"]}, {"queriers": {"Amy": 3}}, {"dtype": "bfloat17"}]
+)
+def test_an_index_with_a_wrong_entry_is_refused(change, tmp_path):
+    named_model().save_experts(tmp_path)
+    path = tmp_path / "index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index["base"].update({key: value for key, value in change.items() if key == "dtype"})
+    index.update({key: value for key, value in change.items() if key == "queriers"})
+    path.write_text(json.dumps({key: value for key, value in index.items() if value is not None}), "utf-8")
+    with pytest.raises(ValueError, match=r"index\.json: expected what save_experts writes; it is damaged"):
+        named_model().load_experts(tmp_path)
+
+
+def test_no_names_are_not_all_names(tmp_path):
+    named_model().save_experts(tmp_path)
+    model = named_model()
+    with pytest.raises(ValueError, match=r"queriers: got \[\], expected names of"):
+        model.load_experts(tmp_path, [])
+
+
+def test_experts_of_a_base_with_integer_weights(tmp_path):
+    def quantised(change=0):
+        model = named_model()
+        projection = model.model.layers[0].mlp.gate_proj
+        weight = (projection.weight.detach() * 10).to(torch.int8) + change
+        projection.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return model
+
+    quantised().save_experts(tmp_path)
+    quantised().load_experts(tmp_path, "Amy")
+    with pytest.raises(ValueError, match="other values"):
+        quantised(1).load_experts(tmp_path, "Amy")
+
+
+def test_one_name_is_not_its_letters():
+    with pytest.raises(TypeError, match="names: got 'ABCDE', expected a sequence of names"):
+        aware_model().name_queriers("ABCDE")
