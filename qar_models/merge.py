@@ -32,6 +32,7 @@ def merge_shared(model: PreTrainedModel) -> None:
             belongs to the other stream), while ``train_only`` is on, or where a base MLP has adapters,
             biases or quantised weights.
     """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside a PEFT model
     qar = model.qar
     if (qar.tower, qar.experts) != ("residual", "shared+per_querier"):
         raise ValueError(

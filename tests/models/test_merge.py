@@ -77,3 +77,13 @@ def test_refused_while_one_trains():
     model.train_only("b")
     with pytest.raises(ValueError, match="train_only"):
         merge_shared(model)
+
+
+def test_inside_a_peft_model_whose_adapters_leave_the_mlp_alone():
+    peft = pytest.importorskip("peft")
+    model = aware_model(experts=SHARED)
+    expected = answers(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    merge_shared(wrapped)
+    torch.testing.assert_close(answers(wrapped), expected, rtol=1e-4, atol=1e-4)
+    assert model.qar.experts == "per_querier"
