@@ -150,6 +150,8 @@ class QuerierContrast(nn.Module):
     def _remember(self, views: Tensor, querier_ids: Tensor, cluster_ids: Tensor, usable: Tensor) -> None:
         """Write every usable sequence of all ranks into its querier's ring buffer; the oldest give way."""
         views, querier_ids, cluster_ids, usable = gather_batch(views, querier_ids, cluster_ids, usable)
+        # a running sum would never get rid of one NaN, though the ring overwrites it
+        usable = usable & views.isfinite().all(-1).all(0)
         clusters, queriers, slots = self.memory.shape[1:4]
         pair = torch.where(usable, cluster_ids * queriers + querier_ids, clusters * queriers)
         count = torch.zeros(clusters * queriers + 1, dtype=torch.int64, device=pair.device)

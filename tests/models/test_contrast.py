@@ -302,3 +302,14 @@ def test_no_value_is_read_back_from_the_device():
     ids = torch.zeros(5, dtype=torch.int64, device="meta")
     contrast(states, torch.ones(5, 7, device="meta"), ids, ids).backward()
     assert states.grad.shape == states.shape
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_overflow_is_not_remembered(value):
+    contrast = new_contrast()
+    batch = fixed_batch([0, 1, 1, 2], cluster=0, seed=0)
+    contrast(**batch)
+    expected = {name: buffer.clone() for name, buffer in contrast.named_buffers()}
+    contrast(**batch | {"querier_states": torch.full_like(batch["querier_states"], value)})
+    assert all(torch.equal(buffer, expected[name]) for name, buffer in contrast.named_buffers())
+    assert contrast(**batch).isfinite()
