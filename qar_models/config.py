@@ -163,9 +163,11 @@ class QARConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QARConfig:
-        """The inverse of :meth:`to_dict`; an unknown key is an error that names it."""
+        """The inverse of :meth:`to_dict`; an error names keys that are unknown, or one that is missing."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"QARConfig: got unknown keys {unknown}, expected keys of {sorted(known)}")
+        if "num_queriers" not in values:
+            raise ValueError(f"QARConfig: got only {sorted(values)}, expected at least num_queriers")
         return cls(**values)

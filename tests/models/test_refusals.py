@@ -162,6 +162,8 @@ def test_config_round_trip_and_unknown_keys():
     assert config.unknown_querier == "error" and qar_config().unknown_querier == "none"
     with pytest.raises(ValueError, match=r"got unknown keys \['rank'\], expected keys of \['backend'"):
         QARConfig.from_dict({**config.to_dict(), "rank": 4})
+    with pytest.raises(ValueError, match=r"got only \['tower'\], expected at least num_queriers"):
+        QARConfig.from_dict({"tower": "replace"})
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
