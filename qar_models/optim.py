@@ -96,8 +96,13 @@ class RowSparseAdamW(torch.optim.AdamW):
         """One launch for all rows: on a card a view of each row costs more than its update."""
         from qar_kernels.triton.adamw import adamw_rows
 
-        scale = getattr(self, "grad_scale", None)  # these two are GradScaler's
-        d_rows = d_rows if scale is None else d_rows / scale
+        # GradScaler's, which may live on another card
+        scale, found_inf = (
+            None if value is None else value.to(parameter.device, non_blocking=True)
+            for value in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        )
+        if scale is not None:
+            d_rows = d_rows.float() / scale  # in 16 bits small ones would be lost
         adamw_rows(
             state.get("master", parameter),
             parameter if "master" in state else None,
@@ -105,12 +110,12 @@ class RowSparseAdamW(torch.optim.AdamW):
             state["exp_avg_sq"],
             state["step"],
             ids,
-            -d_rows if group["maximize"] else d_rows.contiguous(),
+            (-d_rows if group["maximize"] else d_rows).contiguous(),
             float(group["lr"]),
             group["betas"],
             group["eps"],
             group["weight_decay"],
-            getattr(self, "found_inf", None),
+            found_inf,
         )
 
     def _state_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:

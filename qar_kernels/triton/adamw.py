@@ -54,4 +54,4 @@ def adamw_rows(
         WIDTH=width, BLOCK=_BLOCK, ROUND=rounded is not None, MAY_SKIP=found_inf is not None,
         num_warps=4, num_stages=1,
     )  # fmt: skip
-    steps.index_add_(0, ids, made if found_inf is None else made - found_inf)
+    steps.index_add_(0, ids, made if found_inf is None else made * (found_inf == 0))

@@ -281,12 +281,15 @@ def _splits(call: Call, x: Tensor, columns: int, gemm: Gemm) -> int:
 
 
 def _use_tma(call: Call, *operands: Tensor) -> bool:
-    """Descriptors need 16-byte aligned rows and at least one row."""
+    """Descriptors need 16-byte aligned rows, one behind the other, and at least one row."""
     return (
         call.config.tma
         and call.tower != "expert"
         and all(
-            t.numel() > 0 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+            t.numel() > 0
+            and t.data_ptr() % 16 == 0
+            and t.stride(0) >= t.shape[1]  # one row that was expanded has none
+            and t.stride(0) * t.element_size() % 16 == 0
             for t in operands
         )
     )

@@ -221,6 +221,8 @@ def test_sanitizer(tool):
         return
     if not CARD or SANITIZER is None:
         pytest.skip("compute-sanitizer is not installed" if CARD else "needs a card")
-    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", *script]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9"]
+    if tool == "memcheck":
+        command += ["--report-api-errors", "no"]  # PyTorch probes the driver with calls that may fail
+    result = subprocess.run([*command, *script], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

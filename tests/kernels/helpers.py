@@ -21,12 +21,15 @@ def relative_error(got, ref64):
 def assert_close(name, got, ref64, eager):
     """At most twice the error that eager PyTorch makes in the same dtype, plus one unit in the last
     place: a few elements say little about eager's error. Exact where all is zero.
+
+    On a card exact fp32 products add up one after the other, where cuBLAS adds partial sums: eight units.
     """
     assert got.shape == ref64.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(ref64.shape)}"
     if not ref64.any():
         assert not got.any(), f"{name}: expected exact zeros"
         return
-    limit = 2 * relative_error(eager, ref64) + torch.finfo(got.dtype).eps
+    units = 8 if got.is_cuda and got.dtype == torch.float32 else 1
+    limit = 2 * relative_error(eager, ref64) + units * torch.finfo(got.dtype).eps
     error = relative_error(got, ref64)
     assert error <= limit, f"{name}: relative error {error:.2e}, limit {limit:.2e}"
 

@@ -65,7 +65,7 @@ def test_as_the_form_without_a_kernel(monkeypatch):
     torch.testing.assert_close(banks[0], banks[1], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+@pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0])  # it is a sum over devices
 def test_a_gradient_scaler(found_inf):
     bank = torch.nn.Parameter(torch.randn(4, 3))
     before = bank.detach().clone()
@@ -78,3 +78,21 @@ def test_a_gradient_scaler(found_inf):
     assert skipped == bool(found_inf)
     if not found_inf:
         torch.testing.assert_close(optimizer.state[bank]["exp_avg"][1:3], 0.1 * rows)
+
+
+def test_small_scaled_gradients_of_16_bits_are_not_lost():
+    bank = torch.nn.Parameter(torch.zeros(2, 4, dtype=torch.float16))
+    optimizer = RowSparseAdamW([bank], **SETTINGS)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor([65536.0]), torch.tensor([0.0])
+    bank.grad = sparse(torch.tensor([[1]]), torch.full((1, 4), 1e-4, dtype=torch.float16), bank.shape)
+    optimizer.step()
+    assert (optimizer.state[bank]["exp_avg"][1] > 0).all()
+
+
+def test_gradients_in_another_order_of_memory():
+    banks = [torch.nn.Parameter(torch.zeros(3, 2, 4)) for _ in range(2)]
+    rows = torch.randn(2, 4, 2).transpose(1, 2)
+    for bank, values in zip(banks, (rows, rows.contiguous()), strict=True):
+        bank.grad = sparse(torch.tensor([[0, 2]]), values, bank.shape)
+        RowSparseAdamW([bank], **SETTINGS, maximize=True).step()
+    assert torch.equal(*banks)
