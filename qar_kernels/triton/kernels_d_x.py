@@ -34,12 +34,15 @@ def _segment_d_x(
     # In steps, like every K loop: in one piece R 128 spills on sm_80, and R 64 does in exact fp32. Up to RANK
     # and not RANK_PAD: load_rows masks columns only where RANK is no multiple of the step.
     part: tl.constexpr = min(RANK_PAD, BLOCK_K)
+    # Spills of the experts' own d_x for few rows: rows first 4 at R 16 (sm_90, H 3584); the whole offset 2 at
+    # R 8 there, and 4 at R 32 on sm_80.
+    row_pointers: tl.constexpr = RANK != 16
     for first in tl.static_range(0, RANK, part):
         rank = first + tl.arange(0, part)
-        d_a = load_rows(d_a_ptr, rows, inside, first, RANK, part, ROW_POINTERS=True)
+        d_a = load_rows(d_a_ptr, rows, inside, first, RANK, part, ROW_POINTERS=row_pointers)
         gate = load_rows(gate_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
         acc = tl.dot(d_a, gate, acc, input_precision=PRECISION)
-        d_u = load_rows(d_u_ptr, rows, inside, first, RANK, part, ROW_POINTERS=True)
+        d_u = load_rows(d_u_ptr, rows, inside, first, RANK, part, ROW_POINTERS=row_pointers)
         up = load_rows(up_ptr + weights, rank, rank < RANK, col, H, BLOCK_N)
         acc = tl.dot(d_u, up, acc, input_precision=PRECISION)
     return acc
