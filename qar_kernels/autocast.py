@@ -39,7 +39,7 @@ def autocast_experts(experts: Three, segments: Segments, dtype: torch.dtype) -> 
     A bank of thousands is not cast for a batch of a few: their rows are taken first. How many they are is
     known on the host where reading it is free; elsewhere there are at most C.
     """
-    if all(weight.dtype == dtype for weight in experts):
+    if experts[0].dtype == experts[1].dtype == experts[2].dtype == dtype:
         return experts, segments
     is_known = segments.device.type == "cpu" and not torch.compiler.is_compiling()
     ids, renumbered = segments.present if is_known else segments.slots

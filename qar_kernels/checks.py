@@ -24,7 +24,7 @@ def check_tensors(**arguments: object) -> None:
 def check_numbers(**arguments: object) -> None:
     """Raise unless every argument is a number."""
     for name, value in arguments.items():
-        if not isinstance(value, int | float | Real):
+        if not isinstance(value, (float, int, Real)):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
 
 
@@ -84,13 +84,31 @@ def check_experts(
 ) -> None:
     """Raise unless the experts are ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)`` and match ``x``."""
     check_tensors(expert_gate=expert_gate, expert_up=expert_up, expert_down=expert_down)
-    _check_floating(name, x)
-    hidden = _hidden(x, name)
-    experts, rank = expert_gate.shape[:2] if expert_gate.dim() == 3 and expert_gate.shape[1] else ("E", "R")
-    _check("expert_gate", expert_gate, (experts, rank, hidden), x, name)
-    _check("expert_up", expert_up, (experts, rank, hidden), x, name)
-    _check("expert_down", expert_down, (experts, hidden, rank), x, name)
+    if not _experts_fit(x, expert_gate, expert_up, expert_down):
+        _check_floating(name, x)
+        hidden = _hidden(x, name)
+        known = expert_gate.dim() == 3 and expert_gate.shape[1]
+        experts, rank = expert_gate.shape[:2] if known else ("E", "R")
+        _check("expert_gate", expert_gate, (experts, rank, hidden), x, name)
+        _check("expert_up", expert_up, (experts, rank, hidden), x, name)
+        _check("expert_down", expert_down, (experts, hidden, rank), x, name)
     _check_segments(x, name, segments, expert_gate.shape[0])
+
+
+def _experts_fit(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
+    """The common case, all of one dtype: a small batch on a CPU takes no longer than its checks."""
+    shape = gate.shape
+    return (
+        len(shape) == 3
+        and 0 not in shape
+        and x.dim() > 0
+        and x.shape[-1] == shape[2]
+        and up.shape == shape
+        and down.shape == (shape[0], shape[2], shape[1])
+        and x.dtype == gate.dtype == up.dtype == down.dtype
+        and x.device == gate.device == up.device == down.device
+        and x.is_floating_point()
+    )
 
 
 def _check_segments(x: Tensor, name: str, segments: Segments, num_experts: int) -> None:

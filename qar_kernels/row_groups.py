@@ -35,6 +35,7 @@ class RowGroups:
         order: ``(T,)`` int64, row numbers in the grouped order, rows without an expert last; None where that
             is the batch's own order.
         groups: in the grouped order.
+        whole: the group that all rows are in, None where there is none.
         used: rows that have an expert.
         present: experts that have rows.
         max_id: the largest id among them, -1 without any.
@@ -42,6 +43,7 @@ class RowGroups:
 
     order: Tensor | None
     groups: tuple[Group, ...]
+    whole: Group | None
     used: int
     present: int
     max_id: int
@@ -82,7 +84,8 @@ def group_rows(perm: Tensor, offsets: Tensor, experts: Tensor, most: int) -> Row
                 groups.append(Group(start, stop, len(ids), torch.tensor(ids, device=perm.device)))
             start = stop
     max_id = max((segment.expert for segment in segments), default=-1)
-    return RowGroups(order, tuple(groups), used, len(segments), max_id)
+    whole = groups[0] if len(groups) == 1 and used == perm.shape[0] else None
+    return RowGroups(order, tuple(groups), whole, used, len(segments), max_id)
 
 
 def _segments(perm: Tensor, offsets: Tensor, experts: Tensor) -> list[_Segment]:

@@ -45,8 +45,8 @@ def linear(x: Tensor, weight: Tensor, rows: RowGroups) -> Tensor:
 
     Rows without an expert give zeros.
     """
-    whole = _whole(x, rows)
-    if whole:
+    whole = rows.whole
+    if whole is not None:
         if _alone(whole, weight):
             return F.linear(x, weight[whole.experts.start])
         return torch.bmm(_batch(x, whole), _weights(weight, whole).mT).view(x.shape[0], -1)
@@ -61,11 +61,13 @@ def linear(x: Tensor, weight: Tensor, rows: RowGroups) -> Tensor:
 
 def linear_backward(d_out: Tensor, weight: Tensor, rows: RowGroups, add_to: Tensor | None = None) -> Tensor:
     """The gradient of ``x`` in :func:`linear`: ``d_out`` (T, m) -> (T, n), added to ``add_to`` if given."""
-    whole = _whole(d_out, rows)
-    if whole and add_to is None:
+    whole = rows.whole
+    if whole is not None and add_to is None:
         if _alone(whole, weight):
             return torch.mm(d_out, weight[whole.experts.start])
         return torch.bmm(_batch(d_out, whole), _weights(weight, whole)).view(d_out.shape[0], -1)
+    if whole is not None and _alone(whole, weight):
+        return add_to.addmm_(d_out, weight[whole.experts.start])
     d_x = d_out.new_empty(d_out.shape[0], weight.shape[2]) if add_to is None else add_to
     beta = 0 if add_to is None else 1
     for group in rows.groups:
@@ -82,6 +84,10 @@ def weight_gradient(d_out: Tensor, x: Tensor, like: Tensor, rows: RowGroups) -> 
     """The gradient of the weights ``like`` (E, m, n) in :func:`linear`, zero for absent experts."""
     # With every expert present there is nothing to clear: filling is half the cost of a small batch.
     grad = torch.empty_like(like) if rows.present == like.shape[0] else torch.zeros_like(like)
+    whole = rows.whole
+    if whole is not None and _alone(whole, like):
+        torch.mm(d_out.t(), x, out=grad[whole.experts.start])
+        return grad
     for group in rows.groups:
         if _alone(group, like):
             torch.mm(_part(d_out, group).t(), _part(x, group), out=grad[group.experts.start])
@@ -90,11 +96,6 @@ def weight_gradient(d_out: Tensor, x: Tensor, like: Tensor, rows: RowGroups) -> 
         else:
             grad.index_copy_(0, group.experts, torch.bmm(_batch(d_out, group).mT, _batch(x, group)))
     return grad
-
-
-def _whole(x: Tensor, rows: RowGroups) -> Group | None:
-    """The group that all rows are in: its product is the result, and with few rows calls are what costs."""
-    return rows.groups[0] if len(rows.groups) == 1 and rows.used == x.shape[0] else None
 
 
 def _alone(group: Group, weight: Tensor) -> bool:

@@ -27,9 +27,7 @@ from qar_kernels.row_products import (
     weight_gradient,
 )
 from qar_kernels.segments import Segments
-
-# Elements in two of the widest vector registers, at the least element size.
-_VECTORS = 64
+from qar_kernels.silu import silu, silu_backward
 
 
 def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, lora: LoRA = NO_LORA) -> Tensor:
@@ -48,9 +46,13 @@ def expert_mlp(
     if not _eager(x):
         return torch.ops.qar.expert_mlp(x, *weights, segments.perm, segments.offsets, segments.experts)[0]
     rows = segments.row_groups(most_together(expert_gate))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+    if torch.is_grad_enabled() and _need_gradients(x, *weights):
         return _ExpertMLP.apply(x, *weights, rows)
     return _forward(x, *weights, rows)[0]
+
+
+def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
+    return x.requires_grad or gate.requires_grad or up.requires_grad or down.requires_grad
 
 
 def _eager(tensor: Tensor) -> bool:
@@ -64,32 +66,13 @@ def _forward(
     _check_ids(rows, gate)
     grouped_x = in_groups(x, rows)
     gate_pre, up_pre = linear(grouped_x, gate, rows), linear(grouped_x, up, rows)
-    y = linear(_silu(gate_pre).mul_(up_pre), down, rows)
+    y = linear(silu(gate_pre).mul_(up_pre), down, rows)
     return in_batch(y, rows), gate_pre, up_pre
 
 
 def _check_ids(rows: RowGroups, weight: Tensor) -> None:
     if rows.max_id >= weight.shape[0]:
         raise ValueError(f"seg: got expert id {rows.max_id}, expected ids below {weight.shape[0]} experts")
-
-
-def _silu(x: Tensor) -> Tensor:
-    """PyTorch's silu in whole vectors.
-
-    It rounds the vectors of a buffer and the rest behind them differently (by one unit in the last place):
-    without a rest an element's result does not change with its place, and so not with its company.
-    """
-    rest = -x.numel() % _VECTORS
-    return F.silu(F.pad(x.view(-1), (0, rest)))[: x.numel()].view_as(x) if rest else F.silu(x)
-
-
-def _silu_backward(d_y: Tensor, x: Tensor) -> Tensor:
-    """``d_y * silu'(x)``, in whole vectors."""
-    rest = -x.numel() % _VECTORS
-    if not rest:
-        return torch.ops.aten.silu_backward(d_y, x)
-    flat = (F.pad(tensor.view(-1), (0, rest)) for tensor in (d_y, x))
-    return torch.ops.aten.silu_backward(*flat)[: x.numel()].view_as(x)
 
 
 @torch.library.custom_op("qar::expert_mlp", mutates_args=())
@@ -118,23 +101,23 @@ def _grads(
     rows: RowGroups,
     needs_x: bool,
     needs_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gate, up, down; those not needed come back empty (0 elements).
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, gate, up, down; None for x, and for all three weights, where not needed.
 
     With ``h = silu(a) * u``: ``d_u = d_h * silu(a)`` and ``d_a = d_h * u * silu'(a)``.
     """
     d_out = in_groups(d_y, rows)
     d_hidden = linear_backward(d_out, down, rows)
-    silu = _silu(gate_pre)
-    d_up_pre, d_gate_pre = d_hidden * silu, _silu_backward(d_hidden.mul_(up_pre), gate_pre)
+    activated = silu(gate_pre)
+    d_up_pre, d_gate_pre = d_hidden * activated, silu_backward(d_hidden.mul_(up_pre), gate_pre)
 
-    d_x = x.new_empty(0)
+    d_x = None
     if needs_x:
         d_x = linear_backward(d_up_pre, up, rows, add_to=linear_backward(d_gate_pre, gate, rows))
         d_x = in_batch(d_x, rows)
     if not needs_weights:
-        return d_x, gate.new_empty(0), up.new_empty(0), down.new_empty(0)
-    grouped_x, hidden = in_groups(x, rows), silu.mul_(up_pre)
+        return d_x, None, None, None
+    grouped_x, hidden = in_groups(x, rows), activated.mul_(up_pre)
     return (
         d_x,
         weight_gradient(d_gate_pre, grouped_x, gate, rows),
@@ -159,7 +142,8 @@ def _expert_mlp_backward(
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = group_rows(perm, offsets, experts, most_together(gate))
-    return _grads(d_y, x, gate, up, down, gate_pre, up_pre, rows, needs_x, needs_weights)
+    grads = _grads(d_y, x, gate, up, down, gate_pre, up_pre, rows, needs_x, needs_weights)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_expert_mlp_backward.register_fake
@@ -196,11 +180,8 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor, *_unused: T
     grads = torch.ops.qar.expert_mlp_backward(
         d_y.contiguous(), *ctx.saved_tensors, needs_x, any(needs_weight)
     )
-    return *_wanted(grads, ctx.needs_input_grad), None, None, None
-
-
-def _wanted(grads: tuple[Tensor, ...], needed: tuple[bool, ...]) -> list[Tensor | None]:
-    return [grad if need else None for grad, need in zip(grads, needed[:4], strict=True)]
+    wanted = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:4], strict=True))
+    return *wanted, None, None, None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -227,6 +208,5 @@ class _ExpertMLP(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple:
         if torch.is_grad_enabled():  # once_differentiable lets a d_y without gradient pass, and is wrong then
             raise RuntimeError("expert_mlp: gradients of gradients (create_graph=True) are not implemented")
-        needs_x, *needs_weight = ctx.needs_input_grad[:4]
-        grads = _grads(d_y.contiguous(), *ctx.saved_tensors, ctx.rows, needs_x, any(needs_weight))
-        return *_wanted(grads, ctx.needs_input_grad), None
+        needs_x, gate, up, down, _ = ctx.needs_input_grad
+        return *_grads(d_y.contiguous(), *ctx.saved_tensors, ctx.rows, needs_x, gate or up or down), None
