@@ -56,7 +56,7 @@ def _base_gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Callable[[], object]:
     from qar_kernels.triton.lora import LoraOperands
 
     segments = Segments.from_ids(torch.full((x.shape[0],), -1, device=x.device))
-    config = CONFIGS[select_config(x.device, x.dtype, x.shape[0])]
+    config = CONFIGS[select_config(x.device, x.dtype, x.shape[0], "fused")]
     plan = segments.tile_plan(config.block_rows, config.block_expert)
     one = x.new_zeros(1, 16, x.shape[1])
     experts = Weights(one, one, one.reshape(1, x.shape[1], 16))

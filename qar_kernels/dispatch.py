@@ -1,5 +1,5 @@
-"""Which of the two Triton paths runs ``fused_mlp``: one fused operation, or a vendor-library base MLP
-with grouped expert kernels added to it.
+"""Which of the two Triton paths runs: base and experts in the same launches, or a vendor-library base MLP
+with grouped expert kernels beside it.
 
 T rows, Q segments, H hidden, I intermediate, R expert rank. What was measured decides; where nothing was
 measured, a rule does.
@@ -23,6 +23,9 @@ OVERRIDE = "QAR_KERNELS_PATH"
 # +0.45 % at R 64, I 14336. Beyond 16 per tile (+7 %) the grouped path does less work.
 _MAX_SEGMENTS_PER_TILE = 16
 _ROW_TILE = 128
+# Up to here reading the base weights binds, or about does (cards make 150 to 300 operations a byte), and what
+# saves launches and passes wins. Beyond, matrix products bind: the vendor library's are the safe choice.
+_FUSED_ROWS = 512
 # A measured cell speaks for numbers of rows, segments and ranks up to these factors away: what the benchmarks
 # measure leaves no gap between 1 and 65536 rows.
 _REACH_ROWS, _REACH = 4, 2
@@ -37,6 +40,7 @@ class Shape:
         hidden, intermediate, rank: H, I, R.
         dtype: such as ``"bfloat16"``.
         training: whether a backward pass follows.
+        adapted: whether base projections have adapters.
     """
 
     rows: int
@@ -46,6 +50,7 @@ class Shape:
     rank: int
     dtype: str
     training: bool
+    adapted: bool = False
 
 
 def choose_path(device: torch.device, shape: Shape) -> str:
@@ -65,7 +70,7 @@ def choose_path(device: torch.device, shape: Shape) -> str:
     if shape.training and _several_ranks():
         # Ranks have other numbers of rows, and the paths make gradients in another order: frameworks that
         # pack gradients as they arrive (ZeRO) would add up different parameters.
-        return "fused"
+        return "fused" if shape.adapted else "grouped"
     if torch.compiler.is_compiling():
         # Each cell that a varying T is compared with would be a guard, and its answer another program.
         return default_path(shape)
@@ -88,9 +93,14 @@ def _device_name(device: torch.device) -> str:
 
 
 def default_path(shape: Shape) -> str:
-    """The rule where nothing was measured: fused while a row tile meets few segments."""
+    """The rule where nothing was measured: fused while rows are few and a row tile meets few segments.
+
+    With adapters also where rows are many: outside the kernels each is two more passes over (T, I).
+    """
     tiles = max(1, -(-shape.rows // _ROW_TILE))
-    return "fused" if shape.segments <= _MAX_SEGMENTS_PER_TILE * tiles else "grouped"
+    if shape.segments > _MAX_SEGMENTS_PER_TILE * tiles:
+        return "grouped"
+    return "fused" if shape.rows <= _FUSED_ROWS or shape.adapted else "grouped"
 
 
 def measured_path(table: list[dict], device: str, shape: Shape) -> str | None:

@@ -31,7 +31,9 @@ from qar_kernels.triton.machine_code import (
 from qar_kernels.triton.runner import Recorded
 from qar_kernels.triton.shipped import Case
 
-NO_PRODUCTS = ("reduce_kernel", "dropout_mask_kernel", "adamw_rows_kernel")
+NO_PRODUCTS = (
+    "adamw_rows_kernel", "dropout_mask_kernel", "reduce_kernel", "swiglu_kernel", "swiglu_backward_kernel",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ NO_LORA = LoRA()
 
 def project(x: Tensor, weight: Tensor, adapter: Adapter | None) -> Tensor:
     """``x · weightᵀ`` plus the adapter's update, in the dtype of the former: (T, in) -> (T, out)."""
-    y = F.linear(x, weight)
-    if adapter is None:
-        return y
-    return (y + F.linear(adapter.low(x), adapter.b)).to(y.dtype)
+    return add_update(F.linear(x, weight), x, adapter)
+
+
+def add_update(y: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
+    """``y`` (T, out) plus the adapter's update for ``x`` (T, in), in the dtype of ``y``."""
+    return y if adapter is None else (y + F.linear(adapter.low(x), adapter.b)).to(y.dtype)

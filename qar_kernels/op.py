@@ -79,7 +79,13 @@ def fused_mlp(
     rows = _rows(x)
     name = _resolve(backend, expert_gate.shape[1], rows)
     if name == "triton":
-        y = _triton_fused(rows, (gate, up, down), experts, seg, expert_scale, recompute, lora)
+        from qar_kernels.triton import backend as triton_backend
+
+        base = gate, up, down
+        if _takes_grouped_path(rows, base, experts, seg, recompute, lora):
+            y = triton_backend.grouped_mlp(rows, base, experts, seg, expert_scale, lora)
+        else:
+            y = triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute, lora)
         return y.reshape(x.shape)
     impl = _module(name)
     base = impl.swiglu_mlp(rows, gate, up, down, lora)
@@ -124,9 +130,13 @@ def dual_mlp(
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
-        general, specific = triton_backend.dual_mlp(
-            rows, specific_rows, (gate, up, down), experts, seg, recompute, lora
-        )
+        base = gate, up, down
+        if _takes_grouped_path(rows, base, experts, seg, recompute, lora):
+            general, specific = triton_backend.grouped_dual_mlp(rows, specific_rows, base, experts, seg, lora)
+        else:
+            general, specific = triton_backend.dual_mlp(
+                rows, specific_rows, base, experts, seg, recompute, lora
+            )
         return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
     impl = _module(name)
     general = impl.swiglu_mlp(rows, gate, up, down, lora)
@@ -182,22 +192,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _triton_fused(
+def _takes_grouped_path(
     rows: Tensor,
-    base: tuple[Tensor, Tensor, Tensor],
-    experts: tuple[Tensor, Tensor, Tensor],
+    base: tuple[Tensor, ...],
+    experts: tuple[Tensor, ...],
     seg: Segments,
-    expert_scale: float,
     recompute: bool,
     lora: LoRA,
-) -> Tensor:
-    from qar_kernels.triton import backend as triton_backend
-
-    shape = _dispatch_shape(rows, base, experts, seg, lora)
-    if recompute or dispatch.choose_path(rows.device, shape) == "fused":
-        return triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute, lora)
-    base_y = torch_backend.swiglu_mlp(rows, *base, lora)
-    return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y)
+) -> bool:
+    """Whether the vendor library computes the base; it does not know how to recompute."""
+    if recompute:
+        return False
+    return dispatch.choose_path(rows.device, _dispatch_shape(rows, base, experts, seg, lora)) == "grouped"
 
 
 def _dispatch_shape(
@@ -217,6 +223,7 @@ def _dispatch_shape(
         rank=rank,
         dtype=str(rows.dtype).removeprefix("torch."),
         training=differentiates and any(t.requires_grad for t in trainable),
+        adapted=bool(lora.factors),
     )
 
 

@@ -15,6 +15,7 @@ from qar_kernels.lora import NO_LORA, LoRA
 from qar_kernels.segments import Segments
 from qar_kernels.tile_plan import TilePlan
 from qar_kernels.triton import launch, ops
+from qar_kernels.triton.base_mlp import swiglu_mlp
 from qar_kernels.triton.configs import CONFIGS, select_config
 from qar_kernels.triton.lora import prepare
 
@@ -31,12 +32,26 @@ def fused_mlp(
     return _run("fused", x, base, None, experts, None, segments, scale, recompute, lora)[0]
 
 
+def grouped_mlp(
+    x: Tensor, base: Three, experts: Three, segments: Segments, scale: float, lora: LoRA = NO_LORA
+) -> Tensor:
+    """As :func:`fused_mlp`: the base in vendor-library GEMMs, the experts added in launches of their own."""
+    return expert_mlp(x, experts, segments, scale, swiglu_mlp(x, *base, lora))
+
+
 def dual_mlp(
     x: Tensor, x_expert: Tensor, base: Three, experts: Three, segments: Segments, recompute: bool,
     lora: LoRA = NO_LORA,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``base(x)`` (T, H) and ``expert_q(x_expert)`` (S, H) in the same two launches."""
     return _run("dual", x, base, x_expert, experts, None, segments, 1.0, recompute, lora)
+
+
+def grouped_dual_mlp(
+    x: Tensor, x_expert: Tensor, base: Three, experts: Three, segments: Segments, lora: LoRA = NO_LORA
+) -> tuple[Tensor, Tensor]:
+    """As :func:`dual_mlp`, with the base in vendor-library GEMMs."""
+    return swiglu_mlp(x, *base, lora), expert_mlp(x_expert, experts, segments)
 
 
 def expert_mlp(
@@ -65,7 +80,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     rows = x_expert if x is None else x
     _check_runnable(rows)
-    name = select_config(rows.device, rows.dtype, rows.shape[0])
+    name = select_config(rows.device, rows.dtype, rows.shape[0], tower)
     config = CONFIGS[name]
     plan = segments.tile_plan(config.block_rows, config.block_expert)
     x, x_expert, base_y = (_dense(tensor) for tensor in (x, x_expert, base_y))

@@ -43,6 +43,8 @@ class LaunchConfig:
         gate_up, down, d_hidden, d_x, weight_grad: the five kernels.
         tma: read dense operands through tensor descriptors.
         max_splits: parts that the K loops of ``down`` and ``d_x`` may have where tiles are too few.
+        programs: of a persistent kernel per multiprocessor: several where tiles wait for memory most of their
+            time, and are small enough to be there together.
     """
 
     block_rows: int
@@ -55,6 +57,7 @@ class LaunchConfig:
     weight_grad: Gemm
     tma: bool = False
     max_splits: int = 1
+    programs: int = 1
 
 
 CONFIGS = {
@@ -82,6 +85,17 @@ CONFIGS = {
         tma=True,
         max_splits=8,
     ),
+    "sm90_experts": LaunchConfig(
+        block_rows=128,
+        block_expert=64,
+        group=8,
+        gate_up=Gemm(64, 64, warps=8, stages=3),
+        down=Gemm(128, 64, warps=4, stages=2),
+        d_hidden=Gemm(64, 64, warps=8, stages=3),
+        d_x=Gemm(128, 64, warps=4, stages=2),
+        weight_grad=Gemm(64, 64, warps=4, stages=3),
+        programs=4,
+    ),
     "sm80_large": LaunchConfig(
         block_rows=128,
         block_expert=64,
@@ -103,6 +117,17 @@ CONFIGS = {
         d_x=Gemm(64, 64, warps=8, stages=3),
         weight_grad=Gemm(64, 32, warps=4, stages=3),
         max_splits=8,
+    ),
+    "sm80_experts": LaunchConfig(
+        block_rows=128,
+        block_expert=64,
+        group=8,
+        gate_up=Gemm(64, 64, warps=8, stages=3),
+        down=Gemm(64, 64, warps=4, stages=2),
+        d_hidden=Gemm(64, 64, warps=8, stages=3),
+        d_x=Gemm(64, 64, warps=4, stages=2),
+        weight_grad=Gemm(64, 64, warps=8, stages=3),
+        programs=4,
     ),
     "fp32": LaunchConfig(
         block_rows=64,
@@ -128,14 +153,16 @@ CONFIGS = {
 }
 
 
-def select_config(device: torch.device, dtype: torch.dtype, rows: int) -> str:
-    """Name of the configuration for a device, dtype and number of rows; "tiny" on a CPU (interpreter)."""
+def select_config(device: torch.device, dtype: torch.dtype, rows: int, tower: str) -> str:
+    """Name of the configuration for a device, dtype, rows and tower; "tiny" on a CPU (interpreter)."""
     if device.type != "cuda":
         return "tiny"
     if dtype == torch.float32:
         return "fp32"
     family = FAMILIES.get(_capability(device), "sm80")
-    return f"{family}_{'decode' if rows <= DECODE_ROWS else 'large'}"
+    if rows <= DECODE_ROWS:
+        return f"{family}_decode"
+    return f"{family}_experts" if tower == "expert" else f"{family}_large"
 
 
 @torch.compiler.assume_constant_result

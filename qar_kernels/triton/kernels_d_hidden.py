@@ -40,7 +40,8 @@ def _expert_d_hidden_tile(
     for k in range(0, H, BLOCK_K):
         d_y = load_rows(d_y_ptr, source, inside, k, H, BLOCK_K)
         feature = k + tl.arange(0, BLOCK_K)
-        down = load_rows(down_ptr, feature, feature < H, 0, RANK, RANK_PAD)
+        # the whole offset first spills 2 at R 128 on sm_90
+        down = load_rows(down_ptr, feature, feature < H, 0, RANK, RANK_PAD, ROW_POINTERS=True)
         d_h = tl.dot(d_y, down, d_h, input_precision=PRECISION)
     a = load_rows(a_ptr, row, inside, 0, RANK, RANK_PAD).to(tl.float32)
     u = load_rows(u_ptr, row, inside, 0, RANK, RANK_PAD).to(tl.float32)

@@ -119,10 +119,10 @@ def run(
     tensors = list(chain.from_iterable(groups))
     differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     save = differentiates and not recompute
-    if differentiates and not _is_watched(tensors):
+    if differentiates and not is_watched(tensors):
         sizes = [len(group) for group in groups]
         return _Passes.apply((tower, scale, config), save, sizes, *tensors)
-    call = swiglu_experts if _is_watched(tensors) else forward
+    call = swiglu_experts if is_watched(tensors) else forward
     return call(tower, x, base, x_expert, experts, base_y, perm, plan, lora, scale, config, save)[:2]
 
 
@@ -154,11 +154,11 @@ class _Passes(torch.autograd.Function):
                 "backend 'triton': gradients of gradients (create_graph=True) are not implemented"
             )
         wanted = _groups(ctx.needs_input_grad[3:], ctx.argument_sizes)
-        call = swiglu_experts_backward if _is_watched(d_outputs) else backward
+        call = swiglu_experts_backward if is_watched(d_outputs) else backward
         return None, None, None, *chain.from_iterable(_gradients(ctx, d_outputs, wanted, call))
 
 
-def _is_watched(tensors: Iterable[Tensor | None]) -> bool:
+def is_watched(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a trace, a mode or a tensor subclass has to see a registered operator."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qar_kernels.segments import Segments
-from qar_kernels.triton import launch
+from qar_kernels.triton import base_mlp, launch
 from qar_kernels.triton.adamw import adamw_rows
 from qar_kernels.triton.configs import CONFIGS, FAMILIES
 from qar_kernels.triton.launch import Call, Hidden, Weights
@@ -43,11 +43,15 @@ class Case:
 
 def matrix(arch: str) -> Iterator[Case]:
     """Every case of ``arch``; exact fp32, which no model is served in, at one shape and three ranks."""
-    for config in _configs(arch):
+    *dense, experts = _configs(arch)
+    for config in (*dense, experts):
         for shape in SHAPES:
             for rank in RANKS:
                 for dtype in ("bf16", "fp16"):
-                    yield from (Case(config, shape, rank, dtype, tower) for tower in TOWERS)
+                    # the large configuration has the expert tower where nothing below the experts is trained
+                    towers = ("expert",) if config == experts else TOWERS
+                    yield from (Case(config, shape, rank, dtype, tower) for tower in towers)
+    for config in dense:
         for lora_rank in LORA_RANKS:
             yield from (Case(config, shape, 64, "bf16", "fused", lora_rank) for shape in SHAPES)
     for rank in (8, 64, 128):
@@ -56,7 +60,7 @@ def matrix(arch: str) -> Iterator[Case]:
 
 def representative(arch: str) -> Iterator[Case]:
     """Few cases that meet every configuration, tower, shape and dtype, and ranks from 8 to 128."""
-    large, decode = _configs(arch)
+    large, decode, experts = _configs(arch)
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused")
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused", lora_rank=16)
     yield Case(large, "Qwen2.5-7B", 128, "fp16", "dual")
@@ -64,6 +68,7 @@ def representative(arch: str) -> Iterator[Case]:
     yield Case(decode, "Qwen2.5-7B", 32, "bf16", "fused", lora_rank=64)
     yield Case(decode, "Llama-3-8B", 8, "fp16", "dual")
     yield Case(decode, "Qwen2.5-7B", 128, "bf16", "expert")
+    yield Case(experts, "Llama-3-8B", 64, "bf16", "expert")
     yield Case("fp32", "Llama-3-8B", 16, "fp32", "fused")
 
 
@@ -77,9 +82,9 @@ def every_launch(case: Case) -> list[Recorded]:
     return _launches(case, _rows(case), keep_h=(False, True), save=(True, False))
 
 
-def _configs(arch: str) -> tuple[str, str]:
+def _configs(arch: str) -> tuple[str, str, str]:
     prefix = FAMILIES[divmod(int(arch.removeprefix("sm_")), 10)]
-    return f"{prefix}_large", f"{prefix}_decode"
+    return f"{prefix}_large", f"{prefix}_decode", f"{prefix}_experts"
 
 
 def _rows(case: Case) -> tuple[int, ...]:
@@ -99,6 +104,7 @@ def _launches(
             launch.down(call, base.h, expert.h, x, None, low)
             if case.tower == "expert":
                 launch.down(call, base.h, expert.h, x, x)
+                _base_mlp(x.new_empty(rows, SHAPES[case.shape][1]))
             for kept in keep_h:
                 grads = launch.d_hidden(call, x, x, base, expert, kept, low)
             launch.d_input(call, *grads, x)
@@ -109,6 +115,13 @@ def _launches(
                 torch.empty(1, dtype=torch.int64, device="meta"), x.shape[0], SHAPES[case.shape][1], 0.1
             )
     return recorded
+
+
+def _base_mlp(pre: Tensor) -> None:
+    """Between the vendor library's GEMMs of a base whose experts run beside it."""
+    base_mlp.swiglu(pre, pre)
+    for keep_h in (False, True):
+        base_mlp.swiglu_backward(pre, pre, pre, keep_h)
 
 
 def _optimizer_step(bank: Tensor) -> None:

@@ -61,16 +61,19 @@ def test_model_shapes(hidden, inter, rows):
 
 
 @pytest.mark.parametrize("path", ["fused", "grouped"])
+@pytest.mark.parametrize("tower", ["fused", "dual"])
 @pytest.mark.parametrize("experts", [1, 1000])
-def test_paths(monkeypatch, path, experts):
+def test_paths(monkeypatch, path, tower, experts):
     monkeypatch.setenv("QAR_KERNELS_PATH", path)
     rows, hidden = (700, 256) if CARD else (20, 32)
-    check(Case(ids(rows, experts), H=hidden, I=2 * hidden, E=experts), "fused", "triton", HALF, device=DEVICE)
+    check(Case(ids(rows, experts), H=hidden, I=2 * hidden, E=experts), tower, "triton", HALF, device=DEVICE)
 
 
+@pytest.mark.parametrize("path", ["fused", "grouped"])
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("rows", [40, 400] if CARD else [20])
-def test_isolation_and_two_runs(rows, tower):
+def test_isolation_and_two_runs(monkeypatch, rows, tower, path):
+    monkeypatch.setenv("QAR_KERNELS_PATH", path)
     mine = torch.arange(rows) % 3 == 1
     hidden = 256 if CARD else 32
     results = []
@@ -171,9 +174,13 @@ def test_compile(rows):
 
 
 @needs_card
-@pytest.mark.parametrize(("recompute", "limit"), [(False, 0.70), (True, 0.10)])
-def test_memory_saved_for_the_backward_pass(recompute, limit):
+@pytest.mark.parametrize(
+    ("path", "recompute", "limit"),
+    [("fused", False, 0.70), ("grouped", False, 0.70), ("fused", True, 0.10)],
+)
+def test_memory_saved_for_the_backward_pass(monkeypatch, path, recompute, limit):
     """Against eager PyTorch's plain base MLP, x and y left out: both have them."""
+    monkeypatch.setenv("QAR_KERNELS_PATH", path)
     x, *weights = leaves(4096, 1024, 3584, requires_grad=True)
     segments = Segments.from_ids(device_ids(4096))
 

@@ -78,10 +78,15 @@ def test_of_equally_near_cells_the_safe_one_decides(order):
 
 @pytest.mark.parametrize(
     ("rows", "segments", "path"),
-    [(4096, 64, "fused"), (256, 256, "grouped"), (1, 1, "fused"), (16, 16, "fused"), (16, 17, "grouped")],
+    [(512, 64, "fused"), (513, 1, "grouped"), (256, 256, "grouped"), (1, 1, "fused"), (16, 17, "grouped")],
 )
 def test_the_rule_where_nothing_was_measured(rows, segments, path):
     assert default_path(replace(SHAPE, rows=rows, segments=segments)) == path
+
+
+@pytest.mark.parametrize(("rows", "segments", "path"), [(4096, 64, "fused"), (256, 256, "grouped")])
+def test_adapters_stay_in_the_kernels_however_many_rows(rows, segments, path):
+    assert default_path(replace(SHAPE, rows=rows, segments=segments, adapted=True)) == path
 
 
 def fill_table(monkeypatch, cells):
@@ -91,11 +96,11 @@ def fill_table(monkeypatch, cells):
 
 def test_table_before_rule_and_environment_before_both(monkeypatch):
     device = torch.device("cpu")
-    assert choose_path(device, SHAPE) == "fused"
-    fill_table(monkeypatch, [cell(1.1, device="cpu")])
     assert choose_path(device, SHAPE) == "grouped"
-    monkeypatch.setenv("QAR_KERNELS_PATH", "fused")
+    fill_table(monkeypatch, [cell(0.9, device="cpu")])
     assert choose_path(device, SHAPE) == "fused"
+    monkeypatch.setenv("QAR_KERNELS_PATH", "grouped")
+    assert choose_path(device, SHAPE) == "grouped"
 
 
 @pytest.mark.parametrize("trained", ["weights", "adapters", "nothing"])
@@ -108,16 +113,18 @@ def test_what_the_operation_asks_for(monkeypatch, trained):
     a, b = torch.zeros(2, case.H), torch.zeros(case.I, 2, requires_grad=trained == "adapters")
     seg, lora = Segments.from_ids(case.ids), LoRA(up=Adapter(a, b))
     fused_mlp(*(leaves[n] for n in names), seg, backend="triton", lora=lora)
-    assert asked == [Shape(4, 4, case.H, case.I, case.R, "float32", trained != "nothing")]
+    assert asked == [Shape(4, 4, case.H, case.I, case.R, "float32", trained != "nothing", adapted=True)]
 
 
-def test_ranks_that_train_together_take_one_path(monkeypatch):
-    crowded = replace(SHAPE, rows=128, segments=100, training=True)
+@pytest.mark.parametrize(("adapted", "path"), [(False, "grouped"), (True, "fused")])
+def test_ranks_that_train_together_take_one_path(monkeypatch, adapted, path):
+    """Whatever their numbers of rows and segments, which differ between ranks."""
+    few, crowded = (replace(SHAPE, rows=128, segments=n, training=True, adapted=adapted) for n in (1, 100))
     device = torch.device("cpu")
-    assert choose_path(device, crowded) == "grouped"
+    assert choose_path(device, few) == "fused" and choose_path(device, crowded) == "grouped"
     monkeypatch.setattr(dispatch, "_several_ranks", lambda: True)
-    assert choose_path(device, crowded) == "fused"
-    assert choose_path(device, replace(crowded, training=False)) == "grouped"
+    assert choose_path(device, few) == choose_path(device, crowded) == path
+    assert choose_path(device, replace(few, training=False)) == "fused"
 
 
 @pytest.mark.parametrize(

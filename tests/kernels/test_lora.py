@@ -85,9 +85,10 @@ def test_recompute(monkeypatch):
     check(monkeypatch, Case(ids(9, 4)), "fused", "triton", torch.float32, dropout=0.3, recompute=True)
 
 
-def test_grouped_path(monkeypatch):
+@pytest.mark.parametrize("tower", ["fused", "dual"])
+def test_grouped_path(monkeypatch, tower):
     monkeypatch.setenv("QAR_KERNELS_PATH", "grouped")
-    check(monkeypatch, Case(ids(21, 4)), "fused", "triton", torch.float32, dropout=0.3)
+    check(monkeypatch, Case(ids(21, 4)), tower, "triton", torch.float32, dropout=0.3)
 
 
 @pytest.mark.parametrize(

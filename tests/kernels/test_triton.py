@@ -254,12 +254,6 @@ def test_nothing_is_saved_without_grad():
     assert sum(t.numel() for t in saved if t.is_floating_point()) == sum(trained[n].numel() for n in names)
 
 
-@pytest.mark.parametrize("path", ["fused", "grouped"])
-def test_paths_agree_with_the_reference(monkeypatch, path):
-    monkeypatch.setenv("QAR_KERNELS_PATH", path)
-    check(Case(ids(37, 4)), "fused", "triton", torch.float32)
-
-
 def test_non_contiguous_rows():
     case = Case(ids(30, 4))
     leaves = case.leaves(torch.float32, requires_grad=False)
