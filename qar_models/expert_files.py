@@ -40,7 +40,7 @@ class Base:
     """What a querier's expert depends on: every other parameter that takes part in answers.
 
     Attributes:
-        names: hash of the tower and of their names and shapes.
+        names: hash of the tower, of the experts' scale, and of their names and shapes.
         dtype: the coarsest floating-point one of theirs, such as ``"bfloat16"``.
         sample: a few values of each, in float32.
     """
@@ -59,7 +59,9 @@ class Base:
             if not (name.endswith(own) or ".experts.trained." in name or name.startswith("contrast."))
         ]
         shapes = [[name, list(parameter.shape)] for name, parameter in parameters]
-        names = hashlib.sha256(json.dumps([model.qar.tower, shapes]).encode()).hexdigest()
+        names = hashlib.sha256(
+            json.dumps([model.qar.tower, model.qar.expert_scale, shapes]).encode()
+        ).hexdigest()
         floating = {parameter.dtype for _, parameter in parameters if parameter.is_floating_point()}
         # quantised weights are integers, and exact
         coarsest = max(floating, key=lambda d: torch.finfo(d).eps)
@@ -142,10 +144,12 @@ def _read_index(folder: Path, base: Base) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected what save_experts writes; it is damaged ({error})") from error
     if not found.fits(base):
-        kind = "other values" if found.names == base.names else "another architecture, tower or adapters"
+        kind = (
+            "other values" if found.names == base.names else "another architecture, tower, scale or adapters"
+        )
         raise ValueError(
             f"{path}: got experts of a base model with {kind}, expected this one's; experts fit only the "
-            "base model, tower and adapters they were trained with"
+            "base model, tower, scale and adapters they were trained with"
         )
     return index
 

@@ -82,3 +82,33 @@ def training_batch():
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[:, :4] = -100
     return {**batch, "labels": labels, "querier_ids": QUERIER_IDS}
+
+
+NAMES = ("Amy", "Bernadette", "Howard", "小雪", "a/b")
+ASKING = ("Howard", "Amy", "小雪")
+
+
+def named_model(**settings):
+    """Whose queriers have names."""
+    return aware_model(querier_names=NAMES, **settings)
+
+
+def answers(model, asking=ASKING):
+    """Logits for the left-padded batch, asked by these names."""
+    ids = torch.tensor([model.queriers[name] for name in asking])
+    with torch.no_grad():
+        return model(**left_padded_batch(), querier_ids=ids).logits
+
+
+def train(model, steps=5, asking=("Howard",) * 3):
+    """A few steps on one batch; its losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.02, weight_decay=0.1)
+    batch = training_batch() | {"querier_ids": torch.tensor([model.queriers[name] for name in asking])}
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
