@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from qar_kernels import dispatch, reference, torch_backend
+from qar_kernels import reference, torch_backend
 from qar_kernels.autocast import autocast, autocast_experts
 from qar_kernels.checks import (
     check_base,
@@ -81,11 +81,7 @@ def fused_mlp(
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
-        base = gate, up, down
-        if _takes_grouped_path(rows, base, experts, seg, recompute, lora):
-            y = triton_backend.grouped_mlp(rows, base, experts, seg, expert_scale, lora)
-        else:
-            y = triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute, lora)
+        y = triton_backend.fused_mlp(rows, (gate, up, down), experts, seg, expert_scale, recompute, lora)
         return y.reshape(x.shape)
     impl = _module(name)
     base = impl.swiglu_mlp(rows, gate, up, down, lora)
@@ -130,13 +126,9 @@ def dual_mlp(
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
-        base = gate, up, down
-        if _takes_grouped_path(rows, base, experts, seg, recompute, lora):
-            general, specific = triton_backend.grouped_dual_mlp(rows, specific_rows, base, experts, seg, lora)
-        else:
-            general, specific = triton_backend.dual_mlp(
-                rows, specific_rows, base, experts, seg, recompute, lora
-            )
+        general, specific = triton_backend.dual_mlp(
+            rows, specific_rows, (gate, up, down), experts, seg, recompute, lora
+        )
         return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
     impl = _module(name)
     general = impl.swiglu_mlp(rows, gate, up, down, lora)
@@ -190,41 +182,6 @@ def expert_mlp(
 def _rows(x: Tensor) -> Tensor:
     """``(..., H)`` as ``(T, H)``; a call less where it is so already."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _takes_grouped_path(
-    rows: Tensor,
-    base: tuple[Tensor, ...],
-    experts: tuple[Tensor, ...],
-    seg: Segments,
-    recompute: bool,
-    lora: LoRA,
-) -> bool:
-    """Whether the vendor library computes the base; it does not know how to recompute."""
-    if recompute:
-        return False
-    return dispatch.choose_path(rows.device, _dispatch_shape(rows, base, experts, seg, lora)) == "grouped"
-
-
-def _dispatch_shape(
-    rows: Tensor, base: tuple[Tensor, ...], experts: tuple[Tensor, ...], seg: Segments, lora: LoRA
-) -> dispatch.Shape:
-    trainable = rows, *base, *experts, *lora.factors
-    # Dropout is drawn for training, and must come out the same where checkpointing runs a first pass without
-    # gradients: the two paths draw in their own ways.
-    differentiates = torch.is_grad_enabled() or lora.drops
-    intermediate, hidden = base[0].shape
-    num_experts, rank, _ = experts[0].shape
-    return dispatch.Shape(
-        rows=rows.shape[0],
-        segments=min(seg.experts.shape[0], num_experts),
-        hidden=hidden,
-        intermediate=intermediate,
-        rank=rank,
-        dtype=str(rows.dtype).removeprefix("torch."),
-        training=differentiates and any(t.requires_grad for t in trainable),
-        adapted=bool(lora.factors),
-    )
 
 
 def _resolve(backend: str, rank: int, *rows: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""The ``triton`` backend: plans the tiles, checks what the kernels need, calls the operators.
+"""The ``triton`` backend: chooses a path, plans the tiles, checks what kernels need, calls the operators.
 
 T rows, S rows that have experts, H hidden, I intermediate, R rank, E experts.
 """
@@ -11,6 +11,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from qar_kernels import dispatch
 from qar_kernels.lora import NO_LORA, LoRA
 from qar_kernels.segments import Segments
 from qar_kernels.tile_plan import TilePlan
@@ -28,30 +29,23 @@ def fused_mlp(
     x: Tensor, base: Three, experts: Three, segments: Segments, scale: float, recompute: bool,
     lora: LoRA = NO_LORA,
 ) -> Tensor:  # fmt: skip
-    """``base(x) + scale * expert_q(x)`` in one gate/up and one down launch. ``x`` (T, H) -> (T, H)."""
+    """``base(x) + scale * expert_q(x)``, on the fused path in one gate/up and one down launch.
+
+    ``x`` (T, H) -> (T, H).
+    """
+    if _path((x,), base, experts, segments, recompute, lora) == "grouped":
+        return expert_mlp(x, experts, segments, scale, swiglu_mlp(x, *base, lora))
     return _run("fused", x, base, None, experts, None, segments, scale, recompute, lora)[0]
-
-
-def grouped_mlp(
-    x: Tensor, base: Three, experts: Three, segments: Segments, scale: float, lora: LoRA = NO_LORA
-) -> Tensor:
-    """As :func:`fused_mlp`: the base in vendor-library GEMMs, the experts added in launches of their own."""
-    return expert_mlp(x, experts, segments, scale, swiglu_mlp(x, *base, lora))
 
 
 def dual_mlp(
     x: Tensor, x_expert: Tensor, base: Three, experts: Three, segments: Segments, recompute: bool,
     lora: LoRA = NO_LORA,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``base(x)`` (T, H) and ``expert_q(x_expert)`` (S, H) in the same two launches."""
+    """``base(x)`` (T, H) and ``expert_q(x_expert)`` (S, H), on the fused path in the same two launches."""
+    if _path((x, x_expert), base, experts, segments, recompute, lora) == "grouped":
+        return swiglu_mlp(x, *base, lora), expert_mlp(x_expert, experts, segments)
     return _run("dual", x, base, x_expert, experts, None, segments, 1.0, recompute, lora)
-
-
-def grouped_dual_mlp(
-    x: Tensor, x_expert: Tensor, base: Three, experts: Three, segments: Segments, lora: LoRA = NO_LORA
-) -> tuple[Tensor, Tensor]:
-    """As :func:`dual_mlp`, with the base in vendor-library GEMMs."""
-    return swiglu_mlp(x, *base, lora), expert_mlp(x_expert, experts, segments)
 
 
 def expert_mlp(
@@ -64,6 +58,31 @@ def expert_mlp(
 def plan_tensors(plan: TilePlan) -> list[Tensor]:
     """The plan as operators take it: its tensors in the order of its fields."""
     return [getattr(plan, field) for field in _PLAN_FIELDS]
+
+
+def _path(
+    rows: tuple[Tensor, ...], base: Three, experts: Three, segments: Segments, recompute: bool, lora: LoRA
+) -> str:
+    """``"fused"``, or ``"grouped"``: the base is left to the vendor library, which cannot recompute."""
+    if recompute:
+        return "fused"
+    trainable = *rows, *base, *experts, *lora.factors
+    # Dropout is drawn for training, and must come out the same where checkpointing runs a first pass without
+    # gradients: the two paths draw in their own ways.
+    differentiates = torch.is_grad_enabled() or lora.drops
+    intermediate, hidden = base[0].shape
+    num_experts, rank, _ = experts[0].shape
+    shape = dispatch.Shape(
+        rows=rows[0].shape[0],
+        segments=min(segments.experts.shape[0], num_experts),
+        hidden=hidden,
+        intermediate=intermediate,
+        rank=rank,
+        dtype=str(rows[0].dtype).removeprefix("torch."),
+        training=differentiates and any(t.requires_grad for t in trainable),
+        adapted=bool(lora.factors),
+    )
+    return dispatch.choose_path(rows[0].device, shape)
 
 
 def _run(
