@@ -56,6 +56,8 @@ class Row:
             return found
         if not self.code.mma:
             found.append("no matrix instructions")
+        if self.code.serialised:
+            found.append("a wait for every matrix instruction")
         # Rows of a segment are gathered, so no descriptor serves them.
         dense = self.case.tower != "expert" and self.kernel != "expert_weight_grad_kernel"
         if dense and self.case.config.startswith("sm90") and not self.code.tma_loads:

@@ -41,6 +41,8 @@ class MachineCode:
         mma: matrix instructions with their shapes: HGMMA (sm_90), HMMA (sm_80), UTCHMMA (sm_100).
         tma_loads: bulk copies from global to shared memory.
         spills: loads from and stores to local memory.
+        serialised: whether every HGMMA is waited for at once, which ptxas does where code touches the
+            registers of one that is under way.
     """
 
     registers: int
@@ -48,6 +50,7 @@ class MachineCode:
     mma: list[str]
     tma_loads: int
     spills: int
+    serialised: bool
 
 
 def specialisation(recorded: Recorded) -> tuple:
@@ -81,7 +84,15 @@ def read(compiled: triton.compiler.CompiledKernel) -> MachineCode:
         mma=sorted(set(re.findall(r"\b(?:HG|H|UTC\w*)MMA(?:\.\d\w*)?", text))),
         tma_loads=len(re.findall(r"\bUTMALDG\b", text)),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", text)),
+        serialised=is_serialised(text),
     )
+
+
+def is_serialised(sass: str) -> bool:
+    """Whether there is a full wait for every HGMMA; one or two may have theirs behind a short loop."""
+    products = len(re.findall(r"\bHGMMA\b", sass))
+    waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", sass))
+    return waits >= products > 2
 
 
 @cache

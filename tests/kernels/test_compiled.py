@@ -15,7 +15,7 @@ import pytest
 from qar_kernels.inspect import NO_PRODUCTS
 from qar_kernels.triton import shipped
 from qar_kernels.triton.configs import CONFIGS
-from qar_kernels.triton.machine_code import specialisation
+from qar_kernels.triton.machine_code import is_serialised, specialisation
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 ARCHS = sorted(SHARED_LIMIT)
@@ -64,6 +64,13 @@ def test_ampere_uses_tensor_cores_and_no_bulk_copies():
         if row["kernel"] not in NO_PRODUCTS and row["config"] != "fp32":
             assert any(name.startswith("HMMA") for name in row["mma"]), row
         assert row["tma_loads"] == 0, row
+
+
+@pytest.mark.parametrize(("products_a_wait", "expected"), [(1, True), (4, False)])
+def test_a_wait_for_every_matrix_instruction_is_a_fault(products_a_wait, expected):
+    group = "HGMMA.64x128x16.F32.BF16 R88 ;\n" * products_a_wait + "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    assert is_serialised(group * 4) is expected
+    assert not any(row["serialised"] for row in rows("sm_90"))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
