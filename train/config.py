@@ -71,6 +71,8 @@ class TrainConfig:
             who asks, or similar training dialogues, see :mod:`train.baselines`.
         profiles: YAML file of the profiles.
         max_tokens: longest window; older turns are dropped to fit.
+        max_turns: most turns of a window (None: all); 2 leaves the query and its reply, as where nobody
+            remembers what was said before.
         names_in_prompt: whether the querier's name is part of the prompt.
         style: how turns become text, see :mod:`train.data.encode`.
         dtype: ``float32``, ``bfloat16`` or ``float16``: the base weights', and of mixed precision.
@@ -113,6 +115,7 @@ class TrainConfig:
     context: Literal["none", "role_profile", "querier_profile", "few_shot"] = "none"
     profiles: str | None = None
     max_tokens: int = 592
+    max_turns: int | None = None
     names_in_prompt: bool = True
     style: Style = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -144,10 +147,25 @@ class TrainConfig:
             raise UserError(
                 f"trainable_layers: got {self.trainable_layers}, expected at least 1, or null for all"
             )
+        if self.max_turns is not None:
+            self._check_turns()
+
+    def _check_turns(self) -> None:
+        if self.max_turns < 2:
+            raise UserError(f"max_turns: got {self.max_turns}, expected at least 2, a query and its reply")
+        if self.windows == "covering":
+            raise UserError(
+                "windows: got 'covering' with max_turns, which drops earlier replies, expected 'every_reply'"
+            )
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """The options of :func:`train.data.encode.encode`."""
+        return {key: getattr(self, key) for key in ("max_tokens", "max_turns", "names_in_prompt", "style")}
 
     def qar_config(self, queriers: tuple[str, ...], num_clusters: int, first_expert_layer: int) -> QARConfig:
         """The settings of the querier-specific tower; ``ft`` has them too, for a model without experts."""

@@ -68,12 +68,6 @@ def window_set(
     The model is needed where ``first_layer`` is above 0. Runs side by side under one parent folder share the
     states.
     """
-    windows = encode_all(
-        examples,
-        tokenizer,
-        max_tokens=config.max_tokens,
-        names_in_prompt=config.names_in_prompt,
-        style=config.style,
-    )
+    windows = encode_all(examples, tokenizer, **config.encoding)
     cache = Path(config.output_dir).parent / "states"
     return Windows(windows, lower_states(model, windows, first_layer, cache) if first_layer else None)

@@ -89,9 +89,7 @@ def prompt_as(trained: Trained, history: Sequence[Turn], querier: str) -> list[i
         turns,
         trained.tokenizer,
         responder=responder,
-        max_tokens=config.max_tokens,
-        names_in_prompt=config.names_in_prompt,
-        style=config.style,
+        **config.encoding,
         context=_context(config, turns, responder),
     )
 

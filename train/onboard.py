@@ -109,9 +109,7 @@ def _train(
     windows = encode_all(
         [dataclasses.replace(example, querier_id=querier_id) for example in examples],
         trained.tokenizer,
-        max_tokens=config.max_tokens,
-        names_in_prompt=config.names_in_prompt,
-        style=config.style,
+        **config.encoding,
     )
     if not windows:
         raise UserError(f"no training window fits into max_tokens={config.max_tokens}")

@@ -53,6 +53,21 @@ def test_old_turns_go_before_the_context(told, tokenizer, style):
     assert (shorter.dropped_turns, shorter.dropped_context) == (3, 0)
 
 
+@pytest.mark.parametrize("max_turns", [2, 3])  # a leading reply is dropped, so 3 are 2 here
+def test_only_the_last_turns_are_kept(told, tokenizer, style, max_turns):
+    last = dataclasses.replace(told, turns=told.turns[-2:])
+    short = encode(told, tokenizer, style=style, max_turns=max_turns)
+    assert short.input_ids == encode(last, tokenizer, style=style).input_ids
+    assert (short.dropped_turns, short.dropped_context) == (len(told.turns) - 2, 0)
+    options = {"responder": "Falstaff", "style": style, "context": CONTEXT}
+    prompt = encode_prompt(told.turns[:-1], tokenizer, max_turns=max_turns, **options)
+    assert prompt == short.input_ids[: short.prompt_length]
+
+
+def test_more_turns_than_there_are_change_nothing(told, tokenizer, style):
+    assert encode(told, tokenizer, style=style, max_turns=99) == encode(told, tokenizer, style=style)
+
+
 def test_the_end_of_the_context_goes_before_query_and_reply(told, tokenizer, style, caplog):
     last = dataclasses.replace(told, turns=told.turns[-2:])
     limit = len(encode(last, tokenizer, style=style).input_ids) - 1

@@ -64,6 +64,7 @@ def test_mistakes_are_named(tmp_path, text, named):
         ("warmup_ratio=-1", "warmup_ratio: got -1.0, expected at least 0 and less than 1"),
         ("lora_dropout=2", "lora_dropout: got 2.0, expected at least 0 and less than 1"),
         ("seed=-1", "seed: got -1, expected 0 to"),
+        ("max_turns=1", "max_turns: got 1, expected at least 2"),
         ("data=[", "override 'data=[': the value is not valid YAML"),
     ],
 )
@@ -79,6 +80,7 @@ def test_values_out_of_range_are_named(tmp_path, override, named):
     [
         (["tower=replace", "unknown_querier=none"], "unknown_querier: got 'none' with tower='replace'"),
         (["experts=per_querier", "unknown_querier=shared"], "unknown_querier: got 'shared' with experts="),
+        (["max_turns=2", "windows=covering"], "windows: got 'covering' with max_turns"),
         (["epochs=0.5", "validation=0.1"], "epochs: got 0.5 with validation=0.1"),
     ],
 )

@@ -23,8 +23,7 @@ def asked_alike(trained, example):
     """The prompt for the window's query, as generation writes it, and as training did."""
     history = [turn if turn.speaker != example.responder else Turn(trained.responder, turn.text)
                for turn in example.turns[:-1]]  # fmt: skip
-    options = {key: getattr(trained.config, key) for key in ("max_tokens", "names_in_prompt", "style")}
-    window = encode(example, trained.tokenizer, **options)
+    window = encode(example, trained.tokenizer, **trained.config.encoding)
     return prompt_as(trained, history, example.querier), window.input_ids[: window.prompt_length]
 
 

@@ -65,19 +65,20 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int = MAX_TOKENS,
+    max_turns: int | None = None,
     names_in_prompt: bool = True,
     style: Style = "auto",
 ) -> Encoded:
     """Token ids and labels of ``example``.
 
     ``style`` "auto" is the tokenizer's chat template if it has one, else the reference's format that its
-    special tokens belong to, else plain "Name: text" lines. Every reply in the window is learnt. Raises
-    ``TooLongError`` if the last reply alone (in a chat: and its query) exceeds ``max_tokens``, ``UserError``
-    for a tokenizer that cannot write the style.
+    special tokens belong to, else plain "Name: text" lines. ``max_turns`` of 2 leaves the query and the
+    reply. Every reply in the window is learnt. Raises ``TooLongError`` if the last reply alone (in a chat:
+    and its query) exceeds ``max_tokens``, ``UserError`` for a tokenizer that cannot write the style.
     """
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, example.responder, names_in_prompt)
-    room = _Room(example.responder, render, lambda rendered: len(rendered.ids), max_tokens)
+    room = _Room(example.responder, render, lambda rendered: len(rendered.ids), max_tokens, max_turns)
     fitted = room.fit(example.turns, example.context, _least_turns(style))
     if fitted is None:
         raise TooLongError(f"example '{example.id}': the reply does not fit into {max_tokens} tokens")
@@ -122,6 +123,7 @@ def encode_prompt(
     *,
     responder: str,
     max_tokens: int = MAX_TOKENS,
+    max_turns: int | None = None,
     names_in_prompt: bool = True,
     style: Style = "auto",
     context: str = "",
@@ -135,7 +137,7 @@ def encode_prompt(
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, responder, names_in_prompt)
     with_reply = (*turns, Turn(responder, "."))
-    room = _Room(responder, render, lambda rendered: rendered.prompt_length, max_tokens)
+    room = _Room(responder, render, lambda rendered: rendered.prompt_length, max_tokens, max_turns)
     fitted = room.fit(with_reply, context, least=2)
     if fitted is None:
         raise TooLongError(f"the last query does not fit into {max_tokens} tokens")
@@ -186,12 +188,16 @@ class _Fitted:
 
 @dataclass(frozen=True)
 class _Room:
-    """Windows of ``responder``, as ``render`` writes them, in at most ``max_tokens`` tokens by ``length``."""
+    """Windows of ``responder``, as ``render`` writes them, in at most ``max_tokens`` tokens by ``length``.
+
+    ``max_turns`` with the reply among them; None for all.
+    """
 
     responder: str
     render: Render
     length: Callable[[Rendered], int]
     max_tokens: int
+    max_turns: int | None
 
     def fit(self, turns: Sequence[Turn], context: str, least: int) -> _Fitted | None:
         """The longest end of ``turns`` that fits and does not lead with a reply, of at least ``least`` turns.
@@ -199,10 +205,11 @@ class _Room:
         Older turns go before any of the context does; the query goes after all of it.
         """
         fitted = None
+        first = 0 if self.max_turns is None else max(0, len(turns) - self.max_turns)
         if context:
-            with_query = range(len(turns) - 1)
+            with_query = range(first, len(turns) - 1)
             fitted = self._longest(turns, with_query, context) or self._cut_context(turns, context)
-        return fitted or self._longest(turns, range(len(turns) - least + 1), "", len(context))
+        return fitted or self._longest(turns, range(first, len(turns) - least + 1), "", len(context))
 
     def _longest(
         self, turns: Sequence[Turn], starts: Iterable[int], context: str, dropped: int = 0

@@ -129,8 +129,7 @@ def main() -> None:
     if not examples:
         raise UserError(f"the {arguments.split} split is empty (validation={config.validation})")
     chosen = choose(len(examples), arguments.index, arguments.sample, arguments.seed)
-    options = {key: getattr(config, key) for key in ("max_tokens", "names_in_prompt", "style")}
-    shown = Group(LEGEND, *panels(examples, chosen, load_tokenizer(config.model), **options))
+    shown = Group(LEGEND, *panels(examples, chosen, load_tokenizer(config.model), **config.encoding))
     if arguments.html is None:
         Console().print(shown)
         return
