@@ -80,7 +80,7 @@ def _path(
         rank=rank,
         dtype=str(rows[0].dtype).removeprefix("torch."),
         training=differentiates and any(t.requires_grad for t in trainable),
-        adapted=bool(lora.factors),
+        adapted=len(lora.factors) > 0,  # PyTorch 2.11 does not trace bool() of a tuple
     )
     return dispatch.choose_path(rows[0].device, shape)
 
