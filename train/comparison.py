@@ -53,7 +53,8 @@ class Comparison:
         """Records of every held-out window; for QAR also under swapped ids, expert similarity, samples."""
         model, held_out = self.load(method).model, self.held_out
         generated = held_out.sample(GENERATED, self.seed)
-        result: dict[str, Any] = {"records": self._records(model, held_out.querier_ids, generated)}
+        records = held_out.answer(model, held_out.querier_ids, generated, MAX_NEW_TOKENS)
+        result: dict[str, Any] = {"records": records}
         if method == "qar":
             result["swapped"] = self._swapped(model, generated)
             names = self.data.queriers
@@ -67,24 +68,17 @@ class Comparison:
         asked_by = self.held_out.querier_ids
         return self.held_out.generate(model, indices, asked_by, MAX_NEW_TOKENS), asked_by
 
-    def _records(self, model: Any, asked_by: Sequence[int], generated: Sequence[int]) -> list[Record]:
-        scores = self.held_out.nll(model, asked_by)
-        return self._with_replies(model, scores, asked_by, generated)
-
-    def _with_replies(
-        self, model: Any, scores: list[tuple[float, int]], asked_by: Sequence[int], generated: Sequence[int]
-    ) -> list[Record]:
-        chosen = [asked_by[index] for index in generated]
-        replies = self.held_out.generate(model, generated, chosen, MAX_NEW_TOKENS)
-        return self.held_out.records(scores, dict(zip(generated, replies, strict=True)))
-
     def _swapped(self, model: Any, generated: Sequence[int]) -> list[Record]:
         """The same prompts asked by others: NLL averaged over several draws, replies under the first."""
         queriers = len(self.data.queriers)
         draws = [self.held_out.swapped_ids(queriers, self.seed + draw) for draw in range(SWAPS)]
-        scored = [self.held_out.nll(model, ids) for ids in draws]
-        mean = [(sum(nll for nll, _ in window) / SWAPS, window[0][1]) for window in zip(*scored, strict=True)]
-        return self._with_replies(model, mean, draws[0], generated)
+        first = self.held_out.answer(model, draws[0], generated, MAX_NEW_TOKENS)
+        others = [self.held_out.nll(model, ids) for ids in draws[1:]]
+        sums = [[nll for nll, _ in window] for window in zip(*others, strict=True)]
+        return [
+            {**record, "nll_sum": (record["nll_sum"] + sum(rest)) / SWAPS}
+            for record, rest in zip(first, sums, strict=True)
+        ]
 
     def samples(self, model: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
         """A few of these windows' queries, each answered to several queriers in one mixed batch."""

@@ -134,10 +134,13 @@ def difference_table(differences: dict[str, Any], ours: str, theirs: str) -> Tab
     table = Table("", "difference", "95 % interval", "p", title=f"{ours} - {theirs}", box=SIMPLE)
     for key, found in differences.items():
         if key in COLUMNS:
-            bounds = ", ".join(_cell(bound, key, "+") for bound in found["ci95"] or ())
             p = "" if found["p"] is None else f"{found['p']:.4f}"
-            table.add_row(COLUMNS[key], _cell(found["diff"], key, "+"), f"[{bounds}]" if bounds else "", p)
+            table.add_row(COLUMNS[key], _cell(found["diff"], key, "+"), _bounds(found["ci95"], key), p)
     return table
+
+
+def _bounds(ci95: Sequence[float] | None, key: str) -> str:
+    return "[{}, {}]".format(*(_cell(bound, key, "+") for bound in ci95)) if ci95 else ""
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
@@ -148,8 +151,9 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"{result['left_out']} windows left out, whose reply does not fit"
     ]
     if swap:
-        interval = "" if swap["nll_ci95"] is None else " [{:+.3f}, {:+.3f}]".format(*swap["nll_ci95"])
-        notes.append(f"asked under somebody else's id, NLL per token: {swap['nll_diff']:+.3f}{interval}")
+        for key in ("nll", "rougeL"):
+            change = _cell(swap[f"{key}_diff"], key, "+"), _bounds(swap[f"{key}_ci95"], key)
+            notes.append(f"asked under somebody else's id, {COLUMNS[key]}: {' '.join(change)}")
     return notes
 
 

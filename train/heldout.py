@@ -140,6 +140,14 @@ class HeldOut:
             for index, (example, (nll, count)) in enumerate(zip(self.examples, scores, strict=True))
         ]
 
+    def answer(
+        self, model: PreTrainedModel, querier_ids: Sequence[int], indices: Sequence[int], max_new_tokens: int
+    ) -> list[Record]:
+        """Records of all windows as asked by ``querier_ids``, those at ``indices`` answered."""
+        asked_by = [querier_ids[index] for index in indices]
+        replies = self.generate(model, indices, asked_by, max_new_tokens)
+        return self.records(self.nll(model, querier_ids), dict(zip(indices, replies, strict=True)))
+
 
 def held_out_windows(config: TrainConfig, data: MQDialog, batch_size: int = BATCH_SIZE) -> HeldOut:
     """The held-out windows of ``data`` as the runs of ``config`` read them.
@@ -162,20 +170,17 @@ def held_out_windows(config: TrainConfig, data: MQDialog, batch_size: int = BATC
 def score(
     trained: Trained, held_out: HeldOut, generated: int, max_new_tokens: int
 ) -> tuple[list[Record], list[Record] | None]:
-    """Records of all windows, ``generated`` of them answered, and of the same asked under others' ids.
+    """Records of all windows, ``generated`` of them answered; and of the same, asked under others' ids.
 
     The second is None where the model has no experts of one's own. Which windows are answered, and who
     else asks, is the same for every model.
     """
-    model, asked_by = trained.model, held_out.querier_ids
     chosen = held_out.sample(generated, SAMPLE_SEED)
-    replies = held_out.generate(model, chosen, [asked_by[index] for index in chosen], max_new_tokens)
-    scores = held_out.nll(model, asked_by)
-    records = held_out.records(scores, dict(zip(chosen, replies, strict=True)))
+    records = held_out.answer(trained.model, held_out.querier_ids, chosen, max_new_tokens)
     if not _knows_who_asks(trained):
         return records, None
     others = held_out.swapped_ids(len(trained.queriers), SAMPLE_SEED)
-    return records, held_out.records(held_out.nll(model, others), {})
+    return records, held_out.answer(trained.model, others, chosen, max_new_tokens)
 
 
 def _knows_who_asks(trained: Trained) -> bool:

@@ -32,6 +32,7 @@ def test_scores_are_those_of_the_held_out_windows(trained, config, tiny_data):
     assert (result["scores"]["generated"], result["left_out"]) == (3, 0)
     assert set(result["scores"]["per_querier"]) == set(tiny_data.queriers)
     assert result["swap"]["nll_true"] == result["scores"]["nll"] != result["swap"]["nll_swapped"]
+    assert result["swap"]["rougeL_true"] == pytest.approx(result["scores"]["rougeL"])
 
 
 def test_the_base_is_loaded_once_and_in_the_dtype_asked_for(config, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import pytest
 import yaml
 
+from train.dataset import load_data
 from train.errors import UserError
 from train.experiment import __main__ as command
 from train.experiment.cell import result_of
@@ -64,6 +65,7 @@ def test_cells_survive_a_stop_and_end_in_a_table(plan, tmp_path, monkeypatch):
     difference = results["methods"]["qar"]["nll"] - results["methods"]["ft"]["nll"]
     assert results["paired"]["qar_vs_ft"]["nll"]["diff"] == pytest.approx(difference)
     assert set(results["swap"]) == {"qar"}
+    assert results["swap"]["qar"]["rougeL_true"] == pytest.approx(results["methods"]["qar"]["rougeL"])
     assert "| qar - ft |" in (tmp_path / "tiny.md").read_text()
     assert (tmp_path / "tiny.svg").read_text().rstrip().endswith("</svg>")
 
@@ -83,6 +85,7 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
         ("seeds=3", "key 'seeds': got 3"),
         ("queriers=Hamlet", "key 'queriers': got 'Hamlet', expected a list of names"),
         ("generated=0", "key 'generated': got 0"),
+        ("split_seed=one", "key 'split_seed': got 'one'"),
         ("pairs=[[qar, control]]", "'control' is none of the methods"),
         ("methods={a_vs_b: {}}", "joins two methods"),
         ("methods={ft: {methd: ft}, qar: {}}", "method 'ft': unknown key 'methd'; did you mean 'method'?"),
@@ -97,6 +100,17 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
 def test_a_wrong_plan_is_refused_before_anything_runs(plan, override, complaint):
     with pytest.raises(UserError, match=complaint.replace("?", r"\?").replace("[", r"\[")):
         load_experiment(plan, [override])
+
+
+def test_another_split_seed_holds_other_dialogues_out(plan, tmp_path):
+    held_out = []
+    for seed in (0, 1):
+        overrides = ["responders=[Horatio]", f"split_seed={seed}", f"output_dir={tmp_path / str(seed)}"]
+        experiment = load_experiment(plan, overrides)
+        experiment.prepare()
+        data = load_data(experiment.config(experiment.cells()[0])).data
+        held_out.append({example.dialogue for example in data.dev})
+    assert held_out[0] != held_out[1]
 
 
 def test_intervals_are_written_with_their_sign():

@@ -62,6 +62,18 @@ def test_evaluation_has_all_parts(comparison, tiny_data):
     assert len(sample["answers"]) == 3
 
 
+def test_windows_are_answered_as_asked_by_the_ids_given(comparison, monkeypatch):
+    held_out, model = comparison.held_out, comparison.load("qar").model
+    others, chosen, asked = held_out.swapped_ids(3, 0), [0, 2], []
+    monkeypatch.setattr(
+        held_out, "generate", lambda _model, indices, ids, _tokens: asked.extend(ids) or ["."] * len(indices)
+    )
+    records = held_out.answer(model, others, chosen, 4)
+    assert asked == [others[index] for index in chosen] != [held_out.querier_ids[index] for index in chosen]
+    assert [(r["nll_sum"], r["tokens"]) for r in records] == held_out.nll(model, others)
+    assert [index for index, record in enumerate(records) if record.get("reply")] == chosen
+
+
 def test_answer_knows_its_queriers(comparison, tiny_data):
     trained = comparison.load("qar")
     history = [Turn(tiny_data.queriers[0], tiny_data.train[0].query)]

@@ -59,6 +59,7 @@ class Experiment:
             the ``data``.
         queriers: of ``responders``, these people only; without them all who have ``min_dialogues``.
         min_dialogues: that a querier must have with a responder to be one.
+        split_seed: draws which dialogues of ``responders`` are held out.
     """
 
     output_dir: str
@@ -71,6 +72,7 @@ class Experiment:
     responders: tuple[str, ...] = ()
     queriers: tuple[str, ...] = ()
     min_dialogues: int = PLAY_THRESHOLDS.min_dialogues
+    split_seed: int = 0
 
     @property
     def prepared(self) -> Path:
@@ -82,7 +84,14 @@ class Experiment:
         thresholds = dataclasses.replace(PLAY_THRESHOLDS, min_dialogues=self.min_dialogues)
         for responder in self.responders:
             prepare(
-                PrepareConfig(PLAYS, responder, self.prepared, queriers=self.queriers, thresholds=thresholds)
+                PrepareConfig(
+                    PLAYS,
+                    responder,
+                    self.prepared,
+                    queriers=self.queriers,
+                    thresholds=thresholds,
+                    seed=self.split_seed,
+                )
             )
 
     def cells(self) -> list[Cell]:
@@ -148,6 +157,8 @@ def _checked(values: dict[str, Any], path: Path) -> Experiment:
     for key in ("generated", "max_new_tokens", "min_dialogues"):
         if type(values.get(key, 1)) is not int or values.get(key, 1) < 1:
             raise UserError(f"{path}: key '{key}': got {values[key]!r}, expected a whole number above 0")
+    if type(values.get("split_seed", 0)) is not int:
+        raise UserError(f"{path}: key 'split_seed': got {values['split_seed']!r}, expected a whole number")
     methods = tuple(_method(name, changes, path) for name, changes in values["methods"].items())
     people = {key: _names(key, values.get(key, ()), path) for key in ("responders", "queriers")}
     pairs = tuple(_pair(pair, values["methods"], path) for pair in values.get("pairs", Experiment.pairs))

@@ -41,8 +41,9 @@ def _pairs(results: Mapping[str, Any]) -> str:
         first, second = name.split("_vs_")
         rows.append([f"{first} - {second}", *(interval(key, difference.get(key)) for key in COMPARED)])
     for name, swap in results["swap"].items():
-        nll = {"diff": swap["nll_diff"], "ci95": swap["nll_ci95"]}
-        rows.append([f"{name} asked under another id - its own", interval("nll", nll), ""])
+        differences = [{"diff": swap[f"{key}_diff"], "ci95": swap[f"{key}_ci95"]} for key in COMPARED]
+        cells = map(interval, COMPARED, differences)
+        rows.append([f"{name} asked under another id - its own", *cells])
     return table(rows)
 
 
