@@ -14,8 +14,11 @@ from train.errors import UserError
 from train.files import read_json, write_atomic
 
 RUN = "run.json"
-FREE = ("output_dir", "save_steps", "save_total_limit", "report_to", "gradient_checkpointing")
-"""Settings that may change when a run is resumed: they do not change what is computed."""
+FREE = ("data", "output_dir", "save_steps", "save_total_limit", "report_to", "gradient_checkpointing")
+"""Settings that may change when a run is resumed: they do not change what is computed.
+
+The data may lie elsewhere: what is in them is compared, not their path.
+"""
 
 
 def write_run(config: TrainConfig, data: MQDialog) -> None:

@@ -250,12 +250,8 @@ def test_a_finished_run_is_not_taken_for_one_on_other_data(config, tiny_data, mo
 def test_resume_refuses_another_run(config, tiny_data, monkeypatch):
     finetune(config)
     shutil.rmtree(Path(config.output_dir) / "trained")
-    for changes, named in [
-        ({"expert_rank": 8}, "started with expert_rank=4, got 8"),
-        ({"data": f"{config.data}/."}, "started with data="),
-    ]:
-        with pytest.raises(UserError, match=f"run.json: the run was {named}"):
-            finetune(config.replace(**changes), resume=True)
+    with pytest.raises(UserError, match=r"run\.json: the run was started with expert_rank=4, got 8"):
+        finetune(config.replace(expert_rank=8), resume=True)
     other = dataclasses.replace(tiny_data, queriers=tiny_data.queriers[::-1])
     with pytest.raises(UserError, match="started with queriers="):
         check_continues(config, other)
@@ -265,7 +261,8 @@ def test_resume_refuses_another_run(config, tiny_data, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="started with ranks=1, got 2"):
         patch.setattr(run_file.ranks, "world_size", lambda: 2)
         check_continues(config, tiny_data)
-    assert finetune(config.replace(save_steps=5, save_total_limit=1), resume=True).is_dir()
+    moved = config.replace(data=f"{config.data}/.", save_steps=5, save_total_limit=1)
+    assert finetune(moved, resume=True).is_dir()
     (Path(config.output_dir) / RUN).write_text("{}")
     with pytest.raises(UserError, match=r"run\.json: damaged, 'config' is missing"):
         check_continues(config, tiny_data)
