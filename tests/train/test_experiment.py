@@ -4,12 +4,11 @@ import json
 import pytest
 import yaml
 
-from train.dataset import load_data
 from train.errors import UserError
 from train.experiment import __main__ as command
-from train.experiment.cell import result_of
+from train.experiment.cell import result_of, run_cell
 from train.experiment.plan import load_experiment
-from train.experiment.results import published
+from train.experiment.results import collect, published
 from train.experiment.table import interval, markdown, published_table
 
 
@@ -85,7 +84,8 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
         ("seeds=3", "key 'seeds': got 3"),
         ("queriers=Hamlet", "key 'queriers': got 'Hamlet', expected a list of names"),
         ("generated=0", "key 'generated': got 0"),
-        ("split_seed=one", "key 'split_seed': got 'one'"),
+        ("splits=[0, 0]", "key 'splits': got [0, 0], expected a list of different whole numbers"),
+        ("splits=[0, 1]", "key 'splits': got [0, 1], but without 'responders'"),
         ("pairs=[[qar, control]]", "'control' is none of the methods"),
         ("methods={a_vs_b: {}}", "joins two methods"),
         ("methods={ft: {methd: ft}, qar: {}}", "method 'ft': unknown key 'methd'; did you mean 'method'?"),
@@ -102,15 +102,35 @@ def test_a_wrong_plan_is_refused_before_anything_runs(plan, override, complaint)
         load_experiment(plan, [override])
 
 
-def test_another_split_seed_holds_other_dialogues_out(plan, tmp_path):
-    held_out = []
-    for seed in (0, 1):
-        overrides = ["responders=[Horatio]", f"split_seed={seed}", f"output_dir={tmp_path / str(seed)}"]
-        experiment = load_experiment(plan, overrides)
-        experiment.prepare()
-        data = load_data(experiment.config(experiment.cells()[0])).data
-        held_out.append({example.dialogue for example in data.dev})
-    assert held_out[0] != held_out[1]
+def test_every_split_holds_other_dialogues_out_and_counts_in_the_table(plan, tmp_path):
+    overrides = [
+        "responders=[Horatio]",
+        "splits=[0, 1]",
+        "seeds=[0]",
+        "methods={zero_shot: {trained: false}}",
+    ]
+    experiment = load_experiment(plan, [*overrides, "pairs=[]"])
+    command.run_experiment(experiment, tmp_path, "tiny")
+    assert [cell.name for cell in experiment.cells()] == ["zero_shot-seed0", "zero_shot-seed0-split1"]
+    first, second = ({r["id"] for r in result_of(experiment, cell)["records"]} for cell in experiment.cells())
+    assert first != second
+    results = json.loads((tmp_path / "tiny.json").read_text())
+    assert results["methods"]["zero_shot"]["examples"] == len(first | second)
+    assert results["conditions"]["held_out_windows"] == len(first | second)
+    assert [one["split"] for one in results["methods"]["zero_shot"]["per_seed"]] == [0, 1]
+
+
+def test_methods_are_compared_on_the_splits_that_both_have(plan, tmp_path):
+    overrides = ["responders=[Horatio]", "splits=[0, 1]", "seeds=[0]", "pairs=[[a, b]]"]
+    untrained = "methods={a: {trained: false}, b: {trained: false, names_in_prompt: false}}"
+    experiment = load_experiment(plan, [*overrides, untrained])
+    experiment.prepare()
+    cells = experiment.cells()
+    for cell in cells[:3]:
+        run_cell(experiment, cell)
+    results = collect(experiment)
+    assert results["missing"] == ["b-seed0-split1"]
+    assert len(results["paired"]["a_vs_b"]["nll"]["per_seed"]) == 1
 
 
 def test_intervals_are_written_with_their_sign():

@@ -356,13 +356,25 @@ def test_pooling_averages_a_window_over_seeds_by_id():
     first, second = pool(seed_runs())
     assert (first["id"], first["nll_sum"], first["rougeL"]) == ("1", 3.0, pytest.approx(0.4))
     assert (second["id"], second["nll_sum"], second["rougeL"]) == ("2", 7.0, pytest.approx(0.2))
-    other = [[record("1")], [record("3")]]
-    with pytest.raises(ValueError, match="same windows"):
-        pool(other)
+    with pytest.raises(ValueError, match="a window more than once"):
+        pool([[record("1"), record("1")]])
     with pytest.raises(ValueError, match="same tokens"):
         pool([[record("1")], [record("1", tokens=3)]])
-    with pytest.raises(ValueError, match="at least one seed"):
+    with pytest.raises(ValueError, match="at least one run"):
         pool([])
+
+
+def test_a_window_is_averaged_over_the_runs_that_hold_it_out():
+    runs = [[record("1", nll_sum=2.0), record("2", nll_sum=6.0)], [record("2", nll_sum=8.0), record("3")]]
+    assert [(one["id"], one["nll_sum"]) for one in pool(runs)] == [
+        ("1", 2.0),
+        ("2", 7.0),
+        ("3", record("3")["nll_sum"]),
+    ]
+    other = [[{**one, "nll_sum": one["nll_sum"] - 1} for one in run] for run in runs]
+    assert compare_seeds(other, runs)["nll"]["diff"] == pytest.approx(-1 / record("1")["tokens"])
+    with pytest.raises(ValueError, match="same examples"):
+        compare_seeds(runs, runs[:1])
 
 
 def test_a_summary_over_seeds_counts_each_window_once():

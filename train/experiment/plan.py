@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,20 @@ class Method:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method under one seed; what an experiment computes, keeps and resumes."""
+    """One method under one seed, on one split; what an experiment computes, keeps and resumes."""
 
     method: Method
     seed: int
+    split: int = 0
 
     @property
     def name(self) -> str:
         """The cell's name in files and logs."""
-        return f"{self.method.name}-seed{self.seed}"
+        return f"{self.method.name}-seed{self.seed}{_suffix(self.split)}"
+
+
+def _suffix(split: int) -> str:
+    return f"-split{split}" if split else ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Experiment:
             the ``data``.
         queriers: of ``responders``, these people only; without them all who have ``min_dialogues``.
         min_dialogues: that a querier must have with a responder to be one.
-        split_seed: draws which dialogues of ``responders`` are held out.
+        splits: draws of which dialogues of ``responders`` are held out; everything runs on each.
     """
 
     output_dir: str
@@ -72,33 +78,24 @@ class Experiment:
     responders: tuple[str, ...] = ()
     queriers: tuple[str, ...] = ()
     min_dialogues: int = PLAY_THRESHOLDS.min_dialogues
-    split_seed: int = 0
+    splits: tuple[int, ...] = (0,)
 
-    @property
-    def prepared(self) -> Path:
+    def prepared(self, split: int) -> Path:
         """Where the data of ``responders`` goes."""
-        return Path(self.output_dir) / "data"
+        return Path(self.output_dir) / f"data{_suffix(split)}"
 
     def prepare(self) -> None:
         """Build the data of ``responders``, or find it built."""
         thresholds = dataclasses.replace(PLAY_THRESHOLDS, min_dialogues=self.min_dialogues)
-        for responder in self.responders:
-            prepare(
-                PrepareConfig(
-                    PLAYS,
-                    responder,
-                    self.prepared,
-                    queriers=self.queriers,
-                    thresholds=thresholds,
-                    seed=self.split_seed,
-                )
-            )
+        for split, responder in product(self.splits, self.responders):
+            people = {"responder": responder, "queriers": self.queriers, "thresholds": thresholds}
+            prepare(PrepareConfig(PLAYS, out=self.prepared(split), seed=split, **people))
 
     def cells(self) -> list[Cell]:
-        """Every cell, seed by seed, so that a stopped experiment holds whole comparisons."""
+        """Every cell, split by split and seed by seed: a stopped experiment holds whole comparisons."""
         return [
-            Cell(method, seed)
-            for seed in self.seeds
+            Cell(method, seed, split)
+            for split, seed in product(self.splits, self.seeds)
             for method in self.methods
             if method.trained or seed == self.seeds[0]
         ]
@@ -107,7 +104,7 @@ class Experiment:
         """The training run of a cell."""
         values = {**self.train, **cell.method.changes, "seed": cell.seed}
         if self.responders:
-            values["data"] = str(self.prepared / PLAYS)
+            values["data"] = str(self.prepared(cell.split) / PLAYS)
         values["output_dir"] = str(Path(self.output_dir) / "cells" / cell.name)
         return config_from(values, f"method '{cell.method.name}'")
 
@@ -151,19 +148,27 @@ def _checked(values: dict[str, Any], path: Path) -> Experiment:
     for key in ("train", "methods"):
         if not isinstance(values[key], dict) or not values[key]:
             raise UserError(f"{path}: key '{key}': got {values[key]!r}, expected a mapping")
-    seeds = values.get("seeds", Experiment.seeds)
-    if not isinstance(seeds, list | tuple) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise UserError(f"{path}: key 'seeds': got {seeds!r}, expected a list of whole numbers")
     for key in ("generated", "max_new_tokens", "min_dialogues"):
         if type(values.get(key, 1)) is not int or values.get(key, 1) < 1:
             raise UserError(f"{path}: key '{key}': got {values[key]!r}, expected a whole number above 0")
-    if type(values.get("split_seed", 0)) is not int:
-        raise UserError(f"{path}: key 'split_seed': got {values['split_seed']!r}, expected a whole number")
     methods = tuple(_method(name, changes, path) for name, changes in values["methods"].items())
     people = {key: _names(key, values.get(key, ()), path) for key in ("responders", "queriers")}
     pairs = tuple(_pair(pair, values["methods"], path) for pair in values.get("pairs", Experiment.pairs))
-    checked = {"methods": methods, "seeds": tuple(seeds), "pairs": pairs, **people}
-    return Experiment(**{**values, **checked})
+    draws = {key: _draws(key, values.get(key, getattr(Experiment, key)), path) for key in ("seeds", "splits")}
+    if draws["splits"] != Experiment.splits and not people["responders"]:
+        raise UserError(
+            f"{path}: key 'splits': got {values['splits']!r}, but without 'responders' the data are split as they lie"
+        )
+    return Experiment(**{**values, "methods": methods, "pairs": pairs, **people, **draws})
+
+
+def _draws(key: str, value: Any, path: Path) -> tuple[int, ...]:
+    is_list = isinstance(value, list | tuple) and value and all(type(draw) is int for draw in value)
+    if not is_list or min(value) < 0 or len(set(value)) < len(value):
+        raise UserError(
+            f"{path}: key '{key}': got {value!r}, expected a list of different whole numbers from 0"
+        )
+    return tuple(value)
 
 
 def _names(key: str, value: Any, path: Path) -> tuple[str, ...]:

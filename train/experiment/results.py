@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import yaml
 
 from train.dataset import load_data
 from train.experiment.cell import result_of
-from train.experiment.plan import Experiment
+from train.experiment.plan import Cell, Experiment
 from train.files import read_text
 from train.metrics import compare_seeds, pool, summarise_seeds, swap_summary
 
 PACKAGES = ("torch", "transformers", "peft", "rouge-score", "sacrebleu")
 PUBLISHED = Path(__file__).with_name("published.yaml")
+
+Runs: TypeAlias = list[tuple[Cell, dict[str, Any]]]
+"""A method's finished cells, each with its result."""
 
 
 def collect(experiment: Experiment) -> dict[str, Any]:
@@ -29,35 +31,49 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         differences with 95 % intervals over dialogues; ``swap``: name -> what asking as somebody else costs;
         ``missing``: cells without a result.
     """
-    cells = [(cell, result_of(experiment, cell)) for cell in experiment.cells()]
-    found: dict[str, list[dict[str, Any]]] = {}
-    for cell, result in cells:
-        if result is not None:
-            found.setdefault(cell.method.name, []).append(result)
-    records = {name: [result["records"] for result in results] for name, results in found.items()}
+    found: dict[str, Runs] = {}
+    missing = []
+    for cell in experiment.cells():
+        result = result_of(experiment, cell)
+        if result is None:
+            missing.append(cell.name)
+        else:
+            found.setdefault(cell.method.name, []).append((cell, result))
+    paired = {
+        f"{first}_vs_{second}": _difference(found.get(first, []), found.get(second, []))
+        for first, second in experiment.pairs
+    }
     return {
         "conditions": conditions(experiment),
-        "methods": {name: _scores(results) for name, results in found.items()},
-        "paired": {
-            f"{first}_vs_{second}": compare_seeds(records[first], records[second])
-            for first, second in experiment.pairs
-            if first in records and second in records
-        },
+        "methods": {name: _scores(runs) for name, runs in found.items()},
+        "paired": {name: difference for name, difference in paired.items() if difference},
         "swap": {
-            name: swap_summary(pool(records[name]), pool([result["swapped"] for result in results]))
-            for name, results in found.items()
-            if all(result["swapped"] for result in results)
+            name: swap_summary(pool(_column(runs, "records")), pool(_column(runs, "swapped")))
+            for name, runs in found.items()
+            if all(_column(runs, "swapped"))
         },
-        "missing": [cell.name for cell, result in cells if result is None],
+        "missing": missing,
     }
 
 
-def _scores(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    pooled = summarise_seeds([result["records"] for result in results])
-    seeds = [
-        {"seed": result["seed"], **scores} for result, scores in zip(results, pooled["per_seed"], strict=True)
+def _column(runs: Runs, key: str) -> list[Any]:
+    return [result[key] for _, result in runs]
+
+
+def _difference(first: Runs, second: Runs) -> dict[str, Any] | None:
+    """On the splits that both have run on; None if there are none."""
+    shared = {cell.split for cell, _ in first} & {cell.split for cell, _ in second}
+    ours, theirs = ([run for run in runs if run[0].split in shared] for runs in (first, second))
+    return compare_seeds(_column(ours, "records"), _column(theirs, "records")) if shared else None
+
+
+def _scores(runs: Runs) -> dict[str, Any]:
+    pooled = summarise_seeds(_column(runs, "records"))
+    each = [
+        {"seed": cell.seed, "split": cell.split, **scores}
+        for (cell, _), scores in zip(runs, pooled["per_seed"], strict=True)
     ]
-    return {key: value for key, value in pooled.items() if key != "per_querier"} | {"per_seed": seeds}
+    return {key: value for key, value in pooled.items() if key != "per_querier"} | {"per_seed": each}
 
 
 def published() -> dict[str, Any]:
@@ -67,17 +83,18 @@ def published() -> dict[str, Any]:
 
 def conditions(experiment: Experiment) -> dict[str, Any]:
     """What a reader needs to run it again."""
-    cell = experiment.cells()[0]
-    config = experiment.config(cell)
-    data = load_data(config).data
+    any_cell = {cell.split: cell for cell in experiment.cells()}
+    splits = [load_data(experiment.config(any_cell[split])).data for split in experiment.splits]
+    data, held_out = splits[0], {example.id for split in splits for example in split.dev}
     return {
         "responders": data.responder.split(", "),
         "queriers": len(data.queriers),
-        "train_windows": len(data.train),
-        "held_out_windows": len(data.dev),
-        "generated": min(experiment.generated, len(data.dev)),
+        "train_windows": [len(split.train) for split in splits],
+        "held_out_windows": len(held_out),
+        "generated": [min(experiment.generated, len(split.dev)) for split in splits],
         "max_new_tokens": experiment.max_new_tokens,
         "seeds": list(experiment.seeds),
+        "splits": list(experiment.splits),
         "train": experiment.train,
         "methods": {method.name: method.changes for method in experiment.methods},
         "machine": {"cpu_threads": torch.get_num_threads(), "architecture": platform.machine()},

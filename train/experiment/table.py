@@ -28,7 +28,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _methods(methods: Mapping[str, Any]) -> str:
-    rows = [["method", "seeds", *SCORES.values(), "empty or failed"]]
+    rows = [["method", "runs", *SCORES.values(), "empty or failed"]]
     for name, scores in methods.items():
         values = [_score(key, scores[key]) for key in SCORES]
         rows.append([name, str(len(scores["per_seed"])), *values, str(scores["empty"] + scores["failed"])])

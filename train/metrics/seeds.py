@@ -1,7 +1,7 @@
-"""Runs of one method under several seeds, as one.
+"""Runs of one method under several seeds, or with other dialogues held out, as one.
 
 A window's scores are averaged over the runs first and dialogues are resampled after that, so that a window
-does not count once per seed. Intervals and p-values are therefore about dialogues; how much the seeds
+does not count once per run. Intervals and p-values are therefore about dialogues; how much the seeds
 differ is shown by the values per seed.
 """
 
@@ -20,18 +20,20 @@ PER_SEED = ("nll", *SCORE_KEYS, *CORPUS_KEYS)
 
 
 def pool(runs: Sequence[Sequence[Record]]) -> list[Record]:
-    """One record per window, its NLL and scores averaged over ``runs``; texts of replies are left out.
+    """One record per window, its NLL and scores averaged over those of ``runs`` that hold it.
 
-    A score is None where a run has none. Raises ``ValueError`` without runs, and where they do not hold the
-    same windows, each once and of the same number of tokens.
+    Texts of replies are left out, and a score is None where a run has none. Raises ``ValueError`` without
+    runs, and where one holds a window twice, or two have other numbers of its tokens.
     """
     if not runs:
-        raise ValueError("runs: expected the records of at least one seed, got none")
-    by_id = [{record["id"]: record for record in run} for run in runs]
-    for run, found in zip(runs, by_id, strict=True):
-        if len(run) != len(found) or set(found) != set(by_id[0]):
-            raise ValueError("the runs of several seeds do not hold the same windows, each once")
-    return [_mean([found[record["id"]] for found in by_id]) for record in runs[0]]
+        raise ValueError("runs: expected the records of at least one run, got none")
+    windows: dict[str, list[Record]] = {}
+    for run in runs:
+        if len({record["id"] for record in run}) < len(run):
+            raise ValueError("runs: one holds a window more than once")
+        for record in run:
+            windows.setdefault(record["id"], []).append(record)
+    return [_mean(window) for window in windows.values()]
 
 
 def _mean(window: Sequence[Record]) -> Record:
