@@ -85,7 +85,7 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
         ("queriers=Hamlet", "key 'queriers': got 'Hamlet', expected a list of names"),
         ("generated=0", "key 'generated': got 0"),
         ("splits=[0, 0]", "key 'splits': got [0, 0], expected a list of different whole numbers"),
-        ("splits=[0, 1]", "key 'splits': got [0, 1], but without 'responders'"),
+        ("splits=[0, 1]", "key 'splits': got [0, 1], but only 'responders'"),
         ("pairs=[[qar, control]]", "'control' is none of the methods"),
         ("methods={a_vs_b: {}}", "joins two methods"),
         ("methods={ft: {methd: ft}, qar: {}}", "method 'ft': unknown key 'methd'; did you mean 'method'?"),

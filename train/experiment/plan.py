@@ -157,7 +157,7 @@ def _checked(values: dict[str, Any], path: Path) -> Experiment:
     draws = {key: _draws(key, values.get(key, getattr(Experiment, key)), path) for key in ("seeds", "splits")}
     if draws["splits"] != Experiment.splits and not people["responders"]:
         raise UserError(
-            f"{path}: key 'splits': got {values['splits']!r}, but without 'responders' the data are split as they lie"
+            f"{path}: key 'splits': got {values['splits']!r}, but only 'responders' are split anew"
         )
     return Experiment(**{**values, "methods": methods, "pairs": pairs, **people, **draws})
 
