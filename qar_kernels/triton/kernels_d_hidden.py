@@ -25,6 +25,20 @@ from qar_kernels.triton.tiles import (
 
 
 @triton.jit
+def _expert_columns(
+    d_h, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, row, inside, col, scale,
+    RANK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From ``d_h / scale`` of some columns and saved pre-activations to ``d_a``, ``d_u``, ``scale * h``."""
+    a = load_rows(a_ptr, row, inside, col, RANK, COLUMNS).to(tl.float32)
+    u = load_rows(u_ptr, row, inside, col, RANK, COLUMNS).to(tl.float32)
+    d_a, d_u, h = swiglu_backward(d_h * scale, a, u)
+    store_rows(d_a_ptr, d_a, row, inside, col, RANK, COLUMNS)
+    store_rows(d_u_ptr, d_u, row, inside, col, RANK, COLUMNS)
+    store_rows(h_ptr, h * scale, row, inside, col, RANK, COLUMNS)
+
+
+@triton.jit
 def _expert_d_hidden_tile(
     d_y_ptr, down_ptr, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, perm_ptr, offsets_ptr, experts_ptr,
     segment, start, scale,
@@ -43,12 +57,19 @@ def _expert_d_hidden_tile(
         # the whole offset first spills 2 at R 128 on sm_90
         down = load_rows(down_ptr, feature, feature < H, 0, RANK, RANK_PAD, ROW_POINTERS=True)
         d_h = tl.dot(d_y, down, d_h, input_precision=PRECISION)
-    a = load_rows(a_ptr, row, inside, 0, RANK, RANK_PAD).to(tl.float32)
-    u = load_rows(u_ptr, row, inside, 0, RANK, RANK_PAD).to(tl.float32)
-    d_a, d_u, h = swiglu_backward(d_h * scale, a, u)
-    store_rows(d_a_ptr, d_a, row, inside, 0, RANK, RANK_PAD)
-    store_rows(d_u_ptr, d_u, row, inside, 0, RANK, RANK_PAD)
-    store_rows(h_ptr, h * scale, row, inside, 0, RANK, RANK_PAD)
+    if BLOCK * RANK_PAD < 64 * 128:
+        _expert_columns(
+            d_h, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, row, inside, 0, scale, RANK, RANK_PAD,
+        )  # fmt: skip
+    else:  # in one piece 255 registers instead of 174 on sm_90, and Triton 3.9 spills 4
+        left, right = split_columns(d_h, BLOCK, RANK_PAD)
+        _expert_columns(
+            left, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, row, inside, 0, scale, RANK, RANK_PAD // 2,
+        )  # fmt: skip
+        _expert_columns(
+            right, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, row, inside, RANK_PAD // 2, scale,
+            RANK, RANK_PAD // 2,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -82,6 +82,12 @@ def test_shipped_configurations(use_config, name):
     check(Case(ids(150, 5), H=144, I=272, R=64, E=5), "fused", "triton", torch.float16)
 
 
+@pytest.mark.parametrize("rank", [72, 96, 128])
+def test_large_expert_tiles_are_finished_in_halves(use_config, rank):
+    use_config(replace(CONFIGS["tiny"], block_expert=64))
+    check(Case(ids(70, 2), R=rank, E=2), "fused", "triton", torch.float32)
+
+
 def split_config(**changed):
     """Few tiles and many parts, one of them empty: H 48 and I 80 in steps of 16."""
     short = Gemm(64, 16, warps=4, stages=1)
