@@ -8,7 +8,7 @@ from train.cli import positive_int
 from train.config import TrainConfig, load_config
 from train.data import build, show
 from train.errors import UserError
-from train.experiment.plan import load_experiment
+from train.experiment.load import load_experiment
 
 
 def write(tmp_path, text):

@@ -7,7 +7,7 @@ import yaml
 from train.errors import UserError
 from train.experiment import __main__ as command
 from train.experiment.cell import result_of, run_cell
-from train.experiment.plan import load_experiment
+from train.experiment.load import load_experiment
 from train.experiment.results import collect, published
 from train.experiment.table import interval, markdown, published_table
 
@@ -85,7 +85,11 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
         ("queriers=Hamlet", "key 'queriers': got 'Hamlet', expected a list of names"),
         ("generated=0", "key 'generated': got 0"),
         ("splits=[0, 0]", "key 'splits': got [0, 0], expected a list of different whole numbers"),
-        ("splits=[0, 1]", "key 'splits': got [0, 1], but only 'responders'"),
+        ("splits=[0, 1]", "key 'splits': got [0, 1], but no 'responders' to prepare"),
+        ("transcript=show.csv", "key 'transcript': got 'show.csv', but no 'responders' to prepare"),
+        ("transcript=3", "key 'transcript': got 3, expected the path of a file"),
+        ("columns={who: name}", "unknown key 'who'"),
+        ("columns=name", "key 'columns': got 'name', expected a mapping"),
         ("pairs=[[qar, control]]", "'control' is none of the methods"),
         ("methods={a_vs_b: {}}", "joins two methods"),
         ("methods={ft: {methd: ft}, qar: {}}", "method 'ft': unknown key 'methd'; did you mean 'method'?"),
@@ -118,6 +122,19 @@ def test_every_split_holds_other_dialogues_out_and_counts_in_the_table(plan, tmp
     assert results["methods"]["zero_shot"]["examples"] == len(first | second)
     assert results["conditions"]["held_out_windows"] == len(first | second)
     assert [one["split"] for one in results["methods"]["zero_shot"]["per_seed"]] == [0, 1]
+
+
+def test_a_transcript_of_ones_own_is_prepared(plan, tmp_path):
+    lines = [
+        f"day {day},{who},{what} {day}" for day in range(20) for who, what in (("Ann", "why"), ("Bo", "so"))
+    ]
+    (tmp_path / "show.csv").write_text("\n".join(["episode,who,text", *lines]))
+    source = [f"transcript={tmp_path / 'show.csv'}", "columns={scene: episode, speaker: who}"]
+    overrides = [*source, "responders=[Bo]", "methods={zero_shot: {trained: false}}", "pairs=[]", "seeds=[0]"]
+    experiment = load_experiment(plan, overrides)
+    command.run_experiment(experiment, tmp_path, "tiny")
+    records = result_of(experiment, experiment.cells()[0])["records"]
+    assert len(records) == 4 and {record["querier"] for record in records} == {"Ann > Bo"}
 
 
 def test_methods_are_compared_on_the_splits_that_both_have(plan, tmp_path):

@@ -19,7 +19,8 @@ from rich.markdown import Markdown
 from train.cli import run
 from train.experiment.cell import result_of, run_cell
 from train.experiment.figure import figure
-from train.experiment.plan import Experiment, load_experiment
+from train.experiment.load import load_experiment
+from train.experiment.plan import Experiment
 from train.experiment.results import collect, published
 from train.experiment.table import markdown, published_table
 from train.files import write_atomic
