@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 import torch.distributed as dist
 
+from qar_kernels.dispatch_steps import Steps, look_up, measured_steps
 from qar_kernels.dispatch_table import MEASUREMENTS
 
 PATHS = ("fused", "grouped")
@@ -26,9 +27,6 @@ _ROW_TILE = 128
 # Up to here reading the base weights binds, or about does (cards make 150 to 300 operations a byte), and what
 # saves launches and passes wins. Beyond, matrix products bind: the vendor library's are the safe choice.
 _FUSED_ROWS = 512
-# A measured cell speaks for numbers of rows, segments and ranks up to these factors away: what the benchmarks
-# measure leaves no gap between 1 and 65536 rows.
-_REACH_ROWS, _REACH = 4, 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def choose_path(device: torch.device, shape: Shape) -> str:
     """``"fused"`` or ``"grouped"``.
 
     ``QAR_KERNELS_PATH=fused|grouped`` in the environment overrides it. Where several ranks train, all take
-    the same path. A compiled program takes the rule's, whatever was measured.
+    the same path.
 
     Raises:
         ValueError: if the environment names another path.
@@ -71,15 +69,25 @@ def choose_path(device: torch.device, shape: Shape) -> str:
         # Ranks have other numbers of rows, and the paths make gradients in another order: frameworks that
         # pack gradients as they arrive (ZeRO) would add up different parameters.
         return "fused" if shape.adapted else "grouped"
-    if torch.compiler.is_compiling():
-        # Each cell that a varying T is compared with would be a guard, and its answer another program.
-        return default_path(shape)
     return _measured(_device_name(device), shape) or default_path(shape)
 
 
-@lru_cache(maxsize=1024)
 def _measured(device: str, shape: Shape) -> str | None:
-    return measured_path(MEASUREMENTS, device, shape)
+    if shape.adapted:  # no cell of the table has adapters
+        return None
+    steps = _steps(device, shape.hidden, shape.intermediate, shape.rank, shape.dtype, shape.training)
+    return look_up(look_up(steps, shape.segments), shape.rows)
+
+
+# T and Q are compared with a few constants: under ``torch.compile`` each comparison is a guard.
+@torch.compiler.assume_constant_result
+def _steps(*kind: int | str | bool) -> Steps | None:
+    return _cached_steps(*kind)
+
+
+@lru_cache(maxsize=1024)
+def _cached_steps(*kind: int | str | bool) -> Steps | None:
+    return measured_steps(MEASUREMENTS, *kind)
 
 
 @torch.compiler.assume_constant_result
@@ -101,28 +109,3 @@ def default_path(shape: Shape) -> str:
     if shape.segments > _MAX_SEGMENTS_PER_TILE * tiles:
         return "grouped"
     return "fused" if shape.rows <= _FUSED_ROWS or shape.adapted else "grouped"
-
-
-def measured_path(table: list[dict], device: str, shape: Shape) -> str | None:
-    """The faster path in the nearest measured cell, None if there is none near.
-
-    A cell counts when device, H, I, dtype and pass are the same, T is within a factor of four and Q and R
-    within one of two; the nearest has the least product of factors. Of equally near ones the one that
-    favours the fused path least decides: the vendor library's base is the safe choice.
-    """
-    near = []
-    for cell in table:
-        if not _same_kind(cell, device, shape):
-            continue
-        sizes = (cell["T"], shape.rows), (cell["Q"], shape.segments), (cell["R"], shape.rank)
-        rows, segments, rank = (max(pair) / max(1, min(pair)) for pair in sizes)
-        if rows <= _REACH_ROWS and max(segments, rank) <= _REACH:
-            near.append((rows * segments * rank, -cell["fused_over_grouped"]))
-    if not near:
-        return None
-    return "fused" if -min(near)[1] <= 1 else "grouped"
-
-
-def _same_kind(cell: dict, device: str, shape: Shape) -> bool:
-    kind = (device, shape.hidden, shape.intermediate, shape.dtype, "fwd+bwd" if shape.training else "fwd")
-    return (cell["device"], cell["H"], cell["I"], cell["dtype"], cell["pass"]) == kind

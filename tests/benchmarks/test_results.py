@@ -1,7 +1,6 @@
 """The schema, on every result file there is and on broken ones; comparison; what is made from results."""
 
 import copy
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from benchmarks import compare, dispatch_cells, report, scale, tables
 from benchmarks.embedding import embed, embedded
 from benchmarks.figures import figures
 from benchmarks.schema import load, problems
-from qar_kernels.dispatch import Shape, measured_path
+from qar_kernels.dispatch_steps import look_up, measured_steps
 from train.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,13 +146,13 @@ def test_dispatch_cells_are_what_dispatch_reads(tmp_path):
     namespace = {}
     exec(dispatch_cells.source(cells), namespace)
     assert namespace["MEASUREMENTS"] == cells
-    shape = Shape(300, 8, 4096, 14336, 64, "bfloat16", training=True)
-    assert measured_path(cells, "A card", shape) == "fused"
+    steps = measured_steps(cells, "A card", 4096, 14336, 64, "bfloat16", True)
+    assert look_up(look_up(steps, 8), 300) == "fused"
     path, table = tmp_path / "result.json", tmp_path / "table.py"
     path.write_text(json.dumps(sound()))
     dispatch_cells.main([str(path), "--out", str(table)])
     assert table.read_text() == dispatch_cells.source(cells)
-    assert measured_path(cells, "A card", dataclasses.replace(shape, rank=16)) is None
+    assert measured_steps(cells, "A card", 4096, 14336, 16, "bfloat16", True) is None
 
 
 def test_report_writes_pages_and_figures(tmp_path, capsys):

@@ -9,9 +9,11 @@ import torch
 from helpers import Case
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from qar_kernels import Adapter, LoRA, Segments, dispatch, fused_mlp
-from qar_kernels.dispatch import Shape, choose_path, default_path, measured_path
+from qar_kernels.dispatch import Shape, choose_path, default_path
+from qar_kernels.dispatch_steps import look_up, measured_steps
 from qar_kernels.triton import configs
 
 CARD = "card"
@@ -30,6 +32,11 @@ def cell(ratio, shape=SHAPE, device=CARD):
         "I": shape.intermediate,
         "fused_over_grouped": ratio,
     }
+
+
+def measured_path(table, device, shape):
+    kind = (shape.hidden, shape.intermediate, shape.rank, shape.dtype, shape.training)
+    return look_up(look_up(measured_steps(table, device, *kind), shape.segments), shape.rows)
 
 
 sizes = st.sampled_from([1, 2, 16, 100, 256, 4096])
@@ -57,6 +64,15 @@ def test_a_measured_cell_always_decides_for_itself(ratios):
 )
 def test_the_nearest_cell_within_reach_decides(rows, expected):
     table = [cell(1.1), cell(0.9, replace(SHAPE, rows=256))]
+    assert measured_path(table, CARD, replace(SHAPE, rows=rows)) == expected
+
+
+@given(st.dictionaries(st.integers(1, 300), st.booleans(), min_size=1, max_size=6), st.integers(1, 2000))
+def test_steps_are_the_nearest_cell_in_every_size(wins, rows):
+    table = [cell(0.9 if won else 1.1, replace(SHAPE, rows=t)) for t, won in wins.items()]
+    ratios = {t: max(t, rows) / min(t, rows) for t in wins}
+    nearest = [wins[t] for t, ratio in ratios.items() if ratio == min(ratios.values()) <= 4]
+    expected = ("fused" if all(nearest) else "grouped") if nearest else None
     assert measured_path(table, CARD, replace(SHAPE, rows=rows)) == expected
 
 
@@ -91,7 +107,7 @@ def test_adapters_stay_in_the_kernels_however_many_rows(rows, segments, path):
 
 def fill_table(monkeypatch, cells):
     monkeypatch.setattr(dispatch, "MEASUREMENTS", cells)
-    monkeypatch.setattr(dispatch, "_measured", lru_cache(dispatch._measured.__wrapped__))
+    monkeypatch.setattr(dispatch, "_cached_steps", lru_cache(lambda *kind: measured_steps(cells, *kind)))
 
 
 def test_table_before_rule_and_environment_before_both(monkeypatch):
@@ -149,31 +165,31 @@ def operands(case, **options):
     return [leaves[n] for n in ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")]
 
 
-def test_a_filled_table_compiles_with_varying_rows(monkeypatch):
+def test_compiled_programs_take_the_measured_path(monkeypatch):
+    """As many programs as there are paths, and one of a fixed size that the first call makes."""
     case = Case([0, 1, 1, -1])
     shape = Shape(4, 4, case.H, case.I, case.R, "float32", training=False)
-    tables = [cell(1.1, replace(shape, rows=t, segments=q), "cpu") for t in (4, 16, 64) for q in (1, 4, 16)]
-    fill_table(monkeypatch, tables)
-    x, *weights = operands(case)
+    ratios = {4: 0.9, 8: 0.9, 16: 0.9, 32: 1.1, 64: 1.1, 128: 1.1}
+    cells = [cell(r, replace(shape, rows=t, segments=q), "cpu") for t, r in ratios.items() for q in (1, 4)]
+    fill_table(monkeypatch, cells)
+    x, *weights = operands(case, requires_grad=False)
+    programs = CompileCounterWithBackend("aot_eager")
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
+    @torch.compile(fullgraph=True, backend=programs)
     def step(x, ids):
         return fused_mlp(x, *weights, Segments.from_ids(ids), backend="triton")
 
-    for rows in (4, 6, 9):
-        ids = torch.arange(rows) % 2
-        got, wanted = (
-            step(x[0].expand(rows, -1), ids),
-            fused_mlp(x[0].expand(rows, -1), *weights, Segments.from_ids(ids)),
-        )
-        torch.testing.assert_close(got, wanted)
+    for rows in (4, 17, 20, 24, 40, 60, 19, 50):
+        many, ids = x[0].expand(rows, -1), torch.arange(rows) % 2
+        torch.testing.assert_close(step(many, ids), fused_mlp(many, *weights, Segments.from_ids(ids)))
+    assert ["'fused'" in program.code for program in programs.graphs] == [True, True, False]
 
 
 def test_a_checkpoint_draws_the_same_dropout_on_the_way_there_and_back(monkeypatch):
     """The reentrant kind runs a first pass without gradients, for which other paths may be measured."""
     case = Case([0, 1, 1, -1])
-    training = Shape(4, 4, case.H, case.I, case.R, "float32", training=True)
-    fill_table(monkeypatch, [cell(0.9, training, "cpu"), cell(1.1, replace(training, training=False), "cpu")])
+    by_pass = lambda device, shape: "fused" if shape.training else "grouped"  # noqa: E731
+    monkeypatch.setattr(dispatch, "choose_path", by_pass)
     x, *weights = operands(case, requires_grad=True)
     seg, a, b = Segments.from_ids(case.ids), torch.randn(2, case.I), torch.randn(case.H, 2)
     lora, seen = LoRA(down=Adapter(a, b, dropout=0.5)), []

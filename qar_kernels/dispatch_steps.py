@@ -1,0 +1,91 @@
+"""The table of measurements as step functions: which path is faster, for any number of segments and rows.
+
+A measured cell speaks for sizes near it; between two of them the step is at their geometric mean. A varying
+number of rows is then compared with as few constants as the answer has changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby, pairwise
+from math import isqrt
+from typing import Any
+
+# (limit, answer), limits rising: each answer holds up to and including its limit.
+Steps = tuple[tuple[int, Any], ...]
+
+# A cell speaks for numbers of rows, segments and ranks up to these factors away: what the benchmarks measure
+# leaves no gap between 1 and 65536 rows.
+_REACH_ROWS, _REACH = 4, 2
+
+
+def look_up(steps: Steps | None, size: int) -> Any:
+    """The answer for ``size``; None behind the last step, and if there are none."""
+    for limit, answer in steps or ():
+        if size <= limit:
+            return answer
+    return None
+
+
+def measured_steps(
+    table: list[dict], device: str, hidden: int, intermediate: int, rank: int, dtype: str, training: bool
+) -> Steps | None:
+    """``look_up(look_up(steps, Q), T)`` is the faster path, or None if nothing near was measured.
+
+    Cells count whose device, H, I, dtype and pass are the same. Among them the nearest R decides, then the
+    nearest Q, both within a factor of two, then the nearest T within one of four.
+    """
+    kind = (device, hidden, intermediate, dtype, "fwd+bwd" if training else "fwd")
+    keys = ("device", "H", "I", "dtype", "pass")
+    cells = [cell for cell in table if tuple(cell[key] for key in keys) == kind]
+    by_rank = {r: _by_segments(some) for r, some in _partition(cells, "R")}
+    return look_up(_nearest(by_rank, _REACH), rank)
+
+
+def _by_segments(cells: list[dict]) -> Steps:
+    return _nearest({q: _by_rows(some) for q, some in _partition(cells, "Q")}, _REACH)
+
+
+def _by_rows(cells: list[dict]) -> Steps:
+    slowest = {t: max(cell["fused_over_grouped"] for cell in some) for t, some in _partition(cells, "T")}
+    faster = {t: "fused" if ratio <= 1 else "grouped" for t, ratio in slowest.items()}
+    return _nearest(faster, _REACH_ROWS)
+
+
+def _partition(cells: list[dict], key: str) -> list[tuple[int, list[dict]]]:
+    def size(cell: dict) -> int:
+        return cell[key]
+
+    return [(value, list(some)) for value, some in groupby(sorted(cells, key=size), size)]
+
+
+def _nearest(answers: Mapping[int, Any], reach: int) -> Steps:
+    """Of ascending sizes: the answer of the nearest by ratio, None beyond a factor of ``reach`` from all.
+
+    Where two are equally near, "grouped" decides, as the vendor library's base is the safe choice, then the
+    larger.
+    """
+    steps: list[tuple[int, Any]] = []
+    for size, larger in pairwise([*answers, None]):
+        steps.append((-(-size // reach) - 1, None))
+        limit = size * reach if larger is None else min(size * reach, _midpoint(size, larger, answers))
+        steps.append((limit, answers[size]))
+    return _merged(steps)
+
+
+def _midpoint(size: int, larger: int, answers: Mapping[int, Any]) -> int:
+    """Up to which number ``size`` is the nearer one."""
+    middle = isqrt(size * larger)
+    is_tie = middle * middle == size * larger
+    return middle - 1 if is_tie and answers[size] != "grouped" else middle
+
+
+def _merged(steps: list[tuple[int, Any]]) -> Steps:
+    """Without steps of no length, and one for neighbours of one answer."""
+    rising: list[tuple[int, Any]] = []
+    for limit, answer in steps:
+        if limit > (rising[-1][0] if rising else 0):
+            if rising and rising[-1][1] == answer:
+                rising.pop()
+            rising.append((limit, answer))
+    return tuple(rising)
