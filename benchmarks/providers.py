@@ -22,7 +22,6 @@ from benchmarks.inputs import Inputs, base_answer, expert_answer
 from benchmarks.shapes import Cell
 from qar_kernels import expert_mlp, fused_mlp, torch_backend
 from qar_kernels.dispatch import OVERRIDE
-from qar_models.row_sparse import present_rows
 
 _GATHER_BYTES = 16 * 2**30  # gathered weights above this do not leave room for their gradients
 Answer = Callable[[Inputs, torch.dtype], dict[str, Tensor]]
@@ -112,11 +111,11 @@ def base_compiled(inputs: Inputs) -> Trial:
 _compiled = torch.compile(torch_backend.swiglu_mlp, dynamic=False, fullgraph=True)
 
 
-def _ours(inputs: Inputs, backend: str) -> Trial:
+def _ours(inputs: Inputs, **options: object) -> Trial:
     def forward() -> Tensor:
         if inputs.base is None:
-            return expert_mlp(inputs.x, *inputs.experts, inputs.segments, backend=backend)
-        return fused_mlp(inputs.x, *inputs.base, *inputs.experts, inputs.segments, backend=backend)
+            return expert_mlp(inputs.x, *inputs.experts, inputs.segments, **options)
+        return fused_mlp(inputs.x, *inputs.base, *inputs.experts, inputs.segments, **options)
 
     return Trial(forward, [[weight] for weight in inputs.experts])
 
@@ -124,26 +123,19 @@ def _ours(inputs: Inputs, backend: str) -> Trial:
 @provider(no_base=True)
 def ours(inputs: Inputs) -> Trial:
     """What a user gets: ``backend="auto"``."""
-    return _ours(inputs, "auto")
+    return _ours(inputs)
 
 
 @provider(no_base=True, infers=False, graph=False)
 def ours_sparse(inputs: Inputs) -> Trial:
-    """``expert_gradients="sparse"``: gradients of the rows that the batch holds, for hundreds of experts."""
-
-    def forward() -> Tensor:
-        experts, segments = present_rows(inputs.experts, inputs.segments)
-        if inputs.base is None:
-            return expert_mlp(inputs.x, *experts, segments)
-        return fused_mlp(inputs.x, *inputs.base, *experts, segments)
-
-    return Trial(forward, [[weight] for weight in inputs.experts])
+    """``sparse_gradients=True``: gradients of the rows that the batch holds, for hundreds of experts."""
+    return _ours(inputs, sparse_gradients=True)
 
 
 @provider(no_base=True, devices=("cuda",), graph=False)
 def ours_torch(inputs: Inputs) -> Trial:
     """The torch backend on a card; it reads the segment bounds on the host."""
-    return _ours(inputs, "torch")
+    return _ours(inputs, backend="torch")
 
 
 @provider(devices=("cuda",))
@@ -159,7 +151,7 @@ def ours_grouped(inputs: Inputs) -> Trial:
 
 
 def _forced(inputs: Inputs, path: str) -> Trial:
-    trial = _ours(inputs, "triton")
+    trial = _ours(inputs, backend="triton")
 
     def forward() -> Tensor:
         with _environment(OVERRIDE, path):

@@ -23,6 +23,7 @@ from qar_kernels.checks import (
     check_towers,
 )
 from qar_kernels.lora import NO_LORA, LoRA
+from qar_kernels.row_sparse import Three, present_rows
 from qar_kernels.segments import Segments
 from qar_kernels.triton.configs import has_kernels
 
@@ -44,6 +45,7 @@ def fused_mlp(
     backend: str = "auto",
     recompute: bool = False,
     lora: LoRA = NO_LORA,
+    sparse_gradients: bool = False,
 ) -> Tensor:
     """``base(x) + expert_scale * expert_q(x)``, differentiable in ``x``, all six weights and the adapters.
 
@@ -60,6 +62,8 @@ def fused_mlp(
             always on its fused path).
         lora: adapters of the base projections, of any floating dtype. Their dropout is drawn from
             PyTorch's generator, for the hidden units in another way in "triton" than in the others.
+        sparse_gradients: gradients of the experts are sparse COO tensors with rows for the experts of the
+            batch, as ``nn.Embedding(sparse=True)`` makes them: what a step costs does not grow with E.
 
     Returns:
         A tensor like ``x``.
@@ -75,17 +79,17 @@ def fused_mlp(
     check_base(x, gate, up, down)
     check_lora(lora, gate, down)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
-    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg, x.dtype)
     rows = _rows(x)
     name = _resolve(backend, expert_gate.shape[1], rows)
+    bank = expert_gate, expert_up, expert_down
+    experts, seg, sparse = _experts_for(name, bank, seg, rows, sparse_gradients)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
         y = triton_backend.fused_mlp(rows, (gate, up, down), experts, seg, expert_scale, recompute, lora)
         return y.reshape(x.shape)
-    impl = _module(name)
-    base = impl.swiglu_mlp(rows, gate, up, down, lora)
-    expert = impl.expert_mlp(rows, *experts, seg)
+    base = _module(name).swiglu_mlp(rows, gate, up, down, lora)
+    expert = _run_experts(name, rows, experts, seg, sparse)
     y = torch.add(base, expert, alpha=expert_scale)
     return y if x.dim() == 2 else y.reshape(x.shape)
 
@@ -103,6 +107,7 @@ def dual_mlp(
     backend: str = "auto",
     recompute: bool = False,
     lora: LoRA = NO_LORA,
+    sparse_gradients: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The two towers of a layer: ``base(x_general)`` and ``expert_q(x_specific)`` (paper, section 3).
 
@@ -119,10 +124,10 @@ def dual_mlp(
     check_lora(lora, gate, down)
     check_towers(x_general, x_specific)
     check_experts(x_specific, "x_specific", expert_gate, expert_up, expert_down, seg)
-    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg, x_specific.dtype)
-    rows = _rows(x_general)
-    specific_rows = _rows(x_specific)
+    rows, specific_rows = _rows(x_general), _rows(x_specific)
     name = _resolve(backend, expert_gate.shape[1], rows, specific_rows)
+    bank = expert_gate, expert_up, expert_down
+    experts, seg, sparse = _experts_for(name, bank, seg, specific_rows, sparse_gradients)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
@@ -130,9 +135,8 @@ def dual_mlp(
             rows, specific_rows, (gate, up, down), experts, seg, recompute, lora
         )
         return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
-    impl = _module(name)
-    general = impl.swiglu_mlp(rows, gate, up, down, lora)
-    specific = impl.expert_mlp(specific_rows, *experts, seg)
+    general = _module(name).swiglu_mlp(rows, gate, up, down, lora)
+    specific = _run_experts(name, specific_rows, experts, seg, sparse)
     return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
 
 
@@ -145,6 +149,7 @@ def expert_mlp(
     backend: str = "auto",
     expert_scale: float = 1.0,
     base_y: Tensor | None = None,
+    sparse_gradients: bool = False,
 ) -> Tensor:
     """``base_y + expert_scale * expert_q(x)``, for callers whose base MLP runs elsewhere.
 
@@ -159,7 +164,6 @@ def expert_mlp(
     check_numbers(expert_scale=expert_scale)
     (x,) = autocast(x)
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
-    experts, seg = autocast_experts((expert_gate, expert_up, expert_down), seg, x.dtype)
     rows = _rows(x)
     if base_y is not None:
         check_tensors(base_y=base_y)
@@ -167,11 +171,13 @@ def expert_mlp(
         check_base_y(x, base_y)
         base_y = base_y.reshape(rows.shape)
     name = _resolve(backend, expert_gate.shape[1], rows)
+    bank = expert_gate, expert_up, expert_down
+    experts, seg, sparse = _experts_for(name, bank, seg, rows, sparse_gradients)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
         return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y).reshape(x.shape)
-    y = _module(name).expert_mlp(rows, *experts, seg)
+    y = _run_experts(name, rows, experts, seg, sparse)
     if base_y is not None:
         y = torch.add(base_y, y, alpha=expert_scale)
     elif expert_scale != 1:
@@ -206,6 +212,27 @@ def _check_triton(rank: int) -> None:
             f"expert_gate: got rank {rank}, expected at most {MAX_TRITON_RANK} with backend 'triton' "
             "(a tile holds a whole rank); 'auto' and 'torch' take any"
         )
+
+
+def _experts_for(
+    backend: str, bank: Three, seg: Segments, rows: Tensor, sparse: bool
+) -> tuple[Three, Segments, bool]:
+    """The experts that the backend gets, and whether their gradients are left for it to make row-sparse.
+
+    The torch backend reads the bank in place and can; for the others the present experts' rows are taken.
+    """
+    if sparse and torch.is_grad_enabled() and any(weight.requires_grad for weight in bank):
+        if backend == "torch" and torch_backend.is_eager(rows) and {w.dtype for w in bank} == {rows.dtype}:
+            return bank, seg, True
+        bank, seg = present_rows(bank, seg)
+    return *autocast_experts(bank, seg, rows.dtype), False
+
+
+def _run_experts(backend: str, rows: Tensor, experts: Three, seg: Segments, sparse: bool) -> Tensor:
+    """Experts of the backends in plain PyTorch."""
+    if backend == "reference":
+        return reference.expert_mlp(rows, *experts, seg)
+    return torch_backend.expert_mlp(rows, *experts, seg, sparse)
 
 
 def _module(backend: str) -> ModuleType:

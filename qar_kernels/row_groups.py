@@ -18,13 +18,15 @@ from torch import Tensor
 class Group:
     """``count`` segments of equal length, rows ``start`` to ``stop`` of the grouped order.
 
-    ``experts`` are their ids: a slice of the weights where they are neighbours, else a ``(count,)`` tensor.
+    ``experts`` are their ids, ``slots`` their places among the experts present in ascending order: a slice
+    where they are neighbours, else a ``(count,)`` tensor.
     """
 
     start: int
     stop: int
     count: int
     experts: slice | Tensor
+    slots: slice | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,21 +38,32 @@ class RowGroups:
             is the batch's own order.
         groups: in the grouped order.
         whole: the group that all rows are in, None where there is none.
-        used: rows that have an expert.
-        present: experts that have rows.
+        lengths: rows of each group, and behind them the rows without an expert.
+        present: ``(n,)`` experts that have rows, ascending.
         max_id: the largest id among them, -1 without any.
     """
 
     order: Tensor | None
     groups: tuple[Group, ...]
     whole: Group | None
-    used: int
-    present: int
+    lengths: tuple[int, ...]
+    present: Tensor
     max_id: int
+
+    @property
+    def used(self) -> int:
+        """Rows that have an expert."""
+        return self.groups[-1].stop if self.groups else 0
+
+    def parts(self, tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """Views of a tensor with T rows along ``dim``: each group's, then the rows without an expert."""
+        return (tensor,) if self.whole is not None else tensor.split_with_sizes(self.lengths, dim)
 
 
 class _Segment(NamedTuple):
     expert: int
+    slot: int
+    """Its place among the experts present."""
     at: int
     """Where it begins in ``perm``."""
     length: int
@@ -69,6 +82,7 @@ def group_rows(perm: Tensor, offsets: Tensor, experts: Tensor, most: int) -> Row
             no result depends on another segment.
     """
     segments = _segments(perm, offsets, experts)
+    present = torch.tensor([segment.expert for segment in segments], dtype=torch.int64, device=perm.device)
     used = sum(segment.length for segment in segments)
     segments.sort(key=lambda segment: (segment.length if most > 1 else 0, segment.first_row))
     order = torch.cat([*(perm[s.at : s.at + s.length] for s in segments), perm[used:]])
@@ -76,32 +90,44 @@ def group_rows(perm: Tensor, offsets: Tensor, experts: Tensor, most: int) -> Row
         order = None
     groups, start = [], 0
     for length, equal in groupby(segments, key=lambda segment: segment.length):
-        for ids in _together([segment.expert for segment in equal], most):
-            stop = start + len(ids) * length
-            if ids == list(range(ids[0], ids[0] + len(ids))):
-                groups.append(Group(start, stop, len(ids), slice(ids[0], ids[-1] + 1)))
-            else:
-                groups.append(Group(start, stop, len(ids), torch.tensor(ids, device=perm.device)))
+        for together in _together(list(equal), most):
+            stop = start + len(together) * length
+            ids, slots = [s.expert for s in together], [s.slot for s in together]
+            groups.append(Group(start, stop, len(ids), _index(ids, perm.device), _index(slots, perm.device)))
             start = stop
-    max_id = max((segment.expert for segment in segments), default=-1)
     whole = groups[0] if len(groups) == 1 and used == perm.shape[0] else None
-    return RowGroups(order, tuple(groups), whole, used, len(segments), max_id)
+    lengths = *(group.stop - group.start for group in groups), perm.shape[0] - used
+    max_id = max((segment.expert for segment in segments), default=-1)
+    return RowGroups(order, tuple(groups), whole, lengths, present, max_id)
 
 
 def _segments(perm: Tensor, offsets: Tensor, experts: Tensor) -> list[_Segment]:
     bounds, ids = offsets.tolist(), experts.tolist()
     first_rows = perm[offsets[:-1].clamp(max=max(perm.shape[0] - 1, 0))].tolist() if perm.shape[0] else ids
     return [
-        _Segment(expert, at, end - at, first)
-        for expert, at, end, first in zip(ids, bounds[:-1], bounds[1:], first_rows, strict=True)
+        _Segment(expert, slot, at, end - at, first)
+        for slot, (expert, at, end, first) in enumerate(
+            zip(ids, bounds[:-1], bounds[1:], first_rows, strict=True)
+        )
         if expert >= 0
     ]
 
 
-def _together(ids: list[int], most: int) -> Iterator[list[int]]:
-    """Cut ``ids``: ascending neighbours need no copy, so all at once, others ``most`` at a time."""
-    if most > 1 and ids == list(range(ids[0], ids[0] + len(ids))):
-        yield ids
+def _together(segments: list[_Segment], most: int) -> Iterator[list[_Segment]]:
+    """Cut ``segments``: ascending neighbours need no copy, so all at once, others ``most`` at a time."""
+    if most > 1 and _are_neighbours([segment.expert for segment in segments]):
+        yield segments
         return
-    for at in range(0, len(ids), most):
-        yield ids[at : at + most]
+    for at in range(0, len(segments), most):
+        yield segments[at : at + most]
+
+
+def _index(numbers: list[int], device: torch.device) -> slice | Tensor:
+    """What picks these rows: a slice, which copies nothing, where they are neighbours."""
+    if _are_neighbours(numbers):
+        return slice(numbers[0], numbers[-1] + 1)
+    return torch.tensor(numbers, device=device)
+
+
+def _are_neighbours(numbers: list[int]) -> bool:
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))

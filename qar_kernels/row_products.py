@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qar_kernels.row_groups import Group, RowGroups
+from qar_kernels.row_sparse import row_sparse
 
 # Measured on one core: up to here a copy of an expert costs less than the calls that batched products save.
 _COPY_BYTES = 64 * 2**10
@@ -51,11 +52,12 @@ def linear(x: Tensor, weight: Tensor, rows: RowGroups) -> Tensor:
             return F.linear(x, weight[whole.experts.start])
         return torch.bmm(_batch(x, whole), _weights(weight, whole).mT).view(x.shape[0], -1)
     out = x.new_empty(x.shape[0], weight.shape[1])
-    for group in rows.groups:
+    transposed = weight.mT
+    for group, part, out_part in zip(rows.groups, rows.parts(x), rows.parts(out), strict=False):
         if _alone(group, weight):
-            torch.mm(_part(x, group), weight[group.experts.start].t(), out=_part(out, group))
+            torch.mm(part, transposed[group.experts.start], out=out_part)
         else:
-            torch.bmm(_batch(x, group), _weights(weight, group).mT, out=_batch(out, group))
+            torch.bmm(_batch(part, group), _weights(weight, group).mT, out=_batch(out_part, group))
     return _cleared(out, rows)
 
 
@@ -70,32 +72,32 @@ def linear_backward(d_out: Tensor, weight: Tensor, rows: RowGroups, add_to: Tens
         return add_to.addmm_(d_out, weight[whole.experts.start])
     d_x = d_out.new_empty(d_out.shape[0], weight.shape[2]) if add_to is None else add_to
     beta = 0 if add_to is None else 1
-    for group in rows.groups:
+    for group, part, d_part in zip(rows.groups, rows.parts(d_out), rows.parts(d_x), strict=False):
         if _alone(group, weight):
-            part = _part(d_x, group)
-            torch.addmm(part, _part(d_out, group), weight[group.experts.start], beta=beta, out=part)
+            torch.addmm(d_part, part, weight[group.experts.start], beta=beta, out=d_part)
         else:
-            part = _batch(d_x, group)
-            torch.baddbmm(part, _batch(d_out, group), _weights(weight, group), beta=beta, out=part)
-    return d_x if rows.used == d_x.shape[0] or beta else _cleared(d_x, rows)
+            batch = _batch(d_part, group)
+            torch.baddbmm(batch, _batch(part, group), _weights(weight, group), beta=beta, out=batch)
+    return d_x if beta else _cleared(d_x, rows)
 
 
-def weight_gradient(d_out: Tensor, x: Tensor, like: Tensor, rows: RowGroups) -> Tensor:
-    """The gradient of the weights ``like`` (E, m, n) in :func:`linear`, zero for absent experts."""
-    # With every expert present there is nothing to clear: filling is half the cost of a small batch.
-    grad = torch.empty_like(like) if rows.present == like.shape[0] else torch.zeros_like(like)
-    whole = rows.whole
-    if whole is not None and _alone(whole, like):
-        torch.mm(d_out.t(), x, out=grad[whole.experts.start])
-        return grad
-    for group in rows.groups:
+def weight_gradient(d_out: Tensor, x: Tensor, like: Tensor, rows: RowGroups, sparse: bool) -> Tensor:
+    """The gradient of the weights ``like`` (E, m, n) in :func:`linear`, zero for absent experts.
+
+    Where ``sparse`` in COO layout, with values for the experts present only.
+    """
+    count, owned = rows.present.shape[0], like.shape[0]
+    # Where every row is written there is nothing to clear: filling is half the cost of a small batch.
+    grad = like.new_empty(count, *like.shape[1:]) if sparse or count == owned else torch.zeros_like(like)
+    for group, d_part, part in zip(rows.groups, rows.parts(d_out.t(), 1), rows.parts(x), strict=False):
+        at = group.slots if sparse else group.experts
         if _alone(group, like):
-            torch.mm(_part(d_out, group).t(), _part(x, group), out=grad[group.experts.start])
-        elif isinstance(group.experts, slice):
-            torch.bmm(_batch(d_out, group).mT, _batch(x, group), out=grad[group.experts])
+            torch.mm(d_part, part, out=grad[at.start])
+        elif isinstance(at, slice):
+            torch.bmm(_batch(d_part.t(), group).mT, _batch(part, group), out=grad[at])
         else:
-            grad.index_copy_(0, group.experts, torch.bmm(_batch(d_out, group).mT, _batch(x, group)))
-    return grad
+            grad.index_copy_(0, at, torch.bmm(_batch(d_part.t(), group).mT, _batch(part, group)))
+    return row_sparse(rows.present, grad, like.shape) if sparse else grad
 
 
 def _alone(group: Group, weight: Tensor) -> bool:
@@ -104,14 +106,9 @@ def _alone(group: Group, weight: Tensor) -> bool:
     return group.count == 1 and size >= _LEAST_ALONE
 
 
-def _part(tensor: Tensor, group: Group) -> Tensor:
-    """The group's rows of ``(T, n)``."""
-    return tensor if group.stop - group.start == tensor.shape[0] else tensor[group.start : group.stop]
-
-
-def _batch(tensor: Tensor, group: Group) -> Tensor:
-    """The same as ``(count, length, n)``."""
-    return _part(tensor, group).view(group.count, -1, tensor.shape[1])
+def _batch(part: Tensor, group: Group) -> Tensor:
+    """A group's rows ``(count * length, n)`` as ``(count, length, n)``."""
+    return part.view(group.count, -1, part.shape[1])
 
 
 def _weights(weight: Tensor, group: Group) -> Tensor:
@@ -123,6 +120,6 @@ def _weights(weight: Tensor, group: Group) -> Tensor:
 
 def _cleared(tensor: Tensor, rows: RowGroups) -> Tensor:
     """``tensor`` with zeros in the rows without an expert, which come last."""
-    if rows.used < tensor.shape[0]:
+    if rows.lengths[-1]:
         tensor[rows.used :] = 0
     return tensor

@@ -37,17 +37,25 @@ def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, lora: LoRA = N
 
 
 def expert_mlp(
-    x: Tensor, expert_gate: Tensor, expert_up: Tensor, expert_down: Tensor, segments: Segments
+    x: Tensor,
+    expert_gate: Tensor,
+    expert_up: Tensor,
+    expert_down: Tensor,
+    segments: Segments,
+    sparse_gradients: bool = False,
 ) -> Tensor:
-    """Row ``t`` through its own expert; rows without one give zeros. ``x`` (T, H) -> (T, H)."""
+    """Row ``t`` through its own expert; rows without one give zeros. ``x`` (T, H) -> (T, H).
+
+    ``sparse_gradients``: of the experts, row-sparse; only where :func:`is_eager`.
+    """
     weights = expert_gate, expert_up, expert_down
     # A registered operator costs about 60 us a call, as much as the whole work at T = 8, H = 512:
     # eager tensors do without.
-    if not _eager(x):
+    if not is_eager(x):
         return torch.ops.qar.expert_mlp(x, *weights, segments.perm, segments.offsets, segments.experts)[0]
     rows = segments.row_groups(most_together(expert_gate))
     if torch.is_grad_enabled() and _need_gradients(x, *weights):
-        return _ExpertMLP.apply(x, *weights, rows)
+        return _ExpertMLP.apply(x, *weights, rows, sparse_gradients)
     return _forward(x, *weights, rows)[0]
 
 
@@ -55,7 +63,8 @@ def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
     return x.requires_grad or gate.requires_grad or up.requires_grad or down.requires_grad
 
 
-def _eager(tensor: Tensor) -> bool:
+def is_eager(tensor: Tensor) -> bool:
+    """Whether no trace and no tensor subclass has to see a registered operator."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
@@ -101,6 +110,7 @@ def _grads(
     rows: RowGroups,
     needs_x: bool,
     needs_weights: bool,
+    sparse: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, gate, up, down; None for x, and for all three weights, where not needed.
 
@@ -120,9 +130,9 @@ def _grads(
     grouped_x, hidden = in_groups(x, rows), activated.mul_(up_pre)
     return (
         d_x,
-        weight_gradient(d_gate_pre, grouped_x, gate, rows),
-        weight_gradient(d_up_pre, grouped_x, up, rows),
-        weight_gradient(d_out, hidden, down, rows),
+        weight_gradient(d_gate_pre, grouped_x, gate, rows, sparse),
+        weight_gradient(d_up_pre, grouped_x, up, rows, sparse),
+        weight_gradient(d_out, hidden, down, rows, sparse),
     )
 
 
@@ -198,15 +208,17 @@ class _ExpertMLP(torch.autograd.Function):
         up: Tensor,
         down: Tensor,
         rows: RowGroups,
+        sparse_gradients: bool,
     ) -> Tensor:
         y, gate_pre, up_pre = _forward(x, gate, up, down, rows)
         ctx.save_for_backward(x, gate, up, down, gate_pre, up_pre)
-        ctx.rows = rows
+        ctx.rows, ctx.sparse = rows, sparse_gradients
         return y
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple:
         if torch.is_grad_enabled():  # once_differentiable lets a d_y without gradient pass, and is wrong then
             raise RuntimeError("expert_mlp: gradients of gradients (create_graph=True) are not implemented")
-        needs_x, gate, up, down, _ = ctx.needs_input_grad
-        return *_grads(d_y.contiguous(), *ctx.saved_tensors, ctx.rows, needs_x, gate or up or down), None
+        needs_x, gate, up, down, *_ = ctx.needs_input_grad
+        needs = needs_x, gate or up or down
+        return *_grads(d_y.contiguous(), *ctx.saved_tensors, ctx.rows, *needs, ctx.sparse), None, None

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
+from qar_kernels import dual_mlp, expert_mlp, fused_mlp
 from qar_kernels.torch_backend import swiglu_mlp
 from qar_models.base_mlp import BaseMLP
 from qar_models.config import QARConfig
-from qar_models.row_sparse import present_rows
 from qar_models.towers import TowerBatch
 
 
@@ -74,12 +73,13 @@ class Experts(nn.Module):
         return self._replace(base, x, x_specific, towers)
 
     def _residual(self, base: BaseMLP | Tensor, x: Tensor, towers: TowerBatch) -> Tensor:
-        scale, backend = self.qar.expert_scale, self.qar.backend
-        bank, segments = self._bank_for(towers.segments)
+        scale, options = self.qar.expert_scale, self._options()
         if isinstance(base, BaseMLP):
-            y = fused_mlp(x, *base.weights, *bank, segments, scale, backend, lora=base.lora)
+            weights = *base.weights, *self.bank
+            y = fused_mlp(x, *weights, towers.segments, scale, lora=base.lora, **options)
         else:
-            y = expert_mlp(x, *bank, segments, backend, scale, base_y=base.to(x.dtype))
+            base_y = base.to(x.dtype)
+            y = expert_mlp(x, *self.bank, towers.segments, expert_scale=scale, base_y=base_y, **options)
         for extra in self._extras(x, towers):
             y = torch.add(y, extra, alpha=scale)
         return y
@@ -87,23 +87,19 @@ class Experts(nn.Module):
     def _replace(
         self, base: BaseMLP | Tensor, x: Tensor, x_specific: Tensor, towers: TowerBatch
     ) -> tuple[Tensor, Tensor]:
-        backend = self.qar.backend
-        bank, segments = self._bank_for(towers.segments)
+        options = self._options()
         if isinstance(base, BaseMLP):
-            general, specific = dual_mlp(
-                x, x_specific, *base.weights, *bank, segments, backend, lora=base.lora
-            )
+            weights = *base.weights, *self.bank
+            general, specific = dual_mlp(x, x_specific, *weights, towers.segments, lora=base.lora, **options)
         else:
-            general, specific = base, expert_mlp(x_specific, *bank, segments, backend)
+            general, specific = base, expert_mlp(x_specific, *self.bank, towers.segments, **options)
         for extra in self._extras(x_specific, towers):
             specific = specific + extra
         return general, specific
 
-    def _bank_for(self, segments: Segments) -> tuple[tuple[Tensor, Tensor, Tensor], Segments]:
-        """The weights that the kernels get: all, in place, or the present experts' for sparse gradients."""
-        if torch.is_grad_enabled() and self.sparse_parameters:
-            return present_rows(self.bank, segments)
-        return self.bank, segments
+    def _options(self) -> dict[str, Any]:
+        """What every call of the kernels gets."""
+        return {"backend": self.qar.backend, "sparse_gradients": bool(self.sparse_parameters)}
 
     def _extras(self, x: Tensor, towers: TowerBatch) -> Iterator[Tensor]:
         """What comes on top of the bank: experts that train alone, the shared one, the mean of all."""

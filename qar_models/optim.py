@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qar_kernels.row_sparse import row_sparse
 from qar_kernels.triton.configs import has_kernels
-from qar_models.row_sparse import row_sparse, rows_of
+from qar_models.row_sparse import rows_of
 
 
 class RowSparseAdamW(torch.optim.AdamW):

@@ -13,14 +13,20 @@ def groups_of(ids, most):
     return segments.row_groups(most)
 
 
+def numbers(index):
+    """A group's experts or slots, spelled out."""
+    return torch.arange(index.start, index.stop) if isinstance(index, slice) else index
+
+
 def expert_of_rows(groups, rows):
     """The expert of each row, read back from the groups."""
     order = torch.arange(rows) if groups.order is None else groups.order
     found = torch.full((rows,), -1)
-    for group in groups.groups:
-        chosen = group.experts
-        ids = torch.arange(chosen.start, chosen.stop) if isinstance(chosen, slice) else chosen
+    for group, part in zip(groups.groups, groups.parts(order), strict=False):
+        ids = numbers(group.experts)
         assert len(ids) == group.count
+        assert torch.equal(part, order[group.start : group.stop])
+        assert torch.equal(groups.present[numbers(group.slots)], ids)
         length = (group.stop - group.start) // group.count
         found[order[group.start : group.stop]] = ids.repeat_interleave(length)
     return found
@@ -31,7 +37,7 @@ def test_every_row_is_in_the_group_of_its_expert(ids, most):
     groups = groups_of(ids, most)
     assert expert_of_rows(groups, len(ids)).tolist() == ids
     assert groups.used == sum(id >= 0 for id in ids)
-    assert groups.present == len({id for id in ids if id >= 0})
+    assert groups.present.tolist() == sorted({id for id in ids if id >= 0})
     assert groups.max_id == max(ids, default=-1)
     if most == 1:
         assert all(group.count == 1 for group in groups.groups)
