@@ -10,6 +10,7 @@ After that:
 python -m benchmarks.report FILE...      tables and figures into docs/results, README's part
 python -m benchmarks.compare A B         what became slower between two result files
 python -m benchmarks.dispatch_cells FILE the kernels' dispatch table from a card's results
+python -m benchmarks.tune                other block sizes of the kernels, on a card
 python -m benchmarks.owned               bytes and time of a training step for experts that are absent
 python -m benchmarks.finetune_speed      fine-tuning against a straightforward implementation
 python -m benchmarks.scale               memory, bandwidth and cost for up to a million queriers

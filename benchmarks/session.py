@@ -100,7 +100,7 @@ class Session:
         except Exception as error:  # noqa: BLE001 - one cell must not cost the others
             refuse("*", error)
             self._write()
-            _require_device(self.device, error)
+            require_device(self.device, error)
         gc.collect()  # autograd's cycles hold tensors; the next cell may need the room
         self._write()
 
@@ -140,7 +140,7 @@ class Session:
         write_atomic(self.out, json.dumps(self.result, indent=1) + "\n")
 
 
-def _require_device(device: str, error: BaseException) -> None:
+def require_device(device: str, error: BaseException) -> None:
     """Raise ``UserError`` if a card takes no work any more, as after an illegal access."""
     if device != "cuda":
         return
