@@ -55,10 +55,6 @@ class RowGroups:
         """Rows that have an expert."""
         return self.groups[-1].stop if self.groups else 0
 
-    def parts(self, tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-        """Views of a tensor with T rows along ``dim``: each group's, then the rows without an expert."""
-        return (tensor,) if self.whole is not None else tensor.split_with_sizes(self.lengths, dim)
-
 
 class _Segment(NamedTuple):
     expert: int

@@ -9,8 +9,11 @@ T rows in grouped order, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qar_kernels.row_groups import Group, RowGroups
@@ -31,76 +34,178 @@ def most_together(weight: Tensor) -> int:
     return _CACHE_BYTES // each if 0 < each <= _COPY_BYTES else 1
 
 
-def in_groups(tensor: Tensor, rows: RowGroups) -> Tensor:
-    """Rows of ``(T, n)`` from the batch's order into the grouped one."""
-    return tensor if rows.order is None else tensor.index_select(0, rows.order)
+class Products(Protocol):
+    """The products of one batch. Rows are ``(T, n)`` in grouped order, in the form that :meth:`enter` gives.
 
-
-def in_batch(tensor: Tensor, rows: RowGroups) -> Tensor:
-    """Rows of ``(T, n)`` from the grouped order back into the batch's."""
-    return tensor if rows.order is None else torch.empty_like(tensor).index_copy_(0, rows.order, tensor)
-
-
-def linear(x: Tensor, weight: Tensor, rows: RowGroups) -> Tensor:
-    """Every row through its own ``weight`` (E, m, n), as ``F.linear`` would: ``x`` (T, n) -> (T, m).
-
-    Rows without an expert give zeros.
+    With every row through its own matrix: weights ``(E, m, n)``, gradients of the outputs ``(T, m)``.
     """
-    whole = rows.whole
-    if whole is not None:
-        if _alone(whole, weight):
-            return F.linear(x, weight[whole.experts.start])
-        return torch.bmm(_batch(x, whole), _weights(weight, whole).mT).view(x.shape[0], -1)
-    out = x.new_empty(x.shape[0], weight.shape[1])
-    transposed = weight.mT
-    for group, part, out_part in zip(rows.groups, rows.parts(x), rows.parts(out), strict=False):
-        if _alone(group, weight):
-            torch.mm(part, transposed[group.experts.start], out=out_part)
-        else:
-            torch.bmm(_batch(part, group), _weights(weight, group).mT, out=_batch(out_part, group))
-    return _cleared(out, rows)
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        """``(T, n)`` in the batch's order as rows."""
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`enter`; zeros where a row has no expert."""
+
+    def shaped(self, tensor: Tensor) -> Tensor:
+        """``(T, n)`` in grouped order as rows."""
+
+    def take(self, weight: Tensor) -> Tensor:
+        """The weights in the form that the products want: to be taken once for both passes."""
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As ``F.linear`` would."""
+
+    def linear_backward(self, d_out: Tensor, weight: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """The gradient of ``x`` in :meth:`linear`, added to ``add_to`` if given."""
+
+    def weight_gradient(self, d_out: Tensor, x: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
+        """The gradient of weights of ``shape`` in :meth:`linear`, zero for absent experts.
+
+        Where ``sparse`` in COO layout, with values for the experts present only.
+        """
 
 
-def linear_backward(d_out: Tensor, weight: Tensor, rows: RowGroups, add_to: Tensor | None = None) -> Tensor:
-    """The gradient of ``x`` in :func:`linear`: ``d_out`` (T, m) -> (T, n), added to ``add_to`` if given."""
-    whole = rows.whole
-    if whole is not None and add_to is None:
-        if _alone(whole, weight):
-            return torch.mm(d_out, weight[whole.experts.start])
-        return torch.bmm(_batch(d_out, whole), _weights(weight, whole)).view(d_out.shape[0], -1)
-    if whole is not None and _alone(whole, weight):
-        return add_to.addmm_(d_out, weight[whole.experts.start])
-    d_x = d_out.new_empty(d_out.shape[0], weight.shape[2]) if add_to is None else add_to
-    beta = 0 if add_to is None else 1
-    for group, part, d_part in zip(rows.groups, rows.parts(d_out), rows.parts(d_x), strict=False):
-        if _alone(group, weight):
-            torch.addmm(d_part, part, weight[group.experts.start], beta=beta, out=d_part)
-        else:
-            batch = _batch(d_part, group)
-            torch.baddbmm(batch, _batch(part, group), _weights(weight, group), beta=beta, out=batch)
-    return d_x if beta else _cleared(d_x, rows)
+def products_of(groups: RowGroups, weight: Tensor) -> Products:
+    """The products of a batch with experts of the shape of ``weight`` (E, R, H)."""
+    if groups.whole is None:
+        return ManyGroups(groups)
+    return OneGroup(groups, groups.whole, _is_alone(groups.whole, weight))
 
 
-def weight_gradient(d_out: Tensor, x: Tensor, like: Tensor, rows: RowGroups, sparse: bool) -> Tensor:
-    """The gradient of the weights ``like`` (E, m, n) in :func:`linear`, zero for absent experts.
+@dataclass(frozen=True, eq=False)
+class OneGroup:
+    """All rows are one group, as where all sequences are equally long: nothing is cut, half the calls.
 
-    Where ``sparse`` in COO layout, with values for the experts present only.
+    Rows are ``(count, length, n)``, and ``(T, n)`` where one expert is ``alone``.
     """
-    count, owned = rows.present.shape[0], like.shape[0]
-    # Where every row is written there is nothing to clear: filling is half the cost of a small batch.
-    grad = like.new_empty(count, *like.shape[1:]) if sparse or count == owned else torch.zeros_like(like)
-    for group, d_part, part in zip(rows.groups, rows.parts(d_out.t(), 1), rows.parts(x), strict=False):
-        at = group.slots if sparse else group.experts
-        if _alone(group, like):
-            torch.mm(d_part, part, out=grad[at.start])
-        elif isinstance(at, slice):
-            torch.bmm(_batch(d_part.t(), group).mT, _batch(part, group), out=grad[at])
-        else:
-            grad.index_copy_(0, at, torch.bmm(_batch(d_part.t(), group).mT, _batch(part, group)))
-    return row_sparse(rows.present, grad, like.shape) if sparse else grad
+
+    groups: RowGroups
+    group: Group
+    alone: bool
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return self.shaped(_in_groups(tensor, self.groups))
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return _in_batch(rows if self.alone else rows.view(-1, rows.shape[2]), self.groups)
+
+    def shaped(self, tensor: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return tensor if self.alone else tensor.view(self.group.count, -1, tensor.shape[1])
+
+    def take(self, weight: Tensor) -> Tensor:
+        """The group's experts ``(count, m, n)``, a lone one's ``(m, n)``."""
+        return weight[self.group.experts.start] if self.alone else _weights(weight, self.group)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return self._product(x, weight.mT)
+
+    def linear_backward(self, d_out: Tensor, weight: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """See :class:`Products`."""
+        if add_to is None:
+            return self._product(d_out, weight)
+        return add_to.addmm_(d_out, weight) if self.alone else add_to.baddbmm_(d_out, weight)
+
+    def weight_gradient(self, d_out: Tensor, x: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
+        """See :class:`Products`."""
+        found = self._product(d_out.mT, x).view(-1, *shape[1:])
+        at = self.group.slots if sparse else self.group.experts
+        if not (isinstance(at, slice) and (sparse or len(found) == shape[0])):
+            into = _gradient(found, self.groups, shape, sparse)
+            if isinstance(at, slice):
+                into[at] = found
+            else:
+                into.index_copy_(0, at, found)
+            found = into
+        return row_sparse(self.groups.present, found, shape) if sparse else found
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.mm(left, right) if self.alone else torch.bmm(left, right)
 
 
-def _alone(group: Group, weight: Tensor) -> bool:
+@dataclass(frozen=True, eq=False)
+class ManyGroups:
+    """Group after group, into buffers for all. Rows are ``(T, n)``."""
+
+    groups: RowGroups
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return _in_groups(tensor, self.groups)
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return _in_batch(rows, self.groups)
+
+    def shaped(self, tensor: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return tensor
+
+    def take(self, weight: Tensor) -> Tensor:
+        """All of them: copies are made group by group, and stay in the cache."""
+        return weight
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        transposed = weight.mT
+        for group, part, out_part in self._parts(x, out):
+            if _is_alone(group, weight):
+                torch.mm(part, transposed[group.experts.start], out=out_part)
+            else:
+                torch.bmm(_batch(part, group), _weights(weight, group).mT, out=_batch(out_part, group))
+        return self._cleared(out)
+
+    def linear_backward(self, d_out: Tensor, weight: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """See :class:`Products`."""
+        d_x = d_out.new_empty(d_out.shape[0], weight.shape[2]) if add_to is None else add_to
+        beta = 0 if add_to is None else 1
+        for group, part, d_part in self._parts(d_out, d_x):
+            if _is_alone(group, weight):
+                torch.addmm(d_part, part, weight[group.experts.start], beta=beta, out=d_part)
+            else:
+                batch = _batch(d_part, group)
+                torch.baddbmm(batch, _batch(part, group), _weights(weight, group), beta=beta, out=batch)
+        return d_x if beta else self._cleared(d_x)
+
+    def weight_gradient(self, d_out: Tensor, x: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
+        """See :class:`Products`."""
+        grad = _gradient(x, self.groups, shape, sparse)
+        for group, d_part, part in self._parts(d_out, x):
+            at = group.slots if sparse else group.experts
+            if _is_alone(group, grad):
+                torch.mm(d_part.t(), part, out=grad[at.start])
+            elif isinstance(at, slice):
+                torch.bmm(_batch(d_part, group).mT, _batch(part, group), out=grad[at])
+            else:
+                grad.index_copy_(0, at, torch.bmm(_batch(d_part, group).mT, _batch(part, group)))
+        return row_sparse(self.groups.present, grad, shape) if sparse else grad
+
+    def _parts(self, left: Tensor, right: Tensor) -> Iterator[tuple[Group, Tensor, Tensor]]:
+        """Each group with its rows of both; views made in one call cost a third of slices."""
+        lengths = self.groups.lengths
+        lefts, rights = left.split_with_sizes(lengths), right.split_with_sizes(lengths)
+        return zip(self.groups.groups, lefts, rights, strict=False)  # the rest has no expert
+
+    def _cleared(self, tensor: Tensor) -> Tensor:
+        """``tensor`` with zeros in the rows without an expert, which come last."""
+        if self.groups.lengths[-1]:
+            tensor[self.groups.used :] = 0
+        return tensor
+
+
+def _in_groups(tensor: Tensor, groups: RowGroups) -> Tensor:
+    return tensor if groups.order is None else tensor.index_select(0, groups.order)
+
+
+def _in_batch(tensor: Tensor, groups: RowGroups) -> Tensor:
+    return tensor if groups.order is None else torch.empty_like(tensor).index_copy_(0, groups.order, tensor)
+
+
+def _is_alone(group: Group, weight: Tensor) -> bool:
     """Whether a plain product, fewer calls than a batch of one, gives the bits of a batched one."""
     size = (group.stop - group.start) * weight.shape[1] * weight.shape[2]
     return group.count == 1 and size >= _LEAST_ALONE
@@ -118,8 +223,8 @@ def _weights(weight: Tensor, group: Group) -> Tensor:
     return weight.index_select(0, group.experts)
 
 
-def _cleared(tensor: Tensor, rows: RowGroups) -> Tensor:
-    """``tensor`` with zeros in the rows without an expert, which come last."""
-    if rows.lengths[-1]:
-        tensor[rows.used :] = 0
-    return tensor
+def _gradient(like: Tensor, groups: RowGroups, shape: torch.Size, sparse: bool) -> Tensor:
+    """What the experts' gradients are written into, cleared where a row is nobody's."""
+    count = groups.present.shape[0]
+    # Where every row is written there is nothing to clear: filling is half the cost of a small batch.
+    return like.new_empty(count, *shape[1:]) if sparse or count == shape[0] else like.new_zeros(shape)

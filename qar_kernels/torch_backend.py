@@ -17,15 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qar_kernels.lora import NO_LORA, LoRA, project
-from qar_kernels.row_groups import RowGroups, group_rows
-from qar_kernels.row_products import (
-    in_batch,
-    in_groups,
-    linear,
-    linear_backward,
-    most_together,
-    weight_gradient,
-)
+from qar_kernels.row_groups import group_rows
+from qar_kernels.row_products import Products, most_together, products_of
 from qar_kernels.segments import Segments
 from qar_kernels.silu import silu, silu_backward
 
@@ -53,10 +46,12 @@ def expert_mlp(
     # eager tensors do without.
     if not is_eager(x):
         return torch.ops.qar.expert_mlp(x, *weights, segments.perm, segments.offsets, segments.experts)[0]
-    rows = segments.row_groups(most_together(expert_gate))
+    groups = segments.row_groups(most_together(expert_gate))
+    _check_ids(groups.max_id, expert_gate)
+    products = products_of(groups, expert_gate)
     if torch.is_grad_enabled() and _need_gradients(x, *weights):
-        return _ExpertMLP.apply(x, *weights, rows, sparse_gradients)
-    return _forward(x, *weights, rows)[0]
+        return _ExpertMLP.apply(x, *weights, products, sparse_gradients)
+    return _forward(x, *map(products.take, weights), products)[0]
 
 
 def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -69,26 +64,33 @@ def is_eager(tensor: Tensor) -> bool:
 
 
 def _forward(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, rows: RowGroups
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, products: Products
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y (T, H) in the batch's order; pre-activations (T, R) of gate and up in grouped order."""
-    _check_ids(rows, gate)
-    grouped_x = in_groups(x, rows)
-    gate_pre, up_pre = linear(grouped_x, gate, rows), linear(grouped_x, up, rows)
-    y = linear(silu(gate_pre).mul_(up_pre), down, rows)
-    return in_batch(y, rows), gate_pre, up_pre
+    """Returns y (T, H) in the batch's order; pre-activations of gate and up as the products' rows."""
+    x = products.enter(x)
+    gate_pre, up_pre = products.linear(x, gate), products.linear(x, up)
+    y = products.linear(silu(gate_pre).mul_(up_pre), down)
+    return products.leave(y), gate_pre, up_pre
 
 
-def _check_ids(rows: RowGroups, weight: Tensor) -> None:
-    if rows.max_id >= weight.shape[0]:
-        raise ValueError(f"seg: got expert id {rows.max_id}, expected ids below {weight.shape[0]} experts")
+def _check_ids(max_id: int, weight: Tensor) -> None:
+    if max_id >= weight.shape[0]:
+        raise ValueError(f"seg: got expert id {max_id}, expected ids below {weight.shape[0]} experts")
+
+
+def _grouped(perm: Tensor, offsets: Tensor, experts: Tensor, gate: Tensor) -> Products:
+    groups = group_rows(perm, offsets, experts, most_together(gate))
+    _check_ids(groups.max_id, gate)
+    return products_of(groups, gate)
 
 
 @torch.library.custom_op("qar::expert_mlp", mutates_args=())
 def _expert_mlp(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, perm: Tensor, offsets: Tensor, experts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, gate, up, down, group_rows(perm, offsets, experts, most_together(gate)))
+    products = _grouped(perm, offsets, experts, gate)
+    y, *pre = _forward(x, *map(products.take, (gate, up, down)), products)
+    return y, *(rows.view(x.shape[0], -1) for rows in pre)
 
 
 @_expert_mlp.register_fake
@@ -107,32 +109,34 @@ def _grads(
     down: Tensor,
     gate_pre: Tensor,
     up_pre: Tensor,
-    rows: RowGroups,
+    products: Products,
+    shapes: tuple[torch.Size, torch.Size],
     needs_x: bool,
     needs_weights: bool,
     sparse: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, gate, up, down; None for x, and for all three weights, where not needed.
 
-    With ``h = silu(a) * u``: ``d_u = d_h * silu(a)`` and ``d_a = d_h * u * silu'(a)``.
+    ``shapes`` are gate's and down's; the weights themselves are as the products take them. With
+    ``h = silu(a) * u``: ``d_u = d_h * silu(a)`` and ``d_a = d_h * u * silu'(a)``.
     """
-    d_out = in_groups(d_y, rows)
-    d_hidden = linear_backward(d_out, down, rows)
+    d_out = products.enter(d_y)
+    d_hidden = products.linear_backward(d_out, down)
     activated = silu(gate_pre)
     d_up_pre, d_gate_pre = d_hidden * activated, silu_backward(d_hidden.mul_(up_pre), gate_pre)
 
     d_x = None
     if needs_x:
-        d_x = linear_backward(d_up_pre, up, rows, add_to=linear_backward(d_gate_pre, gate, rows))
-        d_x = in_batch(d_x, rows)
+        d_x = products.linear_backward(d_up_pre, up, add_to=products.linear_backward(d_gate_pre, gate))
+        d_x = products.leave(d_x)
     if not needs_weights:
         return d_x, None, None, None
-    grouped_x, hidden = in_groups(x, rows), activated.mul_(up_pre)
+    rows, hidden = products.enter(x), activated.mul_(up_pre)
     return (
         d_x,
-        weight_gradient(d_gate_pre, grouped_x, gate, rows, sparse),
-        weight_gradient(d_up_pre, grouped_x, up, rows, sparse),
-        weight_gradient(d_out, hidden, down, rows, sparse),
+        products.weight_gradient(d_gate_pre, rows, shapes[0], sparse),
+        products.weight_gradient(d_up_pre, rows, shapes[0], sparse),
+        products.weight_gradient(d_out, hidden, shapes[1], sparse),
     )
 
 
@@ -151,8 +155,9 @@ def _expert_mlp_backward(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = group_rows(perm, offsets, experts, most_together(gate))
-    grads = _grads(d_y, x, gate, up, down, gate_pre, up_pre, rows, needs_x, needs_weights)
+    products = _grouped(perm, offsets, experts, gate)
+    taken, pre = map(products.take, (gate, up, down)), map(products.shaped, (gate_pre, up_pre))
+    grads = _grads(d_y, x, *taken, *pre, products, (gate.shape, down.shape), needs_x, needs_weights)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -207,12 +212,13 @@ class _ExpertMLP(torch.autograd.Function):
         gate: Tensor,
         up: Tensor,
         down: Tensor,
-        rows: RowGroups,
+        products: Products,
         sparse_gradients: bool,
     ) -> Tensor:
-        y, gate_pre, up_pre = _forward(x, gate, up, down, rows)
-        ctx.save_for_backward(x, gate, up, down, gate_pre, up_pre)
-        ctx.rows, ctx.sparse = rows, sparse_gradients
+        taken = [products.take(weight) for weight in (gate, up, down)]
+        y, *pre = _forward(x, *taken, products)
+        ctx.save_for_backward(x, *taken, *pre)
+        ctx.products, ctx.shapes, ctx.sparse = products, (gate.shape, down.shape), sparse_gradients
         return y
 
     @staticmethod
@@ -221,4 +227,5 @@ class _ExpertMLP(torch.autograd.Function):
             raise RuntimeError("expert_mlp: gradients of gradients (create_graph=True) are not implemented")
         needs_x, gate, up, down, *_ = ctx.needs_input_grad
         needs = needs_x, gate or up or down
-        return *_grads(d_y.contiguous(), *ctx.saved_tensors, ctx.rows, *needs, ctx.sparse), None, None
+        saved, constants = ctx.saved_tensors, (ctx.products, ctx.shapes)
+        return *_grads(d_y.contiguous(), *saved, *constants, *needs, ctx.sparse), None, None

@@ -22,7 +22,7 @@ def expert_of_rows(groups, rows):
     """The expert of each row, read back from the groups."""
     order = torch.arange(rows) if groups.order is None else groups.order
     found = torch.full((rows,), -1)
-    for group, part in zip(groups.groups, groups.parts(order), strict=False):
+    for group, part in zip(groups.groups, order.split(groups.lengths), strict=False):
         ids = numbers(group.experts)
         assert len(ids) == group.count
         assert torch.equal(part, order[group.start : group.stop])
