@@ -90,6 +90,19 @@ def test_isolation_and_two_runs(monkeypatch, rows, tower, path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+def test_sparse_gradients_are_the_rows_of_the_dense_ones(tower):
+    rows, hidden = (300, 256) if CARD else (9, 32)
+    case = Case(ids(rows, 9), H=hidden, I=2 * hidden, E=40)
+    dense = run(case, tower, "triton", HALF, device=DEVICE)
+    sparse = run(case, tower, "triton", HALF, device=DEVICE, sparse_gradients=True)
+    for name, expected in dense.items():
+        assert sparse[name].is_sparse == name.startswith("d_expert")
+        assert torch.equal(sparse[name].to_dense() if sparse[name].is_sparse else sparse[name], expected), (
+            name
+        )
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("tower", ["fused", "dual"])
 @pytest.mark.parametrize("path", ["fused", "grouped"])
