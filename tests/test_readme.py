@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 from statistics import median
 
+import pytest
+
 from benchmarks import tables
 from benchmarks.schema import load
+from train.experiment.table import interval
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,8 +48,30 @@ def test_speeds_are_those_of_the_result_files():
     assert f"{worst:.2f} at worst" in first_table()
 
 
-def test_the_plays_difference_is_the_committed_one():
-    paired = json.loads((ROOT / "docs/results/plays.json").read_text(encoding="utf-8"))["paired"]
-    ours, control = paired["qar_vs_ft"]["nll"], paired["qar_vs_control"]["nll"]
-    assert f"{-ours['diff']:.3f} nats a token better than plain fine-tuning" in first_table()
-    assert control["ci95"][0] < 0 < control["ci95"][1], "the README says: no better than the control"
+def results(name: str) -> dict:
+    return json.loads((ROOT / f"docs/results/{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_differences_of_answers_are_the_committed_ones():
+    game, plays = results("wesnoth")["paired"], results("plays")["paired"]
+    ours, control = game["qar_unnamed_vs_ft_unnamed"]["nll"], game["qar_unnamed_vs_control_unnamed"]["nll"]
+    claim = (
+        f"{-ours['diff']:.3f} nats a token better than plain fine-tuning, {-control['diff']:.3f} better than"
+    )
+    assert claim in first_table()
+    assert ours["ci95"][1] < 0 and control["ci95"][1] < 0
+    ours, control = plays["qar_vs_ft"]["nll"], plays["qar_vs_control"]["nll"]
+    assert f"plays: {-ours['diff']:.3f} better, and no better than the control" in first_table()
+    assert control["ci95"][0] < 0 < control["ci95"][1]
+
+
+@pytest.mark.parametrize("name", ["wesnoth", "company", "company_splits", "plays"])
+def test_the_summary_has_the_committed_intervals(name):
+    suffix = "" if name == "plays" else "_unnamed"
+    found = results(name)
+    pairs = [found["paired"][f"qar{suffix}_vs_{other}{suffix}"] for other in ("ft", "control")]
+    swap = found["swap"][f"qar{suffix}"]
+    cells = [interval(key, pair[key]) for key in ("nll", "rougeL") for pair in pairs]
+    cells.append(interval("nll", {"diff": swap["nll_diff"], "ci95": swap["nll_ci95"]}))
+    (row,) = (line for line in README.splitlines() if line.startswith("| [") and f"results/{name}.md" in line)
+    assert row.split(" | ", 1)[1] == " | ".join(cells) + " |"
