@@ -10,13 +10,12 @@ T rows in grouped order, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qar_kernels.row_groups import Group, RowGroups
+from qar_kernels.row_groups import Group, RowGroups, group_rows
 from qar_kernels.row_sparse import row_sparse
 
 # Measured on one core: up to here a copy of an expert costs less than the calls that batched products save.
@@ -28,7 +27,7 @@ _CACHE_BYTES = 2**20
 _LEAST_ALONE = 400
 
 
-def most_together(weight: Tensor) -> int:
+def _most_together(weight: Tensor) -> int:
     """How many experts' weights ``(E, R, H)`` may be copied to share a batched product."""
     each = weight.shape[1] * weight.shape[2] * weight.element_size()
     return _CACHE_BYTES // each if 0 < each <= _COPY_BYTES else 1
@@ -65,31 +64,43 @@ class Products(Protocol):
         """
 
 
-def products_of(groups: RowGroups, weight: Tensor) -> Products:
-    """The products of a batch with experts of the shape of ``weight`` (E, R, H)."""
+def make_products(perm: Tensor, offsets: Tensor, experts: Tensor, weight: Tensor) -> Products:
+    """The products of a batch with experts of the shape of ``weight`` (E, R, H).
+
+    The first three are those of :class:`qar_kernels.Segments`; they are read on the host.
+
+    Raises:
+        ValueError: if there is no such expert.
+    """
+    groups = group_rows(perm, offsets, experts, _most_together(weight))
+    if groups.max_id >= weight.shape[0]:
+        raise ValueError(f"seg: got expert id {groups.max_id}, expected ids below {weight.shape[0]} experts")
     if groups.whole is None:
         return ManyGroups(groups)
     return OneGroup(groups, groups.whole, _is_alone(groups.whole, weight))
 
 
-@dataclass(eq=False, slots=True)  # frozen ones take twice as long to make, and each call makes one
 class OneGroup:
     """All rows are one group, as where all sequences are equally long: nothing is cut, half the calls.
 
     Rows are ``(count, length, n)``, and ``(T, n)`` where one expert is ``alone``.
     """
 
-    groups: RowGroups
-    group: Group
-    alone: bool
+    def __init__(self, groups: RowGroups, group: Group, alone: bool) -> None:
+        self.groups, self.group, self.alone = groups, group, alone
+        self.product = torch.mm if alone else torch.bmm
 
     def enter(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
-        return self.shaped(_in_groups(tensor, self.groups))
+        if self.groups.order is not None:
+            tensor = tensor.index_select(0, self.groups.order)
+        return tensor if self.alone else tensor.view(self.group.count, -1, tensor.shape[1])
 
     def leave(self, rows: Tensor) -> Tensor:
         """See :class:`Products`."""
-        return _in_batch(rows if self.alone else rows.view(-1, rows.shape[2]), self.groups)
+        if not self.alone:
+            rows = rows.view(-1, rows.shape[2])
+        return rows if self.groups.order is None else _in_batch(rows, self.groups)
 
     def shaped(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
@@ -101,40 +112,37 @@ class OneGroup:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """See :class:`Products`."""
-        return self._product(x, weight.mT)
+        return self.product(x, weight.mT)
 
     def linear_backward(self, d_out: Tensor, weight: Tensor, add_to: Tensor | None = None) -> Tensor:
         """See :class:`Products`."""
         if add_to is None:
-            return self._product(d_out, weight)
+            return self.product(d_out, weight)
         return add_to.addmm_(d_out, weight) if self.alone else add_to.baddbmm_(d_out, weight)
 
     def weight_gradient(self, d_out: Tensor, x: Tensor, shape: torch.Size, sparse: bool) -> Tensor:
         """See :class:`Products`."""
-        found = self._product(d_out.mT, x).view(-1, *shape[1:])
+        grad = self.product(d_out.mT, x).view(-1, *shape[1:])
         at = self.group.slots if sparse else self.group.experts
-        if not (isinstance(at, slice) and (sparse or len(found) == shape[0])):
-            into = _gradient(found, self.groups, shape, sparse)
-            if isinstance(at, slice):
-                into[at] = found
-            else:
-                into.index_copy_(0, at, found)
-            found = into
-        return row_sparse(self.groups.present, found, shape) if sparse else found
-
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.mm(left, right) if self.alone else torch.bmm(left, right)
+        if not isinstance(at, slice):
+            grad = _gradient(grad, self.groups, shape, sparse).index_copy_(0, at, grad)
+        elif not sparse and len(grad) < shape[0]:
+            all_grads = grad.new_zeros(shape)
+            all_grads[at] = grad
+            grad = all_grads
+        return row_sparse(self.groups.present, grad, shape) if sparse else grad
 
 
-@dataclass(eq=False, slots=True)
 class ManyGroups:
     """Group after group, into buffers for all. Rows are ``(T, n)``."""
 
-    groups: RowGroups
+    def __init__(self, groups: RowGroups) -> None:
+        self.groups = groups
 
     def enter(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
-        return _in_groups(tensor, self.groups)
+        order = self.groups.order
+        return tensor if order is None else tensor.index_select(0, order)
 
     def leave(self, rows: Tensor) -> Tensor:
         """See :class:`Products`."""
@@ -195,10 +203,6 @@ class ManyGroups:
         if self.groups.lengths[-1]:
             tensor[self.groups.used :] = 0
         return tensor
-
-
-def _in_groups(tensor: Tensor, groups: RowGroups) -> Tensor:
-    return tensor if groups.order is None else tensor.index_select(0, groups.order)
 
 
 def _in_batch(tensor: Tensor, groups: RowGroups) -> Tensor:

@@ -6,12 +6,13 @@ E experts, n experts present. A gradient is a sparse COO tensor over dimension 0
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qar_kernels.segments import Segments
+if TYPE_CHECKING:  # segments keep products, which make these gradients
+    from qar_kernels.segments import Segments
 
 Three = tuple[Tensor, Tensor, Tensor]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qar_kernels.row_groups import RowGroups, group_rows
+from qar_kernels.row_products import Products, make_products
 from qar_kernels.tile_plan import TilePlan, build_tile_plan
 
 _LAST = torch.iinfo(torch.int64).max
@@ -51,7 +51,7 @@ class Segments:
     max_id: int | None = None
     _made: str = field(default_factory=_circumstances, repr=False)
     _derived: dict[object, Any] = field(default_factory=dict, repr=False)
-    _groups: dict[int, RowGroups] = field(default_factory=dict, repr=False)
+    _products: dict[object, Products] = field(default_factory=dict, repr=False)
     _bounds_met: set[int] = field(default_factory=set, repr=False)
 
     @property
@@ -126,11 +126,15 @@ class Segments:
             if _circumstances() == self._made:
                 self._bounds_met.add(num_experts)
 
-    def row_groups(self, most: int) -> RowGroups:
-        """The groups of the torch backend, read on the host once per batch and shared by all layers."""
-        if most not in self._groups:
-            self._groups[most] = group_rows(self.perm, self.offsets, self.experts, most)
-        return self._groups[most]
+    def products(self, weight: Tensor) -> Products:
+        """The torch backend's products with experts of the shape of ``weight`` (E, R, H).
+
+        The groups are read on the host once per batch and shared by all layers.
+        """
+        key = weight.shape, weight.dtype
+        if key not in self._products:
+            self._products[key] = make_products(self.perm, self.offsets, self.experts, weight)
+        return self._products[key]
 
     @classmethod
     def from_ids(cls, expert_ids: IdsLike) -> Segments:

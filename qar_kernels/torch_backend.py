@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qar_kernels.lora import NO_LORA, LoRA, project
-from qar_kernels.row_groups import group_rows
-from qar_kernels.row_products import Products, most_together, products_of
+from qar_kernels.row_products import Products, make_products
 from qar_kernels.segments import Segments
 from qar_kernels.silu import silu, silu_backward
 
@@ -46,9 +45,7 @@ def expert_mlp(
     # eager tensors do without.
     if not is_eager(x):
         return torch.ops.qar.expert_mlp(x, *weights, segments.perm, segments.offsets, segments.experts)[0]
-    groups = segments.row_groups(most_together(expert_gate))
-    _check_ids(groups.max_id, expert_gate)
-    products = products_of(groups, expert_gate)
+    products = segments.products(expert_gate)
     if torch.is_grad_enabled() and _need_gradients(x, *weights):
         return _ExpertMLP.apply(x, *weights, products, sparse_gradients)
     return _forward(x, *map(products.take, weights), products)[0]
@@ -73,22 +70,11 @@ def _forward(
     return products.leave(y), gate_pre, up_pre
 
 
-def _check_ids(max_id: int, weight: Tensor) -> None:
-    if max_id >= weight.shape[0]:
-        raise ValueError(f"seg: got expert id {max_id}, expected ids below {weight.shape[0]} experts")
-
-
-def _grouped(perm: Tensor, offsets: Tensor, experts: Tensor, gate: Tensor) -> Products:
-    groups = group_rows(perm, offsets, experts, most_together(gate))
-    _check_ids(groups.max_id, gate)
-    return products_of(groups, gate)
-
-
 @torch.library.custom_op("qar::expert_mlp", mutates_args=())
 def _expert_mlp(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, perm: Tensor, offsets: Tensor, experts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    products = _grouped(perm, offsets, experts, gate)
+    products = make_products(perm, offsets, experts, gate)
     y, *pre = _forward(x, *map(products.take, (gate, up, down)), products)
     return y, *(rows.view(x.shape[0], -1) for rows in pre)
 
@@ -155,7 +141,7 @@ def _expert_mlp_backward(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    products = _grouped(perm, offsets, experts, gate)
+    products = make_products(perm, offsets, experts, gate)
     taken, pre = map(products.take, (gate, up, down)), map(products.shaped, (gate_pre, up_pre))
     grads = _grads(d_y, x, *taken, *pre, products, (gate.shape, down.shape), needs_x, needs_weights)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)

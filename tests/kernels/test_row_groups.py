@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qar_kernels import Segments, expert_mlp, row_products, torch_backend
+from qar_kernels.row_groups import group_rows
 
 
 def groups_of(ids, most):
     segments = Segments.from_ids(ids)
-    return segments.row_groups(most)
+    return group_rows(segments.perm, segments.offsets, segments.experts, most)
 
 
 def numbers(index):
@@ -56,8 +57,8 @@ def test_neighbours_are_a_slice_and_others_come_a_few_at_a_time():
 
 
 def test_read_once_and_shared_by_layers():
-    segments = Segments.from_ids([1, 0, 1])
-    assert segments.row_groups(8) is segments.row_groups(8)
+    segments, layers = Segments.from_ids([1, 0, 1]), torch.randn(2, 2, 4, 8)
+    assert segments.products(layers[0]) is segments.products(layers[1])
 
 
 def test_an_expert_that_is_not_there_is_named_where_only_the_groups_know_it():
