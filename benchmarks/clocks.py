@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -10,6 +11,8 @@ import torch
 
 _FLUSH_BYTES = 256 * 2**20  # several times the last-level cache of any card
 _GRAPH_WARM_UPS = 3
+# options of glibc's mallopt: no buffer is a mapping of its own, and the heap's free end is kept
+_MMAP_MAX, _TRIM_THRESHOLD, _MOST = -4, -1, 2**31 - 1
 
 Call = Callable[[], object]
 
@@ -80,9 +83,22 @@ class CudaClock:
         torch.cuda.synchronize()
 
 
+def keep_memory() -> None:
+    """Let freed buffers stay with the process, where the C library is one that can.
+
+    Else every large one is mapped anew at each call, and what a fresh page costs is up to the system: on a
+    virtual machine training steps that clear 100 MB took 3 or 25 ms, now 2.9 to 3.0.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, _MOST)
+
+
 def clock_of(device: str) -> Clock:
-    """The clock of ``"cpu"`` or ``"cuda"``; on a CPU this process then runs one thread."""
+    """The clock of ``"cpu"`` or ``"cuda"``; for a CPU this process gets one thread and keeps its memory."""
     if device == "cuda":
         return CudaClock()
     torch.set_num_threads(1)
+    keep_memory()
     return ProcessClock()

@@ -35,7 +35,7 @@ def test_speeds_are_those_of_the_result_files():
         if (row["op"], row["provider"]) == ("finetune_step", "qar")
     )
     assert f"**{1 / finetuning['ratio_to_base']:.1f} times as fast**" in first_table()
-    standings = tables.standings(load(RESULTS / "amd-epyc-2-cores-2026-11-24.json"))
+    standings = tables.standings(load(RESULTS / "amd-epyc-2-cores-2026-11-28.json"))
     bare = [standing for standing in standings if standing.op == "expert_mlp"]
     whole = [standing for standing in standings if standing.op != "expert_mlp"]
     counts = [sum(s.count(v) for s in group) for group in (bare, whole) for v in ("wins", "ties", "loses")]
