@@ -42,6 +42,8 @@ def test_speeds_are_those_of_the_result_files():
     assert "experts win {}, tie {}, **lose {}**; MLPs, layers and models win {}, tie {}, lose {}".format(
         *counts
     ) in first_table().replace(" cells", "")
+    assert "where a single querier asks" in first_table()
+    assert all(row["Q"] == 1 for standing in standings for _, _, row in standing.losses)
     medians = [median(s.over_base) for s in whole]
     worst = max(max(s.over_base) for s in whole)
     assert f"median {min(medians):.2f} to {max(medians):.2f} times" in first_table()
