@@ -52,7 +52,7 @@ class Row:
             found.append(f"{self.code.spills} spills")
         if self.code.shared_bytes > SHARED_LIMIT[self.arch]:
             found.append(f"shared memory over {SHARED_LIMIT[self.arch]}")
-        if self.kernel in NO_PRODUCTS or self.case.dtype == "fp32":  # exact products have no matrix unit
+        if self.kernel in NO_PRODUCTS or self.case.config == "fp32":  # exact products have no matrix unit
             return found
         if not self.code.mma:
             found.append("no matrix instructions")

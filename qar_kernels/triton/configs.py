@@ -8,7 +8,7 @@ are those that compile for the architecture without spills and within its shared
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -59,17 +59,6 @@ class LaunchConfig:
     max_splits: int = 1
     programs: int = 1
 
-
-EXACT = LaunchConfig(
-    block_rows=64,
-    block_expert=32,
-    group=8,
-    gate_up=Gemm(64, 32, warps=8, stages=2),
-    down=Gemm(64, 32, warps=8, stages=2),
-    d_hidden=Gemm(64, 32, warps=8, stages=2),
-    d_x=Gemm(64, 32, warps=8, stages=2),
-    weight_grad=Gemm(64, 32, warps=4, stages=2),
-)
 
 CONFIGS = {
     "sm90_large": LaunchConfig(
@@ -140,9 +129,16 @@ CONFIGS = {
         weight_grad=Gemm(64, 64, warps=8, stages=3),
         programs=4,
     ),
-    "sm90_fp32": EXACT,
-    # Steps of 32 spill in Triton 3.9's code for sm_80, steps of 16 in 3.7's for sm_90.
-    "sm80_fp32": replace(EXACT, gate_up=Gemm(64, 16, warps=8, stages=2)),
+    "fp32": LaunchConfig(
+        block_rows=64,
+        block_expert=32,
+        group=8,
+        gate_up=Gemm(64, 32, warps=8, stages=2),
+        down=Gemm(64, 32, warps=8, stages=2),
+        d_hidden=Gemm(64, 32, warps=8, stages=2),
+        d_x=Gemm(64, 32, warps=8, stages=2),
+        weight_grad=Gemm(64, 32, warps=4, stages=2),
+    ),
     # Several tiles even for tiny shapes: what the interpreter's tests run. Descriptors work there too.
     "tiny": LaunchConfig(
         block_rows=16,
@@ -161,9 +157,9 @@ def select_config(device: torch.device, dtype: torch.dtype, rows: int, tower: st
     """Name of the configuration for a device, dtype, rows and tower; "tiny" on a CPU (interpreter)."""
     if device.type != "cuda":
         return "tiny"
-    family = FAMILIES.get(_capability(device), "sm80")
     if dtype == torch.float32:
-        return f"{family}_fp32"
+        return "fp32"
+    family = FAMILIES.get(_capability(device), "sm80")
     if rows <= DECODE_ROWS:
         return f"{family}_decode"
     return f"{family}_experts" if tower == "expert" else f"{family}_large"

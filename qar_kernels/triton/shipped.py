@@ -43,7 +43,7 @@ class Case:
 
 def matrix(arch: str) -> Iterator[Case]:
     """Every case of ``arch``; exact fp32, which no model is served in, at one shape and three ranks."""
-    *dense, experts, exact = _configs(arch)
+    *dense, experts = _configs(arch)
     for config in (*dense, experts):
         for shape in SHAPES:
             for rank in RANKS:
@@ -55,12 +55,12 @@ def matrix(arch: str) -> Iterator[Case]:
         for lora_rank in LORA_RANKS:
             yield from (Case(config, shape, 64, "bf16", "fused", lora_rank) for shape in SHAPES)
     for rank in (8, 64, 128):
-        yield from (Case(exact, "Llama-3-8B", rank, "fp32", tower) for tower in TOWERS)
+        yield from (Case("fp32", "Llama-3-8B", rank, "fp32", tower) for tower in TOWERS)
 
 
 def representative(arch: str) -> Iterator[Case]:
     """Few cases that meet every configuration, tower, shape and dtype, and ranks from 8 to 128."""
-    large, decode, experts, exact = _configs(arch)
+    large, decode, experts = _configs(arch)
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused")
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused", lora_rank=16)
     yield Case(large, "Qwen2.5-7B", 128, "fp16", "dual")
@@ -69,7 +69,7 @@ def representative(arch: str) -> Iterator[Case]:
     yield Case(decode, "Llama-3-8B", 8, "fp16", "dual")
     yield Case(decode, "Qwen2.5-7B", 128, "bf16", "expert")
     yield Case(experts, "Llama-3-8B", 64, "bf16", "expert")
-    yield Case(exact, "Llama-3-8B", 16, "fp32", "fused")
+    yield Case("fp32", "Llama-3-8B", 16, "fp32", "fused")
 
 
 def training_step(case: Case) -> list[Recorded]:
@@ -82,9 +82,9 @@ def every_launch(case: Case) -> list[Recorded]:
     return _launches(case, _rows(case), keep_h=(False, True), save=(True, False))
 
 
-def _configs(arch: str) -> list[str]:
+def _configs(arch: str) -> tuple[str, str, str]:
     prefix = FAMILIES[divmod(int(arch.removeprefix("sm_")), 10)]
-    return [f"{prefix}_{kind}" for kind in ("large", "decode", "experts", "fp32")]
+    return f"{prefix}_large", f"{prefix}_decode", f"{prefix}_experts"
 
 
 def _rows(case: Case) -> tuple[int, ...]:
