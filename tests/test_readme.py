@@ -67,7 +67,7 @@ def test_the_differences_of_answers_are_the_committed_ones():
     assert control["ci95"][0] < 0 < control["ci95"][1]
 
 
-@pytest.mark.parametrize("name", ["wesnoth", "company", "company_splits", "plays"])
+@pytest.mark.parametrize("name", ["wesnoth", "wesnoth_one_turn", "company", "company_splits", "plays"])
 def test_the_summary_has_the_committed_intervals(name):
     suffix = "" if name == "plays" else "_unnamed"
     found = results(name)
@@ -75,5 +75,7 @@ def test_the_summary_has_the_committed_intervals(name):
     swap = found["swap"][f"qar{suffix}"]
     cells = [interval(key, pair[key]) for key in ("nll", "rougeL") for pair in pairs]
     cells.append(interval("nll", {"diff": swap["nll_diff"], "ci95": swap["nll_ci95"]}))
-    (row,) = (line for line in README.splitlines() if line.startswith("| [") and f"results/{name}.md" in line)
+    (row,) = (
+        line for line in README.splitlines() if line.startswith("| [") and f"results/{name}.md)" in line
+    )
     assert row.split(" | ", 1)[1] == " | ".join(cells) + " |"

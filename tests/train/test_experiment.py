@@ -184,7 +184,9 @@ def test_the_papers_numbers_stand_beside():
             assert mean == pytest.approx(sum(known) / len(known), abs=0.01)
 
 
-@pytest.mark.parametrize("name", ["plays", "company", "company_all_layers", "company_splits", "wesnoth"])
+@pytest.mark.parametrize(
+    "name", ["plays", "company", "company_all_layers", "company_splits", "wesnoth", "wesnoth_one_turn"]
+)
 def test_committed_results_are_what_their_page_shows(name, request):
     folder = request.config.rootpath / "docs/results"
     results = json.loads((folder / f"{name}.json").read_text())
