@@ -67,7 +67,9 @@ def test_the_differences_of_answers_are_the_committed_ones():
     assert control["ci95"][0] < 0 < control["ci95"][1]
 
 
-@pytest.mark.parametrize("name", ["wesnoth", "wesnoth_one_turn", "company", "company_splits", "plays"])
+@pytest.mark.parametrize(
+    "name", ["wesnoth", "wesnoth_seeds", "wesnoth_one_turn", "company", "company_splits", "plays"]
+)
 def test_the_summary_has_the_committed_intervals(name):
     suffix = "" if name == "plays" else "_unnamed"
     found = results(name)

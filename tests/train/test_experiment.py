@@ -185,7 +185,16 @@ def test_the_papers_numbers_stand_beside():
 
 
 @pytest.mark.parametrize(
-    "name", ["plays", "company", "company_all_layers", "company_splits", "wesnoth", "wesnoth_one_turn"]
+    "name",
+    [
+        "plays",
+        "company",
+        "company_all_layers",
+        "company_splits",
+        "wesnoth",
+        "wesnoth_seeds",
+        "wesnoth_one_turn",
+    ],
 )
 def test_committed_results_are_what_their_page_shows(name, request):
     folder = request.config.rootpath / "docs/results"
