@@ -155,7 +155,8 @@ def expert_mlp(
 
     That is where the base has adapters other than plain LoRA (DoRA) or quantised weights: its own modules
     compute ``base_y`` (like ``x``), and "triton" adds the experts while it writes them. Without
-    ``base_y``, rows without an expert (-1) give zeros. Differentiable in all tensors.
+    ``base_y``, rows without an expert (-1) give zeros. Differentiable in all tensors; ``sparse_gradients``
+    as in :func:`fused_mlp`.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

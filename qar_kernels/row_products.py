@@ -94,7 +94,7 @@ class OneGroup:
         """See :class:`Products`."""
         if self.groups.order is not None:
             tensor = tensor.index_select(0, self.groups.order)
-        return tensor if self.alone else tensor.view(self.group.count, -1, tensor.shape[1])
+        return self.shaped(tensor)
 
     def leave(self, rows: Tensor) -> Tensor:
         """See :class:`Products`."""
@@ -104,7 +104,7 @@ class OneGroup:
 
     def shaped(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
-        return tensor if self.alone else tensor.view(self.group.count, -1, tensor.shape[1])
+        return tensor if self.alone else _batch(tensor, self.group)
 
     def take(self, weight: Tensor) -> Tensor:
         """The group's experts ``(count, m, n)``, a lone one's ``(m, n)``."""

@@ -99,7 +99,7 @@ class Experts(nn.Module):
 
     def _options(self) -> dict[str, Any]:
         """What every call of the kernels gets."""
-        return {"backend": self.qar.backend, "sparse_gradients": bool(self.sparse_parameters)}
+        return {"backend": self.qar.backend, "sparse_gradients": self.qar.expert_gradients == "sparse"}
 
     def _extras(self, x: Tensor, towers: TowerBatch) -> Iterator[Tensor]:
         """What comes on top of the bank: experts that train alone, the shared one, the mean of all."""
