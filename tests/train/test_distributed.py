@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,23 @@ def test_torchrun(config, tmp_path, request):
     code, text = command_line(two, launcher, tmp_path, request.config.rootpath)
     assert code == 0, text
     assert len(log_of(two)) == 6
+
+
+@needs_deepspeed
+def test_two_nodes(config, tmp_path, request):
+    """A launcher each, as on two machines that share a file system."""
+    two = as_two_ranks(config, "zero2")
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=run1"]
+    launcher = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *meeting, "-m", "train.finetune"]
+    with ThreadPoolExecutor() as nodes:
+        started = [
+            nodes.submit(command_line, two, launcher, tmp_path, request.config.rootpath) for _ in range(2)
+        ]
+        for node in started:
+            code, text = node.result()
+            assert code == 0, text
+    completed(config)
+    assert_same_curve(log_of(two), log_of(config))
 
 
 @needs_deepspeed
