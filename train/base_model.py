@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -45,6 +46,9 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
+    # Chat models bring a penalty on repetitions, which counts the prompt's words and end marks too: all bases
+    # are compared without.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     return model, tokenizer
 
 

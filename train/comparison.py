@@ -12,14 +12,12 @@ import torch
 
 from train.config import TrainConfig
 from train.data.layout import MQDialog
-from train.heldout import HeldOut, held_out_windows, querier_similarity
-from train.metrics import Record
+from train.heldout import SAMPLE_SEED, HeldOut, held_out_windows, querier_similarity, score
 from train.trained import Trained, load_trained, untrained
 
 METHODS = ("zero_shot", "ft", "qar")
 GENERATED = 32
 MAX_NEW_TOKENS = 32
-SWAPS = 3
 SAMPLES, ASKED_BY = 4, 4
 
 
@@ -32,10 +30,8 @@ class Comparison:
         run_of: the configuration of a trained method's run.
     """
 
-    def __init__(
-        self, config: TrainConfig, data: MQDialog, run_of: Callable[[str], TrainConfig], seed: int = 0
-    ) -> None:
-        self.config, self.data, self.run_of, self.seed = config, data, run_of, seed
+    def __init__(self, config: TrainConfig, data: MQDialog, run_of: Callable[[str], TrainConfig]) -> None:
+        self.config, self.data, self.run_of = config, data, run_of
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -51,15 +47,15 @@ class Comparison:
 
     def evaluate(self, method: str) -> dict[str, Any]:
         """Records of every held-out window; for QAR also under swapped ids, expert similarity, samples."""
-        model, held_out = self.load(method).model, self.held_out
-        generated = held_out.sample(GENERATED, self.seed)
-        records = held_out.answer(model, held_out.querier_ids, generated, MAX_NEW_TOKENS)
+        trained, held_out = self.load(method), self.held_out
+        records, swapped = score(trained, held_out, GENERATED, MAX_NEW_TOKENS)
         result: dict[str, Any] = {"records": records}
         if method == "qar":
-            result["swapped"] = self._swapped(model, generated)
-            names = self.data.queriers
+            model, names = trained.model, self.data.queriers
+            result["swapped"] = swapped
             result["similarity"] = {"names": names, "matrix": querier_similarity(model, held_out)}
-            result["samples"] = self.samples(model, generated[:: max(1, len(generated) // SAMPLES)])
+            answered = held_out.sample(GENERATED, SAMPLE_SEED)
+            result["samples"] = self.samples(model, answered[:: max(1, len(answered) // SAMPLES)])
         return result
 
     def replies(self, model: Any) -> tuple[list[str], list[int]]:
@@ -67,18 +63,6 @@ class Comparison:
         indices = range(len(self.held_out.windows))
         asked_by = self.held_out.querier_ids
         return self.held_out.generate(model, indices, asked_by, MAX_NEW_TOKENS), asked_by
-
-    def _swapped(self, model: Any, generated: Sequence[int]) -> list[Record]:
-        """The same prompts asked by others: NLL averaged over several draws, replies under the first."""
-        queriers = len(self.data.queriers)
-        draws = [self.held_out.swapped_ids(queriers, self.seed + draw) for draw in range(SWAPS)]
-        first = self.held_out.answer(model, draws[0], generated, MAX_NEW_TOKENS)
-        others = [self.held_out.nll(model, ids) for ids in draws[1:]]
-        sums = [[nll for nll, _ in window] for window in zip(*others, strict=True)]
-        return [
-            {**record, "nll_sum": (record["nll_sum"] + sum(rest)) / SWAPS}
-            for record, rest in zip(first, sums, strict=True)
-        ]
 
     def samples(self, model: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
         """A few of these windows' queries, each answered to several queriers in one mixed batch."""

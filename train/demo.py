@@ -23,13 +23,13 @@ from rich.table import Table
 
 from train.base_model import load_base
 from train.cli import run
-from train.comparison import GENERATED, MAX_NEW_TOKENS, METHODS, SWAPS, Comparison
+from train.comparison import GENERATED, MAX_NEW_TOKENS, METHODS, Comparison
 from train.config import TrainConfig, load_config
 from train.data.layout import MQDialog
 from train.data.mqdialog import load_mqdialog
 from train.data.planted import HABITS, habit_of
 from train.data.prepare import PrepareConfig, prepare
-from train.files import read_text, write_atomic
+from train.files import load_json, write_atomic
 from train.finetune import LOG, finetune
 from train.metrics import compare, summarise, swap_summary
 from train.report import write_report
@@ -57,7 +57,7 @@ def reuse(path: Path, settings: dict[str, Any], compute: Callable[[], Any]) -> A
     """What ``path`` holds if it was computed with the same settings, else what ``compute`` returns."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if path.is_file():
-        stored = json.loads(read_text(path))
+        stored = load_json(path)
         if stored["key"] == key:
             console.print(f"{path} is there already")
             return stored["value"]
@@ -81,7 +81,7 @@ def demo(config: TrainConfig, planted: TrainConfig, responder: str) -> Path:
         with stage(f"fine-tune {method}"):
             finetune(_for_method(config, method), resume=True)
     comparison = Comparison(config, data, lambda method: _for_method(config, method))
-    settings = {"config": config.to_dict(), "count": GENERATED, "tokens": MAX_NEW_TOKENS, "swaps": SWAPS}
+    settings = {"config": config.to_dict(), "count": GENERATED, "tokens": MAX_NEW_TOKENS}
     results = {}
     for method in METHODS:
         with stage(f"evaluate {method}"):
@@ -144,6 +144,7 @@ def _report(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     records = {method: result["records"] for method, result in results.items()}
+    swapped = results["qar"]["swapped"]  # None where only one person asks
     return {
         "dataset": {
             "show": "plays",
@@ -160,7 +161,7 @@ def _report(
             "qar_vs_ft": compare(records["qar"], records["ft"]),
             "ft_vs_zero_shot": compare(records["ft"], records["zero_shot"]),
         },
-        "querier_swap": swap_summary(records["qar"], results["qar"]["swapped"]),
+        "querier_swap": swap_summary(records["qar"], swapped) if swapped else None,
         "planted": {key: value for key, value in habits.items() if key != "samples"},
         "seconds": seconds,
     }
@@ -169,7 +170,7 @@ def _report(
 def _working_seconds(folder: Path, config: TrainConfig, seconds: dict[str, float]) -> dict[str, float]:
     """A stage that was reused counts with the time it took when it ran, under the same settings."""
     path = folder / "report.json"
-    before = json.loads(read_text(path)) if path.is_file() else {}
+    before = load_json(path) if path.is_file() else {}
     if before.get("model") != json.loads(json.dumps(config.to_dict())):
         return seconds
     return {name: max(spent, before["seconds"].get(name, 0.0)) for name, spent in seconds.items()}
@@ -184,7 +185,7 @@ def _write(
 ) -> Path:
     curves = {}
     for method in ("ft", "qar"):
-        log = json.loads(read_text(Path(_for_method(config, method).output_dir) / LOG))
+        log = load_json(Path(_for_method(config, method).output_dir) / LOG)
         curves[method] = [row for row in log if "loss" in row]
     parts = {"curves": curves, "similarity": qar["similarity"], "samples": planted + qar["samples"]}
     for name, part in parts.items():
@@ -208,7 +209,8 @@ def _summarise(report: dict[str, Any], page: Path) -> None:
     console.print(table)
     paired, swap, habits = report["paired"]["qar_vs_ft"]["nll"], report["querier_swap"], report["planted"]
     console.print(f"QAR - FT, NLL per token: {paired['diff']:+.3f} {_interval(paired['ci95'])}")
-    console.print(f"asked as somebody else:  {swap['nll_diff']:+.3f} {_interval(swap['nll_ci95'])}")
+    if swap:
+        console.print(f"asked as somebody else:  {swap['nll_diff']:+.3f} {_interval(swap['nll_ci95'])}")
     console.print(
         f"planted habits: QAR {habits['qar_accuracy']:.0%}, FT {habits['ft_accuracy']:.0%}, "
         f"chance {habits['chance']:.0%}"

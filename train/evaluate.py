@@ -28,6 +28,7 @@ from train.files import check_file, write_atomic
 from train.generate import known_querier, querier_id, responders
 from train.heldout import BATCH_SIZE, held_out_windows, score
 from train.metrics import Record, compare, summarise, swap_summary
+from train.run_file import check_finished
 from train.trained import Trained, load_trained, read_about
 
 GENERATED, MAX_NEW_TOKENS = 128, 48
@@ -63,12 +64,18 @@ def evaluate(
 
     Raises:
         UserError: what is wrong with the model, the data or the profiles; who in the data asks and is
-            unknown, or answers and is not whom the model answers for.
+            unknown, or answers and is not whom the model answers for; training data that are not what they
+            were.
     """
     trained = load_trained(folder, DTYPES[dtype])
     # the states of frozen layers lie beside the run, where the run itself put them
     config = trained.config.replace(data=str(data or trained.config.data), output_dir=str(folder.parent))
-    held_out = held_out_windows(config, _as_known(trained, load_data(config).data), batch_size)
+    if data is None:
+        own = load_data(config).data
+        check_finished(config, own)  # data built anew may hold out what this model was trained on
+    else:
+        own = load_data(config.replace(validation=0.0)).data
+    held_out = held_out_windows(config, _as_known(trained, own), batch_size)
     records, swapped = score(trained, held_out, generated, max_new_tokens)
     return {
         "model": str(folder),

@@ -46,12 +46,17 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """The JSON object in ``path``, which must have ``keys``; ``UserError`` naming the file otherwise."""
+def load_json(path: Path) -> Any:
+    """What the JSON in ``path`` says; ``UserError`` naming file and line where it is damaged."""
     try:
-        values = json.loads(read_text(path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
+
+
+def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """The JSON object in ``path``, which must have ``keys``; ``UserError`` naming the file otherwise."""
+    values = load_json(path)
     missing = [key for key in keys if not isinstance(values, dict) or key not in values]
     if missing:
         raise UserError(f"{path}: damaged, '{missing[0]}' is missing")

@@ -20,6 +20,7 @@ from train.batches import Collator, Windows
 from train.config import TrainConfig
 from train.data.encode import IGNORE
 from train.data.layout import Example, MQDialog
+from train.data.responders import split_pair
 from train.dataset import window_set
 from train.errors import UserError
 from train.generate import generate_replies
@@ -95,15 +96,19 @@ class HeldOut:
         """Greedy replies to the windows at ``indices``, asked by ``querier_ids``."""
         windows = [self.windows[index] for index in indices]
         prompts = [window.input_ids[: window.prompt_length] for window in windows]
-        end_marks = sorted({window.end_mark for window in self.windows})
+        marks = {window.end_mark for window in self.windows} | {self.tokenizer.eos_token_id}
+        stops = sorted(marks - {None})
         return generate_replies(
-            model, self.tokenizer, prompts, querier_ids, max_new_tokens, end_marks, self.batch_size
+            model, self.tokenizer, prompts, querier_ids, max_new_tokens, stops, self.batch_size
         )
 
-    def swapped_ids(self, num_queriers: int, seed: int) -> list[int]:
-        """For each window the id of somebody else, drawn at random."""
+    def swapped_ids(self, queriers: Sequence[str], seed: int) -> list[int]:
+        """For each window the id of somebody else who asks the same responder, drawn at random.
+
+        Where nobody else does, of anybody else; ``queriers`` are the names of the ids, two or more.
+        """
         draw = random.Random(seed)
-        return [(true + draw.randrange(1, num_queriers)) % num_queriers for true in self.querier_ids]
+        return [draw.choice(_others(queriers, true)) for true in self.querier_ids]
 
     def sample(self, count: int, seed: int) -> list[int]:
         """``count`` windows drawn at random, in order."""
@@ -179,7 +184,7 @@ def score(
     records = held_out.answer(trained.model, held_out.querier_ids, chosen, max_new_tokens)
     if not _knows_who_asks(trained):
         return records, None
-    others = held_out.swapped_ids(len(trained.queriers), SAMPLE_SEED)
+    others = held_out.swapped_ids(trained.queriers, SAMPLE_SEED)
     return records, held_out.answer(trained.model, others, chosen, max_new_tokens)
 
 
@@ -187,6 +192,13 @@ def _knows_who_asks(trained: Trained) -> bool:
     qar = trained.model.qar
     has_experts = qar.first_expert_layer < trained.model.config.num_hidden_layers
     return has_experts and qar.experts != "shared" and len(trained.queriers) > 1
+
+
+def _others(queriers: Sequence[str], true: int) -> list[int]:
+    """Who could have asked instead, counted on from who did."""
+    behind = [(true + step) % len(queriers) for step in range(1, len(queriers))]
+    responder = split_pair(queriers[true])[1]
+    return [other for other in behind if split_pair(queriers[other])[1] == responder] or behind
 
 
 @torch.inference_mode()

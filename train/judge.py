@@ -30,7 +30,7 @@ from train.data.layout import Example
 from train.data.responders import load_dialogues
 from train.endpoint import Cached, Endpoint, Message, NoAnswer
 from train.errors import UserError
-from train.files import read_text, write_atomic
+from train.files import load_json, write_atomic
 from train.metrics import Record
 
 logger = logging.getLogger(__name__)
@@ -176,10 +176,7 @@ def make_pairs(a: Sequence[Record], b: Sequence[Record], examples: Iterable[Exam
 
 def load_records(path: Path) -> list[Record]:
     """Records from a JSON file: a list, or an object with the list under ``records``."""
-    try:
-        found = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
+    found = load_json(path)
     records = found.get("records") if isinstance(found, dict) else found
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{path}: expected a list of records, or an object with one under 'records'")

@@ -91,10 +91,10 @@ def _read(path: Path, count: int) -> list[Tensor] | None:
 
 
 def _fingerprint(model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int) -> str:
-    digest = hashlib.sha256(f"{model.config.name_or_path} {num_layers} {model.dtype}".encode())
-    # one norm weight per layer tells models of one name apart without reading all weights
-    for layer in model.model.layers[:num_layers]:
-        digest.update(layer.input_layernorm.weight.detach().float().cpu().numpy().tobytes())
+    digest = hashlib.sha256(f"{num_layers} {model.dtype} {model.config.to_json_string()}".encode())
+    for part in (model.model.embed_tokens, model.model.layers[:num_layers]):
+        for weight in part.state_dict().values():
+            digest.update(str(torch.hash_tensor(weight).item()).encode())
     for window in windows:
         digest.update(str(window.input_ids).encode())
     return digest.hexdigest()[:16]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from train.data.covering import covering
 from train.data.layout import Example
 from train.data.transcript import Turn
@@ -39,3 +41,17 @@ def test_windows_of_limited_reach_are_kept_until_they_meet():
 def test_equal_ids_of_two_queriers_are_two_dialogues():
     examples = [window("a", 0, 0, querier_id=0), window("a", 1, 0, querier_id=1)]
     assert covering(examples) == examples
+
+
+def test_a_reply_that_windows_begin_with_is_learnt_elsewhere():
+    examples = [window("a", n, max(0, n - 2)) for n in range(9)]
+    leading = [replace(e, turns=e.turns[1:]) if index > 2 else e for index, e in enumerate(examples)]
+    learnt = {reply for e in covering(leading) for reply in (turn.text for turn in e.turns[1:])}
+    assert {f"r{n}" for n in range(9)} <= learnt
+
+
+def test_a_dialogue_may_lack_windows():
+    examples = [window("a", n, max(0, n - 1)) for n in range(10)]
+    gappy = [*examples[:5], *examples[8:]]
+    covered = {reply for _, _, reply in replies(covering(gappy))}
+    assert covered == {reply for _, _, reply in replies(gappy)}

@@ -108,6 +108,8 @@ def test_texts_are_joined_as_their_language_does():
     assert join_texts(["a", " ", "b "]) == "a b"
     assert join_texts(["你好。", "再见。"]) == "你好。再见。"
     assert join_texts(["你好", "Ann", "再见"]) == "你好 Ann 再见"
+    assert join_texts(["“走吧。”", "“好。”"]) == "“走吧。”“好。”"
+    assert join_texts(["走……", "——再见", "……", "“Ann”"]) == "走……——再见…… “Ann”"
 
 
 CSV = """\

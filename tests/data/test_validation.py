@@ -40,3 +40,15 @@ def test_a_querier_keeps_a_dialogue_and_nonsense_is_refused():
     assert len(rest.train) == len(valid) == 1
     with pytest.raises(UserError, match="validation: got 1"):
         split_validation(data, 1.5)
+
+
+def test_what_validates_one_responder_is_not_trained_on_for_another():
+    data = planted()
+    dialogue = [dataclasses.replace(e, id=f"{index}_part0") for index, e in enumerate(data.train[:10])]
+    turned = [
+        dataclasses.replace(e, id=f"turned{e.id}", responder=e.turns[0].speaker, querier_id=1)
+        for e in dialogue
+    ]
+    rest, valid = split_validation(dataclasses.replace(data, train=dialogue + turned), 0.3)
+    seen = {exchange for example in rest.train for exchange in example.exchanges}
+    assert seen and not any(seen & example.exchanges for example in valid)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +105,17 @@ def test_windows_that_do_not_fit_are_left_out_and_counted(config, tiny_data, tra
     records = held_out.records(held_out.nll(model, held_out.querier_ids), {})
     assert dev[long].id not in {record["id"] for record in records}
     assert len(records) == len(dev) - 1
+
+
+def test_data_that_were_built_anew_are_refused(trained, config, tiny_data, tmp_path):
+    other = dataclasses.replace(tiny_data, train=tiny_data.train[1:])
+    shutil.rmtree(config.data)
+    write_mqdialog(other, Path(config.data), "planted")
+    with pytest.raises(UserError, match="the run was started with training_windows="):
+        evaluate(trained, generated=1)
+    few = dataclasses.replace(tiny_data, train=tiny_data.train[::8])  # too few to spare a validation part
+    write_mqdialog(few, tmp_path / "few", "planted")
+    assert evaluate(trained, tmp_path / "few", generated=1, max_new_tokens=4)["records"]
 
 
 def test_batch_size_is_that_of_the_passes_and_changes_no_score(trained, monkeypatch):

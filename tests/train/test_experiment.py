@@ -1,15 +1,21 @@
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
+from train.data.encode import encode_all
+from train.data.mqdialog import write_mqdialog
 from train.errors import UserError
 from train.experiment import __main__ as command
+from train.experiment import windows
 from train.experiment.cell import result_of, run_cell
 from train.experiment.load import load_experiment
 from train.experiment.results import collect, published
 from train.experiment.table import interval, markdown, published_table
+from train.experiment.windows import cell_data
 
 
 @pytest.fixture
@@ -75,6 +81,37 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
     command.run_cell(experiment, cell)
     assert result_of(experiment, cell) is not None
     assert result_of(dataclasses.replace(experiment, generated=2), cell) is None
+
+
+def test_methods_are_scored_on_the_windows_that_all_have_room_for(plan, tmp_path, tiny_data, tiny_tokenizer):
+    experiment = load_experiment(plan, ["seeds=[0]", "pairs=[[qar, zero_shot]]"])
+    lengths = sorted(
+        len(w.input_ids) for w in encode_all(tiny_data.dev, tiny_tokenizer, names_in_prompt=False)
+    )
+    tight = dataclasses.replace(experiment.methods[0], changes={"max_tokens": lengths[-1] - 1})
+    experiment = dataclasses.replace(experiment, methods=(tight, experiment.methods[2]))
+    command.run_experiment(experiment, tmp_path, "tiny")
+    read = [{r["id"] for r in result_of(experiment, cell)["records"]} for cell in experiment.cells()]
+    assert read[0] == read[1] and 0 < len(read[0]) < len(tiny_data.dev)
+    results = json.loads((tmp_path / "tiny.json").read_text())
+    assert results["conditions"]["held_out_windows"] == len(read[0]) and results["paired"]
+    hopeless = dataclasses.replace(tight, changes={"max_tokens": 8})
+    with pytest.raises(UserError, match="no held-out window"):
+        cell_data(dataclasses.replace(experiment, methods=(hopeless,)), experiment.cells()[1])
+
+
+def test_a_result_of_other_text_is_not_taken(plan, config, tiny_data):
+    experiment = load_experiment(plan)
+    cell = experiment.cells()[0]
+    command.run_cell(experiment, cell)
+    assert result_of(experiment, cell) is not None
+    first, *rest = tiny_data.dev
+    shown = dataclasses.replace(first.turns[-1], text="Something else.")
+    changed = [dataclasses.replace(first, turns=(*first.turns[:-1], shown)), *rest]
+    shutil.rmtree(config.data)
+    write_mqdialog(dataclasses.replace(tiny_data, dev=changed), Path(config.data), "planted")
+    windows._data.cache_clear()  # a process reads its data once
+    assert result_of(experiment, cell) is None
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import shutil
 from io import StringIO
 
 import pytest
 import torch
 from recast import answered_by
 from rich.console import Console
+from transformers import GenerationConfig
 
 from train.chat import Chat
 from train.data.encode import encode
@@ -15,7 +17,7 @@ from train.data.responders import merge
 from train.data.transcript import Turn
 from train.dataset import with_context
 from train.errors import UserError
-from train.generate import answer_table, end_marks, known_querier, prompt_as
+from train.generate import answer_table, end_marks, generate_replies, known_querier, prompt_as
 from train.trained import untrained
 
 
@@ -123,3 +125,16 @@ def test_replies_end_where_an_own_template_ends_them(pairs):
     assert end_marks(dataclasses.replace(trained, tokenizer=tokenizer)) == sorted(
         {tokenizer.eos_token_id, over}
     )
+
+
+def test_replies_are_the_likeliest_whatever_the_base_prefers(config, tiny_data, tiny_model_dir, tmp_path):
+    base = shutil.copytree(tiny_model_dir, tmp_path / "chatty")
+    GenerationConfig(do_sample=True, top_k=5, repetition_penalty=1.5).save_pretrained(base)
+    trained = untrained(config.replace(model=str(base)), tiny_data.responder, tuple(tiny_data.queriers))
+    prompt = trained.tokenizer("You are" * 4).input_ids
+    (reply,) = generate_replies(trained.model, trained.tokenizer, [prompt], [0], 8, [])
+    ids = torch.tensor([prompt])
+    for _ in range(8):
+        logits = trained.model(ids, querier_ids=torch.tensor([0])).logits[0, -1]
+        ids = torch.cat([ids, logits.argmax().view(1, 1)], 1)
+    assert reply == trained.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()

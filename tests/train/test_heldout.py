@@ -9,6 +9,8 @@ from train.errors import UserError
 from train.finetune import finetune
 from train.generate import answer
 
+QUERIERS = ("Ada", "Bram", "Cleo")
+
 
 @pytest.fixture
 def comparison(config, tiny_data):
@@ -39,15 +41,32 @@ def test_replies_in_a_mixed_batch_equal_those_alone(comparison):
 
 def test_swapped_ids_are_always_of_somebody_else(comparison):
     for seed in range(20):
-        swapped = comparison.held_out.swapped_ids(3, seed)
+        swapped = comparison.held_out.swapped_ids(QUERIERS, seed)
         assert all(0 <= other < 3 for other in swapped)
         assert all(a != b for a, b in zip(swapped, comparison.held_out.querier_ids, strict=True))
+
+
+def test_a_pair_is_swapped_for_another_of_the_same_responder(comparison, monkeypatch):
+    pairs = ["Ann > Cy", "Bo > Cy", "Ann > Di", "Eve > Di", "Cy > Di", "Di > Cy", "Ann > Flo"]
+    truly = list(range(len(pairs))) * 5
+    monkeypatch.setattr(type(comparison.held_out), "querier_ids", truly)
+    for true, other in zip(truly, comparison.held_out.swapped_ids(pairs, 0), strict=True):
+        assert other != true
+        assert pairs[other].split(" > ")[1] == pairs[true].split(" > ")[1] or true == 6
+
+
+def test_a_reply_ends_at_the_end_of_sequence_too(comparison, monkeypatch):
+    held_out, stops = comparison.held_out, []
+    monkeypatch.setattr("train.heldout.generate_replies", lambda *args: stops.extend(args[5]))
+    held_out.tokenizer.eos_token = "<unk>"
+    held_out.generate(None, [0], [0], 4)
+    assert set(stops) == {held_out.tokenizer.unk_token_id, held_out.windows[0].end_mark}
 
 
 def test_swapping_changes_nothing_without_experts(comparison):
     model = comparison.load("zero_shot").model
     held_out = comparison.held_out
-    assert held_out.nll(model, held_out.querier_ids) == held_out.nll(model, held_out.swapped_ids(3, 0))
+    assert held_out.nll(model, held_out.querier_ids) == held_out.nll(model, held_out.swapped_ids(QUERIERS, 0))
 
 
 def test_evaluation_has_all_parts(comparison, tiny_data):
@@ -64,7 +83,7 @@ def test_evaluation_has_all_parts(comparison, tiny_data):
 
 def test_windows_are_answered_as_asked_by_the_ids_given(comparison, monkeypatch):
     held_out, model = comparison.held_out, comparison.load("qar").model
-    others, chosen, asked = held_out.swapped_ids(3, 0), [0, 2], []
+    others, chosen, asked = held_out.swapped_ids(QUERIERS, 0), [0, 2], []
     monkeypatch.setattr(
         held_out, "generate", lambda _model, indices, ids, _tokens: asked.extend(ids) or ["."] * len(indices)
     )

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from qar_models import QARConfig, apply_qar
+from train import layers
 from train.base_model import load_base
 from train.batches import Collator, Windows
 from train.data.encode import IGNORE, encode_all
@@ -45,14 +46,20 @@ def test_upper_part_trains_the_model_itself(loaded, windows, tmp_path):
     assert model.config.num_hidden_layers == 3
 
 
-def test_cache_is_used_and_a_damaged_one_is_replaced(loaded, windows, tmp_path):
+def test_cache_is_used_unless_it_is_damaged_or_the_weights_have_changed(
+    loaded, windows, tmp_path, monkeypatch
+):
     model, _ = loaded
+    ran, run_lower = [], layers._run_lower
+    monkeypatch.setattr(layers, "_run_lower", lambda *args: ran.append(1) or run_lower(*args))
     first = lower_states(model, windows, 1, tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
-    model.model.layers[0].self_attn.q_proj.weight.data.zero_()  # the fingerprint does not read this weight
-    assert torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0])
+    model.model.layers[2].self_attn.q_proj.weight.data.zero_()  # above the cut
+    assert torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 1
     file.write_bytes(file.read_bytes()[:100])
-    assert not torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0])
+    assert torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 2
+    model.model.layers[0].self_attn.q_proj.weight.data.zero_()
+    assert not torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 3
 
 
 def test_padding_keeps_end_marks_and_masks(loaded, windows):

@@ -4,6 +4,7 @@ import pytest
 
 from train.errors import UserError
 from train.metrics import corpus_bleu, distinct, rouge, sentence_bleu, tokens_for
+from train.metrics.text import tokenise
 
 
 def test_rouge_english_by_hand():
@@ -42,6 +43,9 @@ def test_words_of_other_scripts():
     )
     assert sentence_bleu("Привет, друзья", "Привет, мир", "unicode")["bleu1"] == pytest.approx(2 / 3)
     assert distinct(["мир Мир дом"], "unicode")["distinct1"] == pytest.approx(2 / 3)
+    assert tokenise("वह लड़की की", "unicode") == ["वह", "लड़की", "की"]  # vowels are marks on letters
+    assert tokenise("Cafe\u0301", "unicode") == ["caf\u00e9"]
+    assert tokens_for(["สวัสดีครับ"]) == "character"
 
 
 @pytest.mark.parametrize("compat", [None, "rouge-1.0.0"])

@@ -224,10 +224,10 @@ def test_command_line_needs_report_json_only(run, tmp_path):
     ("name", "content", "expected"),
     [
         ("report.json", None, "report.json: cannot be read"),
-        ("report.json", '{"methods": {', "report.json: damaged, not JSON"),
+        ("report.json", '{"methods": {', "report.json:1: damaged JSON"),
         ("report.json", "[]", "report.json: damaged, expected a JSON object"),
         ("report.json", "{}", "lacks what the report needs"),
-        ("curves.json", "", "curves.json: damaged"),
+        ("curves.json", "", "curves.json: the file is empty"),
         ("samples.json", "{}", "samples.json: damaged, expected a JSON list"),
         ("samples.json", "[{}]", "lacks what the report needs"),
         ("similarity.json", '{"names": ["a", "b"], "matrix": [[1]]}', "lacks what the report needs"),

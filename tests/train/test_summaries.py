@@ -201,6 +201,15 @@ def test_scores_over_all_replies_are_averaged_over_seeds_and_failures_added_up()
     assert (summary["empty"], summary["failed"], summary["generated"]) == (2, 2, 3)
 
 
+def test_a_querier_may_be_missing_from_a_run_and_tokens_are_those_asked_for():
+    here = [generated("1", "我们走吧", "我们不走", tokens="jieba"), generated("2", "好", "好", querier="Bo")]
+    summary = summarise_seeds([here, here[:1]], tokens="jieba")
+    assert summary["per_querier"]["Bo"]["distinct1"] == 1
+    single = [summarise(run, tokens="jieba")["corpus_bleu2"] for run in (here, here[:1])]
+    assert summary["corpus_bleu2"] == pytest.approx(sum(single) / 2)
+    assert summarise_seeds([here, here[:1]], tokens="character")["corpus_bleu2"] != summary["corpus_bleu2"]
+
+
 def test_methods_are_compared_over_their_seeds():
     result = compare_seeds(seed_runs(-1.0), seed_runs())
     assert result["nll"]["diff"] == pytest.approx(-0.5) and result["nll"]["per_seed"] == [-0.5, -0.5]

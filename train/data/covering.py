@@ -7,8 +7,10 @@ that each reply is in one of them.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 from train.data.layout import Example
+from train.data.transcript import Turn
 
 
 def covering(examples: Sequence[Example]) -> list[Example]:
@@ -21,12 +23,20 @@ def covering(examples: Sequence[Example]) -> list[Example]:
         dialogues[example.querier_id, example.dialogue].append(index)
     kept: set[int] = set()
     for indices in dialogues.values():
-        position = len(indices) - 1
-        while position >= 0:
-            kept.add(indices[position])
-            position -= _num_replies(examples[indices[position]])
+        learnt: set[tuple[Turn, ...]] = set()
+        # what a window was cut for is learnt first; then what is in other windows only
+        for wanted in (_own, _learnt):
+            for index in reversed(indices):
+                if not wanted(examples[index]) <= learnt:
+                    kept.add(index)
+                    learnt |= _learnt(examples[index])
     return [example for index, example in enumerate(examples) if index in kept]
 
 
-def _num_replies(example: Example) -> int:
-    return sum(turn.speaker == example.responder for turn in example.turns)
+def _own(example: Example) -> set[tuple[Turn, ...]]:
+    return {example.turns[-2:]}
+
+
+def _learnt(example: Example) -> set[tuple[Turn, ...]]:
+    """Replies behind what they answer; one that a window begins with is not learnt from it."""
+    return {pair for pair in pairwise(example.turns) if pair[1].speaker == example.responder}

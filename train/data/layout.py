@@ -7,6 +7,7 @@ responder, the *input* the querier.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from train.data.transcript import Turn
@@ -42,6 +43,11 @@ class Example:
     def asker(self) -> str:
         """Who speaks to the responder; where several responders share a data set, ``querier`` is the pair."""
         return next(turn.speaker for turn in reversed(self.turns) if turn.speaker != self.responder)
+
+    @property
+    def exchanges(self) -> set[tuple[Turn, Turn]]:
+        """Neighbouring turns: one line ("Ay.") comes back elsewhere, the two together hardly ever."""
+        return set(pairwise(self.turns))
 
     @property
     def query(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from train.data.layout import FIRST_PAIR_ID, PAIR_IDS, SPLITS, Example, MQDialog, short_name
 from train.data.transcript import Turn
 from train.errors import UserError
-from train.files import read_text, write_atomic
+from train.files import load_json, write_atomic
 
 RECORD_KEYS = {"id": (str, int), "conversations": list, "target_role": str, "input_role": str}
 ID_KEYS = ("role_pair_id", "cluster_id")
@@ -89,16 +89,9 @@ def _what_is_there(folder: Path) -> str:
     return f"{parent} holds: {', '.join(path.name for path in found) or 'no folders'}"
 
 
-def _load_json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
-
-
 def _pair_ids(path: Path) -> set[int]:
     """The ids in ``{responder: {name: id}}`` (the reference), ``{name: id}`` or ``{id: name}``."""
-    mapping = _load_json(path)
+    mapping = load_json(path)
     if isinstance(mapping, dict) and len(mapping) == 1 and isinstance(next(iter(mapping.values())), dict):
         mapping = next(iter(mapping.values()))
     if not isinstance(mapping, dict) or not mapping:
@@ -119,7 +112,7 @@ def _records(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
     """(where, record) of every record of ``split``, files in the order of their names."""
     count = 0
     for path in sorted(folder.glob(f"*/*_response_L512_{split}.json")):
-        records = _load_json(path)
+        records = load_json(path)
         if not isinstance(records, list):
             raise UserError(f"{path}: expected a list of records")
         for index, record in enumerate(records):

@@ -21,7 +21,7 @@ from train.data.planted import planted
 from train.data.plays import read_plays
 from train.data.transcript import Scene, read_transcript
 from train.errors import UserError
-from train.files import build_directory, read_text, write_atomic
+from train.files import build_directory, load_json, read_text, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _require_same_recipe(config: PrepareConfig) -> None:
     path = config.folder / RECIPE
     if not path.is_file():
         return
-    found = json.loads(read_text(path))
+    found = load_json(path)
     changed = [key for key, value in _recipe(config).items() if key in found and found[key] != value]
     if changed:
         raise UserError(f"{config.folder} was prepared with other {', '.join(changed)}; --force rebuilds it")

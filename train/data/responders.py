@@ -7,12 +7,10 @@ is held out for one is not trained on for the other.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 from train.data.layout import PAIR_IDS, Example, MQDialog
 from train.data.mqdialog import load_mqdialog
-from train.data.transcript import Turn
 from train.errors import UserError
 
 ARROW = " > "
@@ -65,13 +63,8 @@ def split_pair(name: str) -> tuple[str, str | None]:
 
 
 def _without_held_out(train: Sequence[Example], dev: Sequence[Example]) -> list[Example]:
-    held_out = {exchange for example in dev for exchange in _exchanges(example)}
-    return [example for example in train if held_out.isdisjoint(_exchanges(example))]
-
-
-def _exchanges(example: Example) -> set[tuple[Turn, Turn]]:
-    """Neighbouring turns: one line ("Ay, my lord.") comes back elsewhere, the two together hardly ever."""
-    return set(pairwise(example.turns))
+    held_out = {exchange for example in dev for exchange in example.exchanges}
+    return [example for example in train if held_out.isdisjoint(example.exchanges)]
 
 
 def _numbered(example: Example, names: Sequence[str], first_id: int, first_cluster: int) -> Example:

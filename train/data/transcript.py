@@ -9,6 +9,7 @@ from pathlib import Path
 from train.data.transcript_rows import rows
 
 WITHOUT_SPACES = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
+PUNCTUATION = re.compile(r"[\u2014\u2018-\u201d\u2026]")  # of both: quotes, dash, ellipsis
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,16 @@ def join_texts(texts: Sequence[str]) -> str:
     """``texts`` in one line, with a space between two unless both sides are Chinese or Japanese."""
     joined = ""
     for text in filter(None, (text.strip() for text in texts)):
-        is_tight = WITHOUT_SPACES.match(joined[-1:]) and WITHOUT_SPACES.match(text)
+        sides = [_is_unspaced(joined[::-1]), _is_unspaced(text)]
+        is_tight = True in sides and False not in sides
         joined += text if is_tight or not joined else f" {text}"
     return joined
+
+
+def _is_unspaced(text: str) -> bool | None:
+    """Whether ``text`` begins in a script without spaces; punctuation that others use too does not tell."""
+    first = PUNCTUATION.sub("", text)[:1]
+    return bool(WITHOUT_SPACES.match(first)) if first else None
 
 
 def read_transcript(path: Path, columns: Mapping[str, str] | None = None) -> list[Scene]:

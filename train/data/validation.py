@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 
 from train.data.layout import Example, MQDialog
 from train.errors import UserError
@@ -12,7 +13,10 @@ def split_validation(data: MQDialog, share: float, seed: int = 0) -> tuple[MQDia
     """``data`` with fewer training windows, and the windows that were taken out, whole dialogues of them.
 
     Of every querier with at least two training dialogues ``share`` of them are taken, at least one; the same
-    ones for the same ``seed``. Raises ``UserError`` unless ``0 < share < 1``, and where nothing can be taken.
+    ones for the same ``seed``. Where two responders talk with each other, a dialogue is in both's data: what
+    is taken for one is not trained on for the other.
+
+    Raises ``UserError`` unless ``0 < share < 1``, and where nothing can be taken.
     """
     if not 0 < share < 1:
         raise UserError(f"validation: got {share}, expected a share between 0 and 1")
@@ -28,7 +32,20 @@ def split_validation(data: MQDialog, share: float, seed: int = 0) -> tuple[MQDia
         raise UserError("validation: no querier has two training dialogues, so none can be spared")
     valid = [example for example in data.train if (example.querier_id, example.dialogue) in taken]
     train = [example for example in data.train if (example.querier_id, example.dialogue) not in taken]
-    return dataclasses.replace(data, train=train), valid
+    return dataclasses.replace(data, train=_unmirrored(train, valid)), valid
+
+
+def _unmirrored(train: Sequence[Example], valid: Sequence[Example]) -> list[Example]:
+    """``train`` without the windows in which another responder has an exchange of ``valid``."""
+    responders = defaultdict(set)
+    for example in valid:
+        for exchange in example.exchanges:
+            responders[exchange].add(example.responder)
+    return [
+        example
+        for example in train
+        if all(responders.get(exchange, set()) <= {example.responder} for exchange in example.exchanges)
+    ]
 
 
 def _draw(dialogues: list[str], share: float, seed: str) -> list[str]:

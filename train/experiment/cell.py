@@ -12,9 +12,9 @@ import torch
 
 from train.config import TrainConfig
 from train.data.layout import MQDialog
-from train.dataset import load_data
 from train.experiment.plan import Cell, Experiment
-from train.files import read_text, write_atomic
+from train.experiment.windows import cell_data, fingerprint
+from train.files import read_json, write_atomic
 from train.finetune import finetune
 from train.heldout import held_out_windows, score
 from train.trained import Trained, load_trained, untrained
@@ -23,11 +23,11 @@ RESULT = "result.json"
 
 
 def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
-    """What the cell gave, if it is finished under the same settings."""
+    """What the cell gave, if it is finished under the same settings and with the same text."""
     path = _folder(experiment, cell) / RESULT
     if not path.is_file():
         return None
-    stored = json.loads(read_text(path))
+    stored = read_json(path, ("key", "records", "swapped"))
     return stored if stored["key"] == _key(experiment, cell) else None
 
 
@@ -43,7 +43,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     """
     start = time.perf_counter()
     config = experiment.config(cell)
-    data = load_data(config).data
+    data = cell_data(experiment, cell)
     trained = _model(config, data, cell.method.trained)
     held_out = held_out_windows(config, data)
     records, swapped = score(trained, held_out, experiment.generated, experiment.max_new_tokens)
@@ -69,6 +69,7 @@ def _key(experiment: Experiment, cell: Cell) -> str:
         "trained": cell.method.trained,
         "generated": experiment.generated,
         "max_new_tokens": experiment.max_new_tokens,
+        "text": fingerprint(experiment, cell),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -12,7 +12,13 @@ from matplotlib.figure import Figure
 
 ACCENT, MUTED = "#e2570b", "#4f7a9e"
 LANGUAGES = {"english": "o", "chinese": "s"}
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "qar", "font.size": 9.5, "axes.spines.top": False}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qar",
+    "text.parse_math": False,  # methods are named by the user, perhaps with a "$"
+    "font.size": 9.5,
+    "axes.spines.top": False,
+}
 
 
 def figure(results: Mapping[str, Any], published: Mapping[str, Any]) -> str:

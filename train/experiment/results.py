@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 import yaml
 
-from train.dataset import load_data
 from train.experiment.cell import result_of
 from train.experiment.plan import Cell, Experiment
+from train.experiment.windows import cell_data
 from train.files import read_text
 from train.metrics import compare_seeds, pool, summarise_seeds, swap_summary
 
@@ -84,7 +84,7 @@ def published() -> dict[str, Any]:
 def conditions(experiment: Experiment) -> dict[str, Any]:
     """What a reader needs to run it again."""
     any_cell = {cell.split: cell for cell in experiment.cells()}
-    splits = [load_data(experiment.config(any_cell[split])).data for split in experiment.splits]
+    splits = [cell_data(experiment, any_cell[split]) for split in experiment.splits]
     data, held_out = splits[0], {example.id for split in splits for example in split.dev}
     return {
         "responders": data.responder.split(", "),

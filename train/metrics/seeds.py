@@ -14,6 +14,7 @@ import numpy as np
 
 from train.metrics.records import SCORE_KEYS, Record
 from train.metrics.summary import CORPUS_KEYS, compare, summarise
+from train.metrics.text import Tokens
 
 COUNTS = ("empty", "failed")
 PER_SEED = ("nll", *SCORE_KEYS, *CORPUS_KEYS)
@@ -46,25 +47,27 @@ def _mean(window: Sequence[Record]) -> Record:
     return mean | {key: any(record.get(key) for record in window) for key in COUNTS}
 
 
-def summarise_seeds(runs: Sequence[Sequence[Record]], **options: Any) -> dict[str, Any]:
+def summarise_seeds(
+    runs: Sequence[Sequence[Record]], tokens: Tokens | None = None, **options: Any
+) -> dict[str, Any]:
     """As ``summarise``, of all ``runs`` together, with ``per_seed`` values.
 
-    What is counted over all replies of a run (``CORPUS_KEYS``) is averaged over the runs; ``empty`` and
-    ``failed`` are totals of all runs, ``examples`` and ``generated`` count windows.
+    What is counted over all replies of a run (``CORPUS_KEYS``) is averaged over the runs, a querier's over
+    those where they ask; ``empty`` and ``failed`` are totals of all runs, ``examples`` and ``generated``
+    count windows.
     """
-    single = [summarise(run, samples=1) for run in runs]
-    summary = summarise(pool(runs), **options)
-    groups = [summary, summary["macro"], *summary["per_querier"].values()]
-    for group, parts in zip(
-        groups, zip(*(_groups(one, summary) for one in single), strict=True), strict=True
-    ):
-        group |= {key: _mean_or_none([part[key] for part in parts]) for key in CORPUS_KEYS}
+    single = [summarise(run, samples=1, tokens=tokens) for run in runs]
+    summary = summarise(pool(runs), tokens=tokens, **options)
+    summary |= _corpus_means(single)
+    summary["macro"] |= _corpus_means([one["macro"] for one in single])
+    for name, scores in summary["per_querier"].items():
+        scores |= _corpus_means([one["per_querier"][name] for one in single if name in one["per_querier"]])
     totals = {key: sum(one[key] for one in single) for key in COUNTS}
     return summary | totals | {"per_seed": [{key: one[key] for key in PER_SEED} for one in single]}
 
 
-def _groups(single: dict[str, Any], like: dict[str, Any]) -> list[dict[str, Any]]:
-    return [single, single["macro"], *(single["per_querier"][name] for name in like["per_querier"])]
+def _corpus_means(parts: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    return {key: _mean_or_none([part[key] for part in parts]) for key in CORPUS_KEYS}
 
 
 def _mean_or_none(values: Sequence[float | None]) -> float | None:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Literal, get_args
 
+import regex
 from rouge_score.tokenizers import DefaultTokenizer
 
 from train.errors import UserError
 
 Tokens = Literal["word", "unicode", "character", "jieba"]
 
-UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+# Chinese and Japanese; Thai, Lao, Burmese and Khmer
+UNSPACED = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
+)
 LETTER = re.compile(r"[^\W\d_]")
-WORD = re.compile(r"\w+")
+WORD = regex.compile(r"[\w\p{M}]+")  # with their marks: vowels of Hindi or Arabic are no letters of their own
 
 
 def tokens_for(texts: Iterable[str]) -> Tokens:
     """By what most letters of ``texts`` are.
 
-    ``character``, the paper's for Chinese, where they are Chinese or Japanese; ``word`` where they are plain
-    Latin ones; ``unicode`` for other scripts, of which rouge-score's words would leave nothing.
+    ``character``, the paper's for Chinese, where they are of a script without spaces; ``word`` where they are
+    plain Latin ones; ``unicode`` for other scripts, of which rouge-score's words would leave nothing.
     """
     letters = [letter for text in texts for letter in LETTER.findall(text)]
     if 2 * sum(bool(UNSPACED.match(letter)) for letter in letters) > len(letters):
@@ -46,7 +52,7 @@ def tokenise(text: str, tokens: Tokens) -> list[str]:
     if tokens == "word":
         return DefaultTokenizer(use_stemmer=False).tokenize(text)
     if tokens == "unicode":
-        return WORD.findall(text.casefold())
+        return WORD.findall(unicodedata.normalize("NFC", text.casefold()))
     split = _jieba_split() if tokens == "jieba" else list
     return [piece for piece in split(text) if not piece.isspace()]
 

@@ -1,13 +1,13 @@
 """`python -m train.report RUN_DIR`: render report.html again from the JSON files of a run."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from train.cli import run
 from train.errors import UserError
+from train.files import load_json
 from train.report import render, write_html
 
 
@@ -15,12 +15,7 @@ def _read(path: Path, kind: type, default: Any = None) -> Any:
     """The JSON in `path`; `default` where the file is absent and there is one."""
     if default is not None and not path.exists():
         return default
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, not JSON ({error})") from error
+    value = load_json(path)
     if not isinstance(value, kind):
         raise UserError(f"{path}: damaged, expected a JSON {'object' if kind is dict else 'list'}")
     return value

@@ -23,6 +23,7 @@ _WIDTH = 4.6  # inches: the text stays readable when a phone shrinks the figure 
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: the browser has the glyphs for Chinese names
     "svg.hashsalt": "qar",
+    "text.parse_math": False,  # names may hold a "$"
     "font.family": "sans-serif",
     "font.size": 9.5,
     "text.color": _INK,

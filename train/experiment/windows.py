@@ -1,0 +1,55 @@
+"""What the cells of an experiment read: on one split, every method is scored on the same held-out windows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from functools import cache
+
+from train.base_model import load_tokenizer
+from train.config import TrainConfig
+from train.data.encode import encode_all
+from train.data.layout import MQDialog
+from train.dataset import load_data
+from train.errors import UserError
+from train.experiment.plan import Cell, Experiment
+
+
+def cell_data(experiment: Experiment, cell: Cell) -> MQDialog:
+    """The cell's dialogues, those held-out windows that every method has room for.
+
+    Raises ``UserError`` where there are none.
+    """
+    data = _data(_shared(experiment.config(cell)))
+    methods = [_shared(experiment.config(dataclasses.replace(cell, method=m))) for m in experiment.methods]
+    fitting = frozenset.intersection(*map(_fitting, methods))
+    dev = [example for example in data.dev if example.id in fitting]
+    if not dev:
+        limits = ", ".join(sorted({str(method.max_tokens) for method in methods}))
+        raise UserError(
+            f"{experiment.config(cell).data}: no held-out window (of {len(data.dev)}) fits into all methods' "
+            f"max_tokens ({limits})"
+        )
+    return dataclasses.replace(data, dev=dev)
+
+
+def fingerprint(experiment: Experiment, cell: Cell) -> str:
+    """Changes with any text that the cell trains on or is scored on."""
+    data = cell_data(experiment, cell)
+    return hashlib.sha256(repr((data.train, data.dev)).encode()).hexdigest()
+
+
+def _shared(config: TrainConfig) -> TrainConfig:
+    """Without what does not change what is read: seeds share their data, and its copy in memory."""
+    return config.replace(output_dir=".", seed=0)
+
+
+@cache
+def _data(config: TrainConfig) -> MQDialog:
+    return load_data(config).data
+
+
+@cache
+def _fitting(config: TrainConfig) -> frozenset[str]:
+    tokenizer = load_tokenizer(config.model)
+    return frozenset(window.id for window in encode_all(_data(config).dev, tokenizer, **config.encoding))
