@@ -42,6 +42,7 @@ def fusable(mlp: nn.Module) -> BaseMLP | None:
         if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
             raise _NotFusableError(f"the activation of {type(mlp).__name__} is not a SiLU in act_fn")
         _refuse_hooks(mlp)
+        _refuse_hooks(activation)
         gate, up, down = (_read(projection) for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     except _NotFusableError as reason:
         if not torch.compiler.is_compiling():
@@ -109,8 +110,9 @@ def _weight(linear: nn.Module) -> Tensor:
 
 
 def _refuse_hooks(module: nn.Module) -> None:
-    state = (
-        module.__dict__
-    )  # not getattr: a module's own costs 1 us, and every layer asks for each projection
+    # not getattr: a module's own costs 1 us, and every layer asks for each projection
+    state = module.__dict__
     if any(state[hooks] for hooks in _HOOKS) or "_hf_hook" in state:
         raise _NotFusableError(f"a {type(module).__name__} of it has hooks")
+    if "forward" in state:
+        raise _NotFusableError(f"a {type(module).__name__} of it has a forward method of its own")

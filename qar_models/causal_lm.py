@@ -20,7 +20,6 @@ from transformers.utils import can_return_tuple
 from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
 from qar_models.distributed import mean_over_ranks
-from qar_models.experts import Experts
 from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
 from qar_models.modeling import QARModelOutput
@@ -119,7 +118,7 @@ class QARForCausalLMMixin(MembershipMixin):
         return [*names, *(f"base_model.model.{name}" for name in names)]  # the latter inside a PEFT model
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Experts | QuerierContrast):
+        if isinstance(module, QuerierContrast):
             module.reset_parameters(self.config.initializer_range)
         else:
             super()._init_weights(module)

@@ -27,11 +27,15 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from qar_models.causal_lm import QARForCausalLMMixin
 from qar_models.modeling import DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
 
+IGNORED_AT_INFERENCE = ["past_key_values", "lm_loss", "contrastive_loss"]  # a list: they add to it
+"""Outputs that are no predictions to transformers' Trainer."""
+
 
 class QARLlamaConfig(LlamaConfig):
     """:class:`LlamaConfig` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_llama"
+    keys_to_ignore_at_inference = IGNORED_AT_INFERENCE
     qar: dict[str, Any] | None = None
 
 
@@ -47,20 +51,19 @@ class QARLlamaModel(QARModelMixin, LlamaModel):
     """Llama's decoder with a querier-specific tower."""
 
     config_class = QARLlamaConfig
-    _no_split_modules = ("QARLlamaDecoderLayer",)
 
 
 class QARLlamaForCausalLM(QARForCausalLMMixin, LlamaForCausalLM):
     """Querier-aware Llama (Llama 2 and 3, SmolLM2 and others that load as ``LlamaForCausalLM``)."""
 
     config_class = QARLlamaConfig
-    _no_split_modules = ("QARLlamaDecoderLayer",)
 
 
 class QARQwen2Config(Qwen2Config):
     """:class:`Qwen2Config` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_qwen2"
+    keys_to_ignore_at_inference = IGNORED_AT_INFERENCE
     qar: dict[str, Any] | None = None
 
 
@@ -76,20 +79,19 @@ class QARQwen2Model(QARModelMixin, Qwen2Model):
     """Qwen2's decoder with a querier-specific tower."""
 
     config_class = QARQwen2Config
-    _no_split_modules = ("QARQwen2DecoderLayer",)
 
 
 class QARQwen2ForCausalLM(QARForCausalLMMixin, Qwen2ForCausalLM):
     """Querier-aware Qwen2 and Qwen2.5."""
 
     config_class = QARQwen2Config
-    _no_split_modules = ("QARQwen2DecoderLayer",)
 
 
 class QARQwen3Config(Qwen3Config):
     """:class:`Qwen3Config` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_qwen3"
+    keys_to_ignore_at_inference = IGNORED_AT_INFERENCE
     qar: dict[str, Any] | None = None
 
 
@@ -105,14 +107,12 @@ class QARQwen3Model(QARModelMixin, Qwen3Model):
     """Qwen3's decoder with a querier-specific tower."""
 
     config_class = QARQwen3Config
-    _no_split_modules = ("QARQwen3DecoderLayer",)
 
 
 class QARQwen3ForCausalLM(QARForCausalLMMixin, Qwen3ForCausalLM):
     """Querier-aware Qwen3 (dense)."""
 
     config_class = QARQwen3Config
-    _no_split_modules = ("QARQwen3DecoderLayer",)
 
 
 @dataclass(frozen=True)

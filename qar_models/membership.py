@@ -154,10 +154,20 @@ class MembershipMixin:
             raise ValueError("queriers: have no names yet; name them with name_queriers")
 
     def _check_own_experts(self) -> None:
+        self._check_unwrapped()
         if self.qar.experts == "shared":
             raise ValueError("experts: got 'shared', where no querier has an expert of their own")
 
+    def _check_unwrapped(self) -> None:
+        for layer in self.model.layers:
+            if not isinstance(layer.experts, Experts | None):
+                raise ValueError(
+                    f"experts: got a {type(layer.experts).__name__} around them; merge or unload the adapter "
+                    "(PEFT's modules_to_save) first"
+                )
+
     def _check_idle(self) -> None:
+        self._check_unwrapped()
         if self.model.trained_ids:
             raise ValueError("train_only: still on; end it with train_only(None) first")
         if self.qar.contrast == "reference":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -103,6 +103,13 @@ class QARModelMixin:
 
     tower_memo: TowerMemo
 
+    # transformers asks the innermost pretrained model around a module
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Experts):
+            module.reset_parameters(self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -178,7 +185,9 @@ class QARModelMixin:
         if self.qar.tower == "residual":
             last_hidden_state = self.norm(states, now=True)
         else:
-            general, states = split(states)
+            # without a layer that has experts the towers never part
+            never = self.qar.first_expert_layer == len(self.layers)
+            general, states = (states, states) if never else split(states)
             last_hidden_state = (self.norm(general, now=True) + self.norm_specific(states)) / 2
         hidden_states = out.hidden_states
         if hidden_states is not None:

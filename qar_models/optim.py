@@ -65,6 +65,8 @@ class RowSparseAdamW(torch.optim.AdamW):
         for parameter in sparse:
             ids, d_rows = rows_of(parameter.grad if parameter.grad.is_sparse else _all_rows(parameter.grad))
             state = self._state_of(parameter, group)
+            if "master" in state:
+                _take_over(parameter, state["master"], ids)
             if group["fused"] and has_kernels(parameter.device) and parameter.dtype != torch.float64:
                 self._launch(parameter, ids, d_rows, state, group)
                 continue
@@ -149,6 +151,13 @@ class RowSparseAdamW(torch.optim.AdamW):
             values = state_dict["state"].get(index, {})
             if "master" in values:
                 self.state[parameter] = {name: value.to(parameter.device) for name, value in values.items()}
+
+
+@torch.no_grad()
+def _take_over(parameter: nn.Parameter, master: Tensor, ids: Tensor) -> None:
+    """Weights that somebody else has written since (loaded experts) are not what their master rounds to."""
+    weights, exact = parameter[ids], master[ids]
+    master[ids] = torch.where(exact.to(weights.dtype) == weights, exact, weights.to(exact.dtype))
 
 
 def _all_rows(gradient: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{prefix}.{name}" if prefix else name: parameter
         for prefix, module in model.named_modules()
-        for name, parameter in getattr(module, "sparse_parameters", {}).items()
+        if hasattr(type(module), "sparse_parameters")  # a wrapper around experts would name them once more
+        for name, parameter in module.sparse_parameters.items()
     }
 
 
@@ -54,8 +55,9 @@ def average_row_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = row_sparse(ids, rows[0], parameter.shape).coalesce() if ids.shape[0] else None
 
 
-def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: nn.Parameter | Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """As :func:`torch.nn.utils.clip_grad_norm_` (2-norm), which refuses sparse gradients."""
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     values = []
     for parameter in parameters:
         gradient = parameter.grad

@@ -155,12 +155,39 @@ def randomize_lora(model):
                 parameter.normal_(0, 0.2)
 
 
-def test_no_layer_with_experts_is_the_base_model_for_everybody():
-    base, ids = plain_model(), torch.arange(6).view(1, 6)
-    expected = base(ids).logits
-    model = apply_qar(base, qar_config(experts="shared", first_expert_layer=base.config.num_hidden_layers))
+@pytest.mark.parametrize("tower", TOWERS)
+def test_no_layer_with_experts_is_the_base_model_for_everybody(tower):
+    base, batch = plain_model(), left_padded_batch()
+    expected = base(**batch).logits
+    generated = base.generate(**batch, max_new_tokens=3, do_sample=False)
+    layers = base.config.num_hidden_layers
+    model = apply_qar(base, qar_config(tower, experts="shared", first_expert_layer=layers))
     assert all(layer.experts is None for layer in model.model.layers)
-    assert torch.equal(model(ids).logits, expected)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(model.generate(**batch, max_new_tokens=3, do_sample=False), generated)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_a_configuration_alone_is_initialised(family, tower, poisoned, tmp_path):
+    config = aware_model(family, tower, "shared+per_querier", num_clusters=2).config
+    for model in (AutoModelForCausalLM.from_config(config), FAMILIES[family][2](config)):
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        experts = model.model.layers[1].experts
+        assert experts.gate.std().item() == pytest.approx(config.initializer_range, rel=0.1)
+        assert (experts.down == 0).all() == (tower == "residual")
+    model.save_pretrained(tmp_path)
+    more = {**config.qar, "num_queriers": 7}
+    grown = FAMILIES[family][2].from_pretrained(tmp_path, qar=more, ignore_mismatched_sizes=True)
+    assert all(parameter.isfinite().all() for parameter in grown.parameters())
 
 
 def test_mode_and_classes_that_must_not_be_split_follow():

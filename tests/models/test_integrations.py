@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     StaticCache,
     TextIteratorStreamer,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
@@ -173,6 +175,34 @@ def test_packed_rows_equal_the_padded_batch(tower, attention):
         use_cache=False,
     ).logits
     torch.testing.assert_close(packed[0], padded[mask], rtol=1e-4, atol=1e-4)
+
+
+def test_trainers_metrics_see_the_logits_alone(tmp_path):
+    seen, batch = [], training_batch()
+    rows = [{key: value[index] for key, value in batch.items()} for index in range(3)]
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(
+        aware_model(),
+        arguments,
+        eval_dataset=rows,
+        compute_metrics=lambda found: seen.append(found.predictions.shape) or {},
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    trainer.evaluate()
+    assert seen == [batch["labels"].shape]
+
+
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_what_is_hung_on_an_activation_or_a_projection_runs(change):
+    model, batch, calls = aware_model(), left_padded_batch(), []
+    for layer in model.model.layers:
+        if change == "hook":
+            layer.mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
+        else:
+            own = layer.mlp.gate_proj.forward
+            layer.mlp.gate_proj.forward = lambda x, own=own: calls.append(1) or own(x)
+    model(**batch, querier_ids=QUERIER_IDS)
+    assert len(calls) == len(model.model.layers)
 
 
 def test_saved_folder_is_ready_to_publish(tmp_path):

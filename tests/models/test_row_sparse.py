@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
 from tiny_models import QUERIERS, TOWERS, aware_model, plain_model, qar_config, training_batch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
@@ -167,6 +168,41 @@ def test_optimizer_state_resumes(dtype):
     for pair_ in ((model, optimizer), (other, resumed)):
         train(*pair_, asking)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_loaded_in_between_stay(dtype):
+    model = aware_model(expert_gradients="sparse").to(dtype).train()
+    optimizer = RowSparseAdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    start = copy.deepcopy(model.state_dict())
+    train(model, optimizer, [(0, 1, 3)] * 4)
+    learnt = model.model.layers[0].experts.gate.detach().clone()
+    model.load_state_dict(start)
+    train(model, optimizer, [(0, 1, 3)])
+    now, before = model.model.layers[0].experts.gate.detach(), start["model.layers.0.experts.gate"]
+    assert (now[0] - before[0]).abs().max() < 0.5 * (learnt[0] - before[0]).abs().max()
+
+
+def test_experts_that_peft_wraps_are_found_once_and_have_no_members():
+    model = aware_model(expert_gradients="sparse", querier_names=("Amy", "Bo", "Cy", "Di", "Eve"))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"]))
+    found = sparse_parameters(wrapped)
+    assert len({id(p) for p in found.values()}) == len(found) == 3 * len(model.model.layers)
+    assert found.keys() <= dict(wrapped.named_parameters()).keys()
+    for change in (
+        lambda: model.train_only("Amy"),
+        lambda: model.add_queriers("Flo"),
+        lambda: model.save_experts("nowhere"),
+    ):
+        with pytest.raises(ValueError, match="experts: got a ModulesToSaveWrapper around them"):
+            change()
+
+
+def test_a_single_parameter_is_clipped_too():
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    weight.grad = torch.full((3, 4), 2.0)
+    torch.testing.assert_close(clip_grad_norm_(weight, 1.0), torch.tensor(48.0).sqrt())
+    torch.testing.assert_close(weight.grad.norm(), torch.tensor(1.0))
 
 
 def test_16_bit_weights_learn_in_small_steps():
