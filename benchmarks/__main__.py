@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -77,21 +77,34 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _default_out(args: argparse.Namespace) -> Path:
-    """Today's file, or the one that this machine's last run left where that is resumed."""
+    """Today's file, or the one that this machine's last run left where that is resumed.
+
+    Other people's results of the same processor or card lie in the same folder under the same name.
+    """
     machine = describe(args.device)
     folder = Path("runs/benchmarks") if args.quick else _HERE / "results"
-    today = folder / f"{machine['name']}-{machine['date']}.json"
-    written = sorted(folder.glob(f"{machine['name']}-????-??-??.json"))
-    return written[-1] if args.resume and written else today
+    today = folder / f"{machine['name']}-{machine['date']}"
+    if not args.resume:
+        return today.with_suffix(".json")
+    written = sorted(folder.glob(f"{machine['name']}-????-??-??*.json"), reverse=True)
+    names = chain([today.name], (f"{today.name}-{number}" for number in count(2)))
+    unused = next(path for path in (folder / f"{name}.json" for name in names) if not path.exists())
+    return next((path for path in written if _is_from_here(load(path), args.device)), unused)
 
 
 def _resumed(out: Path, args: argparse.Namespace) -> dict | None:
     if not out.exists():
         return None
     result = load(out)
-    if result["versions"] != versions() or result["machine"]["name"] != describe(args.device)["name"]:
+    if not _is_from_here(result, args.device):
         raise UserError(f"{out}: measured on another machine or with other versions, cannot be resumed")
     return result
+
+
+def _is_from_here(result: dict, device: str) -> bool:
+    changing = "date", "memory_bytes"  # a virtual machine's memory differs a little from start to start
+    here = {key: value for key, value in describe(device).items() if key not in changing}
+    return here.items() <= result["machine"].items() and result["versions"] == versions()
 
 
 if __name__ == "__main__":

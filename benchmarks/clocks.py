@@ -11,6 +11,7 @@ import torch
 
 _FLUSH_BYTES = 256 * 2**20  # several times the last-level cache of any card
 _GRAPH_WARM_UPS = 3
+_HEAD_START = 600_000  # cycles, about 0.3 ms: what the host takes to launch a training step
 # options of glibc's mallopt: no buffer is a mapping of its own, and the heap's free end is kept
 _MMAP_MAX, _TRIM_THRESHOLD, _MOST = -4, -1, 2**31 - 1
 
@@ -70,9 +71,11 @@ class CudaClock:
         return captured.replay
 
     def sample(self, call: Call) -> Callable[[], float]:
-        """One call behind a flush, which also hides the host's latency as a busy queue would."""
+        """One call behind a flush; a wait hides the launches of the host, as a busy queue would."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
+        if not isinstance(getattr(call, "__self__", None), torch.cuda.CUDAGraph):
+            torch.cuda._sleep(_HEAD_START)
         start.record()
         call()
         end.record()

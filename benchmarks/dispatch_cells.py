@@ -20,6 +20,9 @@ from train.files import write_atomic
 _FUSED, _GROUPED = "ours_fused", "ours_grouped"
 _HEAD = '''"""What was measured of the two Triton paths. Written by ``benchmarks.dispatch_cells``."""
 
+# ruff: noqa: E501
+# fmt: off
+
 from __future__ import annotations
 
 # Cells {"device", "H", "I", "T", "Q", "R", "dtype", "pass", "fused_over_grouped"}, named as in a result file

@@ -8,6 +8,7 @@ same code runs eagerly, under ``torch.compile`` and inside a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
@@ -29,6 +30,12 @@ def _circumstances() -> str:
         return "traced"
     captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     return "captured" if captures else "eager"
+
+
+def _ordinary_tensors() -> AbstractContextManager:
+    """What is kept may outlive inference mode, whose tensors no backward pass can save."""
+    leaves = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if leaves else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +115,8 @@ class Segments:
         now = _circumstances()
         if now == self._made:
             if key not in self._derived:
-                self._derived[key] = make()
+                with _ordinary_tensors():
+                    self._derived[key] = make()
             return self._derived[key]
         # what eager code computed is there in every replay
         serves = (self._made, now) == ("eager", "captured") and key in self._derived
@@ -133,7 +141,8 @@ class Segments:
         """
         key = weight.shape, weight.dtype
         if key not in self._products:
-            self._products[key] = make_products(self.perm, self.offsets, self.experts, weight)
+            with _ordinary_tensors():
+                self._products[key] = make_products(self.perm, self.offsets, self.experts, weight)
         return self._products[key]
 
     @classmethod
@@ -185,6 +194,11 @@ class Segments:
 
     @classmethod
     def _group(cls, row_expert: Tensor, capacity: int, max_id: int | None) -> Segments:
+        with _ordinary_tensors():
+            return cls._sorted(row_expert.clone(), capacity, max_id)  # nobody writes other ids into a copy
+
+    @classmethod
+    def _sorted(cls, row_expert: Tensor, capacity: int, max_id: int | None) -> Segments:
         key, perm = torch.where(row_expert < 0, _LAST, row_expert).sort(stable=True)
         starts = torch.ones_like(key, dtype=torch.bool)
         starts[1:] = key[1:] != key[:-1]

@@ -205,7 +205,8 @@ class _ExpertMLP(torch.autograd.Function):
         y, *pre = _forward(x, *taken, products)
         ctx.save_for_backward(x, *taken, *pre)
         ctx.products, ctx.shapes, ctx.sparse = products, (gate.shape, down.shape), sparse_gradients
-        return y
+        # autograd lets nobody change a view that was made in here in place
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple:

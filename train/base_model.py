@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qar_models.families import family_of
 from train.errors import UserError
 from train.files import build_directory
 
@@ -38,7 +39,7 @@ def load_base(
         cache: where the converted small model is kept.
 
     Raises:
-        UserError: if there is no such model, or its folder is damaged.
+        UserError: if there is no such model, its folder is damaged, or it is of a family without experts.
     """
     tokenizer = load_tokenizer(name, cache)
     source = _source(name, cache)
@@ -46,6 +47,10 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
+    try:
+        family_of(model)
+    except TypeError as error:
+        raise UserError(f"model '{name}': {str(error).removeprefix('model: ')}") from error
     # Chat models bring a penalty on repetitions, which counts the prompt's words and end marks too: all bases
     # are compared without.
     model.generation_config = GenerationConfig.from_model_config(model.config)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -22,10 +25,17 @@ class StopOnInterrupt(TrainerCallback):
         self.interrupted = False
         self._previous: dict[int, Any] = {}
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Listen from here."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within the block signals are noted; Python hands them to its main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.interrupted = True
@@ -38,11 +48,6 @@ class StopOnInterrupt(TrainerCallback):
         self.interrupted = ranks.on_any(self.interrupted)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop listening."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 class LossProgress(ProgressCallback):

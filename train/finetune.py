@@ -75,6 +75,12 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
         logger.info("%s is there already", folder)
         return folder
     ranks.start(config.deepspeed)
+    with ranks.watching():
+        _train(config, resume)
+    return folder
+
+
+def _train(config: TrainConfig, resume: bool) -> None:
     found = load_data(config)
     mine = _checkpoint_to_resume(config, found.data, resume) if ranks.is_main() else None
     checkpoint = ranks.from_main(mine)
@@ -82,27 +88,30 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     trainer = make_trainer(prepared.model, prepared.tokenizer, prepared.windows, config)
     stop = StopOnInterrupt()
     trainer.add_callback(stop)
-    if config.validation:
-        keep = KeepBest(trainer, validation_loader(prepared, config))
+    keep = KeepBest(trainer, validation_loader(prepared, config)) if config.validation else None
+    if keep:
         trainer.add_callback(keep)
     if ranks.is_main():
         write_run(config, found.data)
-    with ranks.watching(), logging_redirect_tqdm():
+    with stop.listening(), logging_redirect_tqdm():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.interrupted:
         raise KeyboardInterrupt
-    if config.validation:
-        keep.load()
-    _write_results(prepared, config, found.data.responder, trainer.state.log_history)
-    return folder
+    _write_results(prepared, config, found.data.responder, trainer.state.log_history, keep)
 
 
 def _write_results(
-    prepared: Prepared, config: TrainConfig, responder: str, history: list[dict[str, float]]
+    prepared: Prepared,
+    config: TrainConfig,
+    responder: str,
+    history: list[dict[str, float]],
+    keep: KeepBest | None,
 ) -> None:
-    """The log, its page and the trained parts; all ranks call this, one writes."""
+    """The log, its page and the trained parts, the best ones; all ranks call this, one writes."""
     output = Path(config.output_dir)
     with ranks.gathered(value for value in prepared.model.parameters() if value.requires_grad):
+        if keep:
+            keep.load()  # here, where ZeRO-3 has parameters whole
         if ranks.is_main():
             write_atomic(output / LOG, json.dumps(history, indent=1))
             write_run_page(history, config.to_dict(), output)
@@ -114,9 +123,10 @@ def prepare(config: TrainConfig, found: RunData) -> Prepared:
     """Model and windows, ready for :func:`make_trainer`."""
     _check_machine(config)
     data = found.data
-    transformers.set_seed(config.seed)
     with ranks.main_first():
         model, tokenizer = load_base(config.model, DTYPES[config.dtype])
+    # behind it: whoever converts the small model draws numbers, and all ranks must start alike
+    transformers.set_seed(config.seed)
     first = first_trained_layer(config, model.config.num_hidden_layers)
     with ranks.main_first():
         windows, valid = (
@@ -124,7 +134,9 @@ def prepare(config: TrainConfig, found: RunData) -> Prepared:
         )
     if not len(windows):
         raise UserError(f"{config.data}: no training window fits into max_tokens={config.max_tokens}")
-    longest, positions = max(windows.lengths), model.config.max_position_embeddings
+    if found.valid and not len(valid):
+        raise UserError(f"{config.data}: no validation window fits into max_tokens={config.max_tokens}")
+    longest, positions = max(windows.lengths + valid.lengths), model.config.max_position_embeddings
     if longest > positions:
         raise UserError(
             f"max_tokens: got {config.max_tokens}, and a window of {longest} tokens, but the model has "

@@ -5,6 +5,7 @@ Memory of one rank, in bytes; P all parameters that the trainer sees, T the trai
 - weights: P at the base's width, T at 4 (2 under DeepSpeed in 16 bits); ZeRO-3 keeps 1/N
 - gradients: T at the trained parameters' width; ZeRO-2 and 3 keep 1/N
 - optimizer: 8 T for Adam's two moments, and 4 T for fp32 masters under DeepSpeed in 16 bits; ZeRO keeps 1/N
+- experts with row-sparse gradients: the same, but whole on every rank; gradients for those in a step only
 - contrastive memory: ``QARConfig.contrastive_memory_bytes``, in fp32, on every rank
 - activations: micro-batch tokens (batch_size times the longest window) times, for every trained layer,
   10 H + 4 I values (norms, projections, attention, gate, up, their product), or H with gradient
@@ -28,6 +29,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from qar_models import sparse_parameters
 from train import ranks
 from train.config import TrainConfig
 from train.data.layout import MQDialog
@@ -44,6 +46,11 @@ WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 def dry_run(config: TrainConfig) -> None:
     """Prepare everything, run the first steps without keeping anything, and print the plan."""
     ranks.start(config.deepspeed)
+    with ranks.watching():
+        _dry_run(config)
+
+
+def _dry_run(config: TrainConfig) -> None:
     found = load_data(config)
     prepared = prepare(config, found)
     plan: dict[str, Mapping[str, Any]] = {
@@ -99,6 +106,9 @@ def memory(prepared: Prepared, config: TrainConfig) -> dict[str, float]:
     """Bytes on one rank; the formulas are this module's docstring."""
     stage = _zero_stage(config)
     trained = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
+    by_rows = sum(p.numel() for p in sparse_parameters(prepared.model).values())
+    dense = trained - by_rows
+    asking = config.batch_size * config.gradient_accumulation / prepared.model.qar.num_queriers
     frozen = sum(p.numel() for p in prepared.model.parameters() if not p.requires_grad)
     width = WIDTH[config.dtype]
     masters = stage > 0 and width == 2
@@ -107,8 +117,8 @@ def memory(prepared: Prepared, config: TrainConfig) -> dict[str, float]:
     contrast = prepared.model.qar.contrastive_memory_bytes if config.method == "qar" else 0
     parts = {
         "weights": (frozen * width + trained * trained_width) * share[2],
-        "gradients": trained * trained_width * share[1],
-        "optimizer": trained * (12 if masters else 8) * share[0],
+        "gradients": (dense * share[1] + by_rows * min(1.0, asking)) * trained_width,
+        "optimizer": (dense * share[0] + by_rows) * (12 if masters else 8),
         "contrastive memory": contrast,
         "activations": _activations(prepared, config),
     }

@@ -44,7 +44,7 @@ def start(deepspeed: str | None) -> None:
     if deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise UserError("deepspeed: the package is not installed (pip install '.[deepspeed]')")
     if deepspeed is not None:
-        read_json(Path(deepspeed), ())
+        _check_deepspeed(Path(deepspeed))
     if deepspeed is not None and not launched():
         raise UserError(f"deepspeed: there is no launcher; {_LAUNCH}")
     if cards > 1 and not launched():
@@ -62,6 +62,15 @@ def start(deepspeed: str | None) -> None:
         ops.__compatible_ops__ = {}
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # how accelerate is told, by its own launcher too
     PartialState(backend="nccl" if cards else "gloo", timeout=TIMEOUT)
+
+
+def _check_deepspeed(path: Path) -> None:
+    for section in ("optimizer", "scheduler"):
+        if section in read_json(path, ()):
+            raise UserError(
+                f"{path}: remove the section '{section}', which would put one learning rate in the place of "
+                "LoRA's and the experts'; the run's own settings decide"
+            )
 
 
 def is_main() -> bool:

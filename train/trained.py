@@ -66,6 +66,7 @@ def build(
         layers_to_transform=list(range(first, layers)),
         task_type="CAUSAL_LM",
     )
+    _check_targets(model, config)
     try:
         peft = get_peft_model(model, lora)
     except ValueError as error:
@@ -77,6 +78,14 @@ def build(
             # as PEFT does with LoRA: AdamW in 16 bits would round small updates away
             parameter.data = parameter.data.float()
     return peft
+
+
+def _check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
+    """PEFT is content where one target of several is found."""
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    for target in config.lora_targets:
+        if not any(name.endswith(f".{target}") for name in modules):
+            raise UserError(f"lora_targets: no module of the model is called '{target}'")
 
 
 def untrained(config: TrainConfig, responder: str, queriers: tuple[str, ...]) -> Trained:

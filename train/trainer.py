@@ -241,6 +241,7 @@ class QARTrainer(Trainer):
     ) -> tuple[nn.Module, Any]:
         """As the base class; DeepSpeed's shards lack the frozen base, so they are not loaded strictly."""
         self._clock, self._logged_step = time.perf_counter(), self.state.global_step
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint brings those that it was saved with
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from train import ranks
+from train.errors import UserError
 from train.files import build_directory, read_json
 from train.heldout import reply_nll
 from train.trainer import QARTrainer, load_parts
@@ -61,7 +62,7 @@ class KeepBest(TrainerCallback):
         nll = self._score(model)
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, "valid_nll": nll})
         logger.info("epoch %g: validation NLL %.4f", state.epoch, nll)
-        if nll >= self.best:
+        if not nll < self.best:  # nor where it is not a number
             return
         self.best = nll
         if ranks.is_main():
@@ -89,5 +90,7 @@ class KeepBest(TrainerCallback):
         return float(sum(nll.sum() for nll, _ in scored) / sum(tokens.sum() for _, tokens in scored))
 
     def load(self) -> None:
-        """Put the best state back into the model."""
+        """Put the best state back into the model; ``UserError`` where no epoch's loss was finite."""
+        if not (self.folder / SCORE).is_file():
+            raise UserError(f"{self.folder.parent}: no epoch ended with a finite validation loss")
         load_parts(self.trainer.model, self.folder)

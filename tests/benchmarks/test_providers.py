@@ -1,5 +1,6 @@
 """Providers agree with the reference, forward and backward; a wrong one is reported and not timed."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -7,10 +8,12 @@ import os
 import pytest
 import torch
 
+from benchmarks import __main__ as command
 from benchmarks import kernels, libraries
 from benchmarks.__main__ import main
 from benchmarks.calibrate import _base_gate_up
 from benchmarks.inputs import Inputs
+from benchmarks.machine import describe
 from benchmarks.providers import PROVIDERS, Trial
 from benchmarks.schema import load
 from benchmarks.session import Job, Session
@@ -146,6 +149,24 @@ def test_measured_rows_are_kept_and_resumed(monkeypatch, tmp_path):
     again.run([job])
     assert again.result["rows"] == rows
     assert Session("cpu", out, minutes=0).run([job]) == [job]
+
+
+def test_results_of_another_machine_are_neither_resumed_nor_overwritten(monkeypatch, tmp_path):
+    args = argparse.Namespace(device="cpu", quick=False, resume=True)
+    monkeypatch.setattr(command, "_HERE", tmp_path)
+    here = describe("cpu")
+    today = tmp_path / "results" / f"{here['name']}-{here['date']}.json"
+    assert command._default_out(args) == today
+    Session("cpu", today, minutes=1).run(
+        [kernels.mlp_job(0, "expert_mlp", CELL, "cpu", False, budget_s=0.01)]
+    )
+    assert command._default_out(args) == today
+    result = load(today)
+    for part, key, value in (("machine", "cores", 1000), ("versions", "torch", "1.0")):
+        today.write_text(json.dumps({**result, part: {**result[part], key: value}}))
+        assert command._default_out(args) == today.with_name(f"{today.stem}-2.json")
+        with pytest.raises(UserError, match="on another machine"):
+            command._resumed(today, args)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,8 @@ def test_dispatch_cells_are_what_dispatch_reads(tmp_path):
     path.write_text(json.dumps(sound()))
     dispatch_cells.main([str(path), "--out", str(table)])
     assert table.read_text() == dispatch_cells.source(cells)
+    for tidy in (["check"], ["format", "--check"]):
+        subprocess.run([sys.executable, "-m", "ruff", *tidy, str(table)], check=True, cwd=ROOT)
     assert measured_steps(cells, "A card", 4096, 14336, 16, "bfloat16", True) is None
 
 

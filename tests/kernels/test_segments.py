@@ -145,3 +145,10 @@ def test_present_experts_are_renumbered():
     assert ids.tolist() == [2, 5, 9, 0, 0, 0, 0, 0] and slots.experts.tolist() == renumbered.experts.tolist()
     nobody = Segments.from_ids([-1, -1]).present
     assert nobody[0].tolist() == [] and nobody[1].row_expert.tolist() == [-1, -1]
+
+
+def test_ids_are_copied():
+    ids = torch.tensor([2, 0, 2])
+    segments = Segments.from_ids(ids)
+    ids.zero_()
+    assert segments.row_expert.tolist() == [2, 0, 2]

@@ -237,3 +237,34 @@ def test_isolation_to_the_bit(seed, dtype, one_thread):
         results.append([y[own], d_x[own], *(grad[3] for grad in d_weights)])
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(others, results[0], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_segments_of_inference_serve_training(backend, sparse):
+    leaves, _ = leaves_and_segments()
+    kept = {}
+    for mode in (torch.inference_mode, nullcontext):
+        with mode():
+            segments = kept.setdefault("segments", Segments.from_ids([0, 1, 1, -1, 3, 0, 2]))
+            y = fused_mlp(*leaves, segments, backend=backend, sparse_gradients=sparse)
+    y.sum().backward()
+    assert leaves[-1].grad.is_sparse == sparse
+    before = [leaf.grad.to_dense().clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    fresh = Segments.from_ids([0, 1, 1, -1, 3, 0, 2])
+    fused_mlp(*leaves, fresh, backend=backend, sparse_gradients=sparse).sum().backward()
+    assert all(torch.equal(leaf.grad.to_dense(), grad) for leaf, grad in zip(leaves, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("ids", [[0, 1, 2], [2, 0, 1], [1, 1, 1], [0, -1, 2]])
+def test_results_may_be_changed_in_place(backend, ids):
+    leaves, _ = leaves_and_segments(ids=(0,) * 6)
+    x, experts = leaves[0], leaves[4:]
+    y = expert_mlp(x, *experts, Segments.from_sequences(ids, 2), backend=backend)
+    expected = y.detach() + 1
+    y += 1
+    assert torch.equal(y, expected)
+    y.sum().backward()

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -182,6 +183,33 @@ def test_deepspeed_launcher(config, tmp_path, request):
     code, text = command_line(two, launcher, tmp_path, request.config.rootpath)
     assert code == 0, text
     assert len(log_of(two)) == 6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_best_epoch_of_several_ranks(config, stage):
+    one = config.replace(validation=0.5, gradient_accumulation=1)  # batches that two ranks divide
+    two = as_two_ranks(one, stage)
+    completed(one)
+    completed(two, ranks=2)
+    best, expected = (load_file(Path(run.output_dir) / "trained" / EXPERTS) for run in (two, one))
+    assert_same_tensors(best, expected)
+
+
+def test_a_mistake_ends_every_rank_with_one_line(config):
+    two = as_two_ranks(config, "ddp").replace(model="./absent")
+    ended = start(two, ranks=2)
+    assert ended.wait() == [2, 2]
+    assert "model './absent': no such folder" in ended.text(0)
+    assert "Traceback" not in ended.text(0) + ended.text(1)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_a_deepspeed_file_does_not_choose_the_optimizer(config, tmp_path, section):
+    settings = json.loads(Path("train/ds/zero2.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps({**settings, section: {"type": "AdamW"}}))
+    with pytest.raises(UserError, match=rf"own\.json: remove the section '{section}'"):
+        finetune(config.replace(deepspeed=str(tmp_path / "own.json")))
 
 
 @needs_deepspeed

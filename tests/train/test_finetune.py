@@ -1,14 +1,17 @@
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralForCausalLM
 
 from train import finetune as module
 from train.callbacks import StopOnInterrupt
@@ -61,19 +64,23 @@ def test_ft_has_no_experts_and_ignores_who_asks(config):
     torch.testing.assert_close(out[0], out[1])
 
 
+def interrupting_at(step):
+    class Interrupting(StopOnInterrupt):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            super().on_step_end(args, state, control, **kwargs)
+
+    return Interrupting
+
+
 @pytest.mark.parametrize("changes", [{}, {"contrastive_weight": 0.5, "memory_size": 4, "projection_dim": 8}])
 def test_interrupted_run_resumes_to_the_same_model(config, changes, monkeypatch):
     config = config.replace(**changes)
     unbroken = experts_of(finetune(config))
     broken = config.replace(output_dir=config.output_dir + "_broken")
 
-    class InterruptAtThree(StopOnInterrupt):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            super().on_step_end(args, state, control, **kwargs)
-
-    monkeypatch.setattr(module, "StopOnInterrupt", InterruptAtThree)
+    monkeypatch.setattr(module, "StopOnInterrupt", interrupting_at(3))
     with pytest.raises(KeyboardInterrupt):
         finetune(broken)
     assert last_checkpoint(Path(broken.output_dir)).name == "checkpoint-3"
@@ -84,6 +91,42 @@ def test_interrupted_run_resumes_to_the_same_model(config, changes, monkeypatch)
     assert resumed.keys() == unbroken.keys()
     for name, tensor in unbroken.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_how_often_a_run_is_saved_may_change_when_it_resumes(config, monkeypatch):
+    monkeypatch.setattr(module, "StopOnInterrupt", interrupting_at(1))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config.replace(save_steps=100))
+    monkeypatch.undo()
+    finetune(config.replace(save_steps=2, save_total_limit=9), resume=True)
+    saved = {path.name for path in Path(config.output_dir).glob("checkpoint-*")}
+    assert saved == {f"checkpoint-{step}" for step in (1, 2, 4, 6)}
+
+
+def test_signals_are_given_back_and_a_thread_trains_without(config):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    nothing = torch.tensor(math.nan, requires_grad=True)
+    with pytest.raises(UserError, match="the loss is nan"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.QARTrainer, "compute_loss", lambda *args, **kwargs: nothing)
+        finetune(config)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with ThreadPoolExecutor() as pool:
+        assert (
+            pool.submit(finetune, config.replace(output_dir=f"{config.output_dir}_thread")).result().is_dir()
+        )
+
+
+def test_a_run_that_converts_its_model_draws_the_same_experts(config, tmp_path, monkeypatch):
+    folder = finetune(config)
+    load = module.load_base
+
+    def converting(*args):
+        torch.rand(3)
+        return load(*args)
+
+    monkeypatch.setattr(module, "load_base", converting)
+    again = finetune(config.replace(output_dir=str(tmp_path / "runs" / "again")))
+    assert all(torch.equal(tensor, experts_of(again)[name]) for name, tensor in experts_of(folder).items())
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
@@ -98,7 +141,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"lora_targets": ("nothing",)}, "lora_targets: none of 'nothing'"),
+        ({"lora_targets": ("q_proj", "v_porj")}, "lora_targets: no module of the model is called 'v_porj'"),
         ({"trainable_layers": 9}, "trainable_layers: got 9, but the model has 3"),
         ({"model": "./absent"}, "^model './absent': no such folder"),
         ({"report_to": "foo"}, "report_to: 'foo' is not installed or unknown"),
@@ -115,6 +158,16 @@ def test_mistakes_are_named_before_training(config, changes, named):
     with pytest.raises(UserError, match=named):
         finetune(config.replace(**changes))
     assert not (Path(config.output_dir) / "trained").exists()
+
+
+def test_a_model_of_another_family_is_named(config, tmp_path):
+    folder = tmp_path / "mistral"
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    MistralForCausalLM(MistralConfig(vocab_size=8, num_hidden_layers=1, **small)).save_pretrained(folder)
+    for path in Path(config.model).glob("tokenizer*"):
+        shutil.copy(path, folder)
+    with pytest.raises(UserError, match="mistral': got MistralForCausalLM, expected one of LlamaForCausalLM"):
+        finetune(config.replace(model=str(folder)))
 
 
 def test_models_that_do_not_fit_are_named(config, tmp_path):

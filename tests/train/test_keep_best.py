@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from train.callbacks import StopOnInterrupt
+from train.data.mqdialog import write_mqdialog
+from train.data.validation import split_validation
+from train.errors import UserError
 from train.finetune import finetune
 from train.trained import EXPERTS
 from train.trainer import WEIGHTS
@@ -51,6 +55,25 @@ def test_the_best_of_a_run_without_checkpoint_does_not_win(config, tmp_path, sco
     scores[:] = [2.0]
     final(config, tmp_path, "run", epochs=1, seed=1)
     assert json.loads((tmp_path / "runs" / "run" / BEST / SCORE).read_text())["nll"] == 2.0
+
+
+def test_a_score_that_is_no_number_is_never_the_best(config, tmp_path, scores):
+    scores[:] = [float("nan"), 1.0, float("nan"), 2.0]
+    final(config, tmp_path, "run", epochs=4)
+    assert json.loads((tmp_path / "runs" / "run" / BEST / SCORE).read_text())["nll"] == 1.0
+    scores[:] = [float("nan")]
+    with pytest.raises(UserError, match="no epoch ended with a finite validation loss"):
+        final(config, tmp_path, "none", epochs=1)
+
+
+def test_validation_windows_must_fit_the_model(config, tmp_path, tiny_data):
+    valid = split_validation(tiny_data, 0.2)[1]
+    long = " ".join(word for example in tiny_data.train for word in example.reply.split())
+    turns = {e.id: (*e.turns[:-1], replace(e.turns[-1], text=long)) for e in valid}
+    train = [replace(e, turns=turns.get(e.id, e.turns)) for e in tiny_data.train]
+    write_mqdialog(replace(tiny_data, train=train), tmp_path / "long", "planted")
+    with pytest.raises(UserError, match="no validation window fits into max_tokens=64"):
+        final(config, tmp_path, "run", data=str(tmp_path / "long"), max_tokens=64)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,8 +2,10 @@ from pathlib import Path
 
 from processes import log_of
 
+from qar_models import sparse_parameters
 from train import plan
-from train.finetune import finetune
+from train.dataset import load_data
+from train.finetune import finetune, prepare
 
 
 def test_dry_run_prints_the_plan_and_keeps_nothing(config, capsys):
@@ -20,3 +22,16 @@ def test_plan_counts_steps_as_the_trainer_does(config):
         changed = config.replace(output_dir=f"{config.output_dir}_{accumulation}", **changes)
         finetune(changed)
         assert plan.num_steps(changed, 24) == log_of(changed)[-1]["step"]
+
+
+def test_sparse_experts_are_whole_on_every_rank(config, monkeypatch):
+    """What the optimizer holds, against the plan of a rank of two."""
+    sparse = config.replace(expert_gradients="sparse", deepspeed="train/ds/zero2.json", dtype="bfloat16")
+    prepared = prepare(sparse, load_data(sparse))
+    monkeypatch.setattr("train.ranks.world_size", lambda: 2)
+    experts = sum(parameter.numel() for parameter in sparse_parameters(prepared.model).values())
+    others = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad) - experts
+    found = plan.memory(prepared, sparse)
+    assert found["optimizer"] == 12 * (experts + others / 2)
+    asked = sparse.batch_size / len(prepared.model.qar.querier_names)
+    assert found["gradients"] == 2 * (experts * min(1, asked) + others / 2)
