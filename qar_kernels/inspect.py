@@ -133,7 +133,8 @@ def _selected(args: argparse.Namespace) -> tuple[list[Case], bool]:
     wanted = {name: getattr(args, name) for name in options}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     complete = args.all or bool(wanted)
-    cases = shipped.matrix(args.arch) if complete else shipped.representative(args.arch)
+    shapes = [args.shape] if args.shape else list(shipped.SHAPES)
+    cases = shipped.matrix(args.arch, shapes) if complete else shipped.representative(args.arch)
     kept = [case for case in cases if all(getattr(case, name) == value for name, value in wanted.items())]
     return kept, complete
 
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="sm_90")
     parser.add_argument("--all", action="store_true", help="every shipped configuration, shape, rank, dtype")
     parser.add_argument("--config", help="of these only one configuration, such as sm90_decode")
-    parser.add_argument("--shape", choices=sorted(shipped.SHAPES))
+    parser.add_argument("--shape", choices=sorted(shipped.ALL_SHAPES), help="the H and I of a model")
     parser.add_argument("--rank", type=int, choices=shipped.RANKS)
     parser.add_argument("--lora-rank", type=int, choices=(0, *shipped.LORA_RANKS), help="0: no adapters")
     parser.add_argument("--dtype", choices=sorted(shipped.DTYPES))

@@ -5,7 +5,7 @@ T rows, H hidden, I intermediate, R expert rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,20 @@ from qar_kernels.triton.launch import Call, Hidden, Weights
 from qar_kernels.triton.lora import LoraOperands, draw_mask
 from qar_kernels.triton.runner import Recorded, recording
 
+# H and I: of the two models at which everything is compiled, and of others that can be asked for
 SHAPES = {"Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
+OTHER_SHAPES = {
+    "Llama-3-70B": (8192, 28672),
+    "Llama-3.2-1B": (2048, 8192),
+    "Llama-3.2-3B": (3072, 8192),
+    "Qwen2.5-0.5B": (896, 4864),
+    "Qwen2.5-1.5B": (1536, 8960),
+    "Qwen2.5-72B": (8192, 29568),
+    "Qwen3-4B": (2560, 9728),
+    "SmolLM2-135M": (576, 1536),
+    "SmolLM2-360M": (960, 2560),
+}
+ALL_SHAPES = {**SHAPES, **OTHER_SHAPES}
 RANKS = (8, 16, 32, 64, 128)
 TOWERS = ("fused", "dual", "expert")
 LORA_RANKS = (16, 64)  # of adapters on all three base projections, with dropout
@@ -41,11 +54,11 @@ class Case:
     lora_rank: int = 0
 
 
-def matrix(arch: str) -> Iterator[Case]:
+def matrix(arch: str, shapes: Sequence[str] = tuple(SHAPES)) -> Iterator[Case]:
     """Every case of ``arch``; exact fp32, which no model is served in, at one shape and three ranks."""
     *dense, experts = _configs(arch)
     for config in (*dense, experts):
-        for shape in SHAPES:
+        for shape in shapes:
             for rank in RANKS:
                 for dtype in ("bf16", "fp16"):
                     # the large configuration has the expert tower where nothing below the experts is trained
@@ -53,9 +66,9 @@ def matrix(arch: str) -> Iterator[Case]:
                     yield from (Case(config, shape, rank, dtype, tower) for tower in towers)
     for config in dense:
         for lora_rank in LORA_RANKS:
-            yield from (Case(config, shape, 64, "bf16", "fused", lora_rank) for shape in SHAPES)
+            yield from (Case(config, shape, 64, "bf16", "fused", lora_rank) for shape in shapes)
     for rank in (8, 64, 128):
-        yield from (Case("fp32", "Llama-3-8B", rank, "fp32", tower) for tower in TOWERS)
+        yield from (Case("fp32", shapes[0], rank, "fp32", tower) for tower in TOWERS)
 
 
 def representative(arch: str) -> Iterator[Case]:
@@ -104,7 +117,7 @@ def _launches(
             launch.down(call, base.h, expert.h, x, None, low)
             if case.tower == "expert":
                 launch.down(call, base.h, expert.h, x, x)
-                _base_mlp(x.new_empty(rows, SHAPES[case.shape][1]))
+                _base_mlp(x.new_empty(rows, ALL_SHAPES[case.shape][1]))
             for kept in keep_h:
                 grads = launch.d_hidden(call, x, x, base, expert, kept, low)
             launch.d_input(call, *grads, x)
@@ -112,7 +125,7 @@ def _launches(
             _optimizer_step(call.experts.gate)
         if case.lora_rank:
             draw_mask(
-                torch.empty(1, dtype=torch.int64, device="meta"), x.shape[0], SHAPES[case.shape][1], 0.1
+                torch.empty(1, dtype=torch.int64, device="meta"), x.shape[0], ALL_SHAPES[case.shape][1], 0.1
             )
     return recorded
 
@@ -134,7 +147,7 @@ def _optimizer_step(bank: Tensor) -> None:
 
 def _call(case: Case, rows: int) -> tuple[Call, Tensor]:
     """A batch of ``rows`` rows and four experts."""
-    hidden, inter = SHAPES[case.shape]
+    hidden, inter = ALL_SHAPES[case.shape]
     experts = 4
 
     def empty(*size: int) -> Tensor:
