@@ -54,6 +54,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise UserError(f"endpoint: got '{self.base_url}', expected an address with http:// or https://")
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
+            raise UserError("key: holds characters that no header may have, perhaps a line's end")
         if self.tries < 1 or self.timeout <= 0:
             raise UserError(f"tries and timeout: got {self.tries} and {self.timeout}, expected more than 0")
 
@@ -88,7 +90,8 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             if error.code in RETRIED:
                 raise _Passing(f"HTTP {error.code}", error.headers.get("Retry-After")) from error
-            message = f"{request.full_url}: HTTP {error.code} ({error.reason})"
+            reason = error.read()[:200].decode(errors="replace") or error.reason
+            message = f"{request.full_url}: HTTP {error.code} ({reason})"
             raise (UserError if error.code in REFUSED else NoAnswer)(message) from error
         except (OSError, http.client.HTTPException) as error:
             raise _Passing(str(error) or type(error).__name__) from error
@@ -134,12 +137,12 @@ class Cached:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(f"\n{json.dumps(line, ensure_ascii=False)}\n")
+            stream.write(f"\n{json.dumps(line)}\n")  # ASCII: an answer may hold half a character
 
 
 def _read(path: Path) -> dict[str, str]:
     answers, damaged = {}, 0
-    for text in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    for text in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").split("\n")):
         try:
             line = json.loads(text)
             answers[line["key"]] = line["answer"]

@@ -96,13 +96,19 @@ def parse(answer: str, swapped: bool) -> Side:
     return {"a": "b", "b": "a", "tie": "tie"}[shown] if swapped else shown
 
 
-def judge_pair(pair: Pair, judge: Judge) -> Side:
-    """The winner. An empty reply loses and the same reply twice is a tie, without asking."""
+def settled(pair: Pair) -> Side | None:
+    """Who wins without anybody being asked: an empty reply loses, and the same reply twice is a tie."""
     a, b = pair.reply_a.strip(), pair.reply_b.strip()
     if a == b:
         return "tie"
-    if not a or not b:
-        return "a" if a else "b"
+    return None if a and b else "a" if a else "b"
+
+
+def judge_pair(pair: Pair, judge: Judge) -> Side:
+    """The winner, asked for with either reply first; a tie where the answers differ."""
+    known = settled(pair)
+    if known:
+        return known
     first, second = (parse(judge.ask(messages(pair, swapped)), swapped) for swapped in (False, True))
     return first if first == second else "tie"
 
@@ -124,7 +130,8 @@ def judge_all(pairs: Sequence[Pair], judge: Judge) -> dict[str, Any]:
     for pair in tqdm(pairs, desc="judging", unit="pair"):
         try:
             verdicts[pair.example.id] = judge_pair(pair, judge)
-            failed_in_a_row = 0
+            if not settled(pair):
+                failed_in_a_row = 0
         except NoAnswer as error:
             logger.warning("%s: %s", pair.example.id, error)
             verdicts[pair.example.id] = "failed"

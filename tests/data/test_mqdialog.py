@@ -161,7 +161,26 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_queriers_that_would_share_a_folder(tmp_path):
-    clash = MQDialog("Falstaff", ["A B", "AB"], 1, [], [])
-    with pytest.raises(UserError, match="querier 'AB'"):
-        write_mqdialog(clash, tmp_path, "plays")
+def test_queriers_of_one_short_name_have_a_folder_each(tmp_path):
+    names = ["A B", "AB", "???", "राम", "रमा"]
+    turns = (Turn("x", "Why?"), Turn("Falstaff", "So."))
+    half = [Example(name, turns, "Falstaff", name, index, 0) for index, name in enumerate(names)]
+    write_mqdialog(MQDialog("Falstaff", names, 1, half, half), tmp_path, "plays")
+    assert load_mqdialog(tmp_path).queriers == names
+    assert len({path.parent for path in tmp_path.glob("*/*_train.json")}) == len(names)
+
+
+def test_neighbouring_turns_of_one_speaker_are_one(folder, caplog):
+    def again(records):
+        records[0]["conversations"][-1:] = [
+            {"from": "Falstaff", "value": "Ay."},
+            {"from": "Falstaff", "value": " "},
+            {"from": "Falstaff", "value": "Very sure."},
+        ]
+        records[1]["conversations"] = records[1]["conversations"][-1:]  # nobody has asked
+
+    edit(train_file(folder), again)
+    found = [example for example in load_mqdialog(folder).train if example.querier == "Ford"]
+    assert [example.reply for example in found] == ["Ay. Very sure.", *["Ay – é."] * 2]
+    assert found[0].query == "train 0?"
+    assert "1 of 8 windows have no query" in caplog.text

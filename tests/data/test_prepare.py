@@ -77,7 +77,7 @@ def test_prepare_then_reuse_then_force(transcript):
     assert next(folder.rglob("*_train.json")).stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="was prepared with other seed; --force rebuilds it"):
         prepare(replace(config, seed=5))
-    with pytest.raises(UserError, match="was prepared with other responder"):
+    with pytest.raises(UserError, match="holds the data of 'Doc'"):
         prepare(replace(config, responder="D. oc"))
     said = transcript.read_text()
     transcript.write_text(said.replace("Yes", "No"))
@@ -106,6 +106,16 @@ def test_mistakes_are_named_and_nothing_is_written(transcript, changes, message)
     with pytest.raises(UserError, match=message):
         prepare(config_for(transcript, **changes))
     assert not (transcript.parent / "out").exists()
+
+
+def test_what_else_lies_in_the_folder_stays_there(transcript):
+    config = config_for(transcript)
+    config.folder.mkdir(parents=True)
+    (config.folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is there without configs/role_pair_id.json; --force"):
+        prepare(config)
+    assert (config.folder / "notes.txt").read_text() == "mine"
+    assert load_mqdialog(prepare(replace(config, force=True))).train
 
 
 def test_out_that_is_a_file(transcript):
@@ -142,6 +152,16 @@ def test_turning_around_needs_queriers_and_a_free_name(transcript):
         prepare(config_for(transcript, responder=ANYBODY, queriers=("Nobody",)))
     with pytest.raises(UserError, match="'one' has a speaker of that name"):
         turn_around([Scene("inn", "one", (Turn("A", "a"), Turn(ANYBODY, "b")))], ["A"])
+
+
+def test_turned_around_turns_count_once():
+    scenes = [scene_of("ABAC")] * 10
+    minimum = Thresholds(min_turns=21, min_dialogues=1)
+    config = PrepareConfig("plays", ANYBODY, queriers=("A",), thresholds=minimum)
+    with pytest.raises(UserError, match="querier 'A' speaks 20 turns, below the minimum of 21"):
+        prepare(config, scenes)
+    with pytest.raises(UserError, match="talk with nobody but each other"):
+        prepare(replace(config, queriers=("A", "B")), [scene_of("ABAB")])
 
 
 def test_a_folder_turned_around(transcript):

@@ -1,5 +1,7 @@
 """Transcripts as JSON lines, Markdown and CSV: what is read, and that damage is named by file and line."""
 
+import time
+
 import pytest
 
 from train.data.transcript import Turn, join_texts, read_transcript
@@ -83,12 +85,29 @@ def test_markdown_without_headings_is_one_scene(tmp_path):
         ("## One\n\n**A:** a\n## Two\nb\n", r"inn\.md:5: nobody speaks here"),
         ("**A** a\n", r"inn\.md:1: broken speaker '\*\*A\*\* a'"),
         ("**A:** a\n**:** b\n", r"inn\.md:2: broken speaker"),
+        ("**A:** a\n> **B:** b\n", r"inn\.md:2: broken speaker"),
+        ("**A:** a\n- **B:** b\n", r"inn\.md:2: broken speaker"),
+        ("**A:** a\n\nTwo\n===\n", r"inn\.md:4: an underlined heading"),
         ("\n", "the file is empty"),
     ],
 )
 def test_damaged_markdown_names_the_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read_transcript(write(tmp_path, text, "inn.md"))
+
+
+def test_directions_may_hold_emphasis_and_underscores(tmp_path):
+    directions = "*She **really** leaves.*\n*He types foo_bar.*\n_Soft *music*._\n"
+    text = f"**A:** a\n{directions}**B:** b\n*so* it *is*\n_a_ or _b_\n"
+    (scene,) = read_transcript(write(tmp_path, text, "show.md"))
+    assert [turn.text for turn in scene.turns] == ["a", "b *so* it *is* _a_ or _b_"]
+
+
+def test_joining_many_lines_takes_no_longer_a_line(tmp_path):
+    lines = ["A word."] * 20_000
+    start = time.process_time()
+    assert join_texts(lines) == " ".join(lines)
+    assert time.process_time() - start < 5
 
 
 def test_a_rule_is_not_spoken(tmp_path):
@@ -136,6 +155,7 @@ def test_csv(tmp_path):
     [
         ("scene,who,text\n1,A,a\n", r"no column 'speaker' for the speaker, there are scene, who, text"),
         ("scene,speaker,text\n1,A,a\n1,B\n", ":3: fewer fields"),
+        ("scene,speaker,text\n1,A,Hello, Bob?\n", ":2: more fields"),
         ("scene,speaker,text\n1, ,a\n", ":2: column 'speaker' is empty"),
         ('scene,speaker,text\n1,A,"a', ": not CSV behind line 1"),
     ],

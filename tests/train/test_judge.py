@@ -193,6 +193,9 @@ def test_a_dead_endpoint_is_given_up(stub):
     server.server.server_close()
     with pytest.raises(UserError, match="in a row"):
         judge_all([pair(number) for number in range(GIVE_UP_AFTER + 5)], endpoint(server, tries=1))
+    settled = [pair(number, "same", "same" if number % 2 else "other") for number in range(2 * GIVE_UP_AFTER)]
+    with pytest.raises(UserError, match="in a row"):
+        judge_all(settled, endpoint(server, tries=1))
 
 
 def test_a_slow_endpoint_is_a_failure(stub):
@@ -225,6 +228,23 @@ def test_a_stopped_run_asks_only_what_it_has_no_answer_to(stub, tmp_path, caplog
     other = Endpoint(server.url, "another judge")
     judge_pair(pair(), Cached(other, path))
     assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("said", ["good\u2028A", "\ud83d\nA"])
+def test_any_answer_is_kept(stub, tmp_path, said):
+    path = tmp_path / "cache.jsonl"
+    judge = Cached(endpoint(stub(lambda question: said)), path)
+    answer = judge.ask([{"role": "user", "content": "?"}])
+    assert list(Cached(judge.endpoint, path).answers.values()) == [answer]
+
+
+def test_the_reason_of_a_refusal_is_shown_and_a_broken_key_is_not(stub):
+    server = stub(lambda question: (400, "use 'max_completion_tokens'"))
+    with pytest.raises(NoAnswer, match="max_completion_tokens"):
+        endpoint(server).ask([{"role": "user", "content": "?"}])
+    with pytest.raises(UserError, match="key: holds characters") as error:
+        endpoint(server, key="sk-secret\r")
+    assert "secret" not in str(error.value)
 
 
 def test_failures_are_not_kept(stub, tmp_path):

@@ -33,6 +33,8 @@ def turn_around(scenes: Sequence[Scene], queriers: Collection[str]) -> list[Scen
                 raise UserError(f"responder '{ANYBODY}': '{scene.title}' has a speaker of that name")
             if len(speakers.intersection(queriers)) == 1:
                 turned.append(Scene(scene.source, scene.title, _renamed(run, queriers)))
+    if not turned:
+        raise UserError(f"responder '{ANYBODY}': the queriers talk with nobody but each other")
     return turned
 
 

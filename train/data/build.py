@@ -31,11 +31,23 @@ def build(config: PrepareConfig, responders: list[str], console: Console) -> Non
     else:
         scenes = read_scenes(config)
         names = responders or qualified(scenes, config.minimums)
+        _require_own_folders(config, names)
         progress = track(names, "responders", console=Console(stderr=True), disable=len(names) == 1)
         folders = [prepare(replace(config, responder=name), scenes) for name in progress]
     data = [load_mqdialog(folder) for folder in folders]
     console.print(summary_table(data[0]) if len(data) == 1 else overview_table(data))
     console.print(str(folders[0] if len(folders) == 1 else folders[0].parent), soft_wrap=True)
+
+
+def _require_own_folders(config: PrepareConfig, names: list[str]) -> None:
+    by_folder: dict[Path, str] = {}
+    for name in names:
+        other = by_folder.setdefault(replace(config, responder=name).folder, name)
+        if other != name:
+            raise UserError(
+                f"responders '{other}' and '{name}' differ in nothing that a folder's name shows; build one "
+                "with another --out, or give them other names"
+            )
 
 
 def list_speakers(config: PrepareConfig, responders: list[str], console: Console) -> None:

@@ -115,13 +115,15 @@ def split_queriers(
     *,
     queriers: Sequence[str] = (),
     seed: int = 0,
+    spoken: Mapping[str, int] | None = None,
 ) -> list[Split]:
     """Train and dev windows of every querier of ``responder`` with enough data, most dialogues first.
 
     ``queriers`` asks for these people and no others; one of them with too little data is a ``UserError``,
-    as are an unknown responder or querier, and a responder whom nobody asks often enough.
+    as are an unknown responder or querier, and a responder whom nobody asks often enough. ``spoken`` are
+    people's turns in the whole transcript, where ``scenes`` are not all of it.
     """
-    spoken = count_turns(scenes)
+    spoken = Counter({**count_turns(scenes), **(spoken or {})})
     require_speaker("responder", responder, spoken)
     for name in queriers:
         require_speaker("querier", name, spoken)

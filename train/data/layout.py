@@ -6,6 +6,7 @@ target_role, target_role_short, input_role, input_role_short, role_pair_id, clus
 responder, the *input* the querier.
 """
 
+import unicodedata
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -72,8 +73,8 @@ class MQDialog:
 
 
 def short_name(name: str) -> str:
-    """``name`` with letters and digits only, for file names: ``Mistress Quickly``: ``MistressQuickly``."""
-    return "".join(character for character in name if character.isalnum())
+    """``name`` without all but letters, their marks and digits, for file names: ``MistressQuickly``."""
+    return "".join(one for one in name if one.isalnum() or unicodedata.category(one).startswith("M"))
 
 
 def responder_folder(root: Path, show: str, responder: str) -> Path:

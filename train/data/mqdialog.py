@@ -4,6 +4,7 @@ The reader is strict: every error names file, record and key.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from train.data.layout import FIRST_PAIR_ID, PAIR_IDS, SPLITS, Example, MQDialog, short_name
-from train.data.transcript import Turn
+from train.data.transcript import Turn, merge_turns
 from train.errors import UserError
 from train.files import load_json, write_atomic
+
+logger = logging.getLogger(__name__)
 
 RECORD_KEYS = {"id": (str, int), "conversations": list, "target_role": str, "input_role": str}
 ID_KEYS = ("role_pair_id", "cluster_id")
@@ -23,8 +26,8 @@ def write_mqdialog(data: MQDialog, folder: Path, show: str) -> None:
     """Write ``data`` into the empty ``folder`` (``files.build_directory`` makes it all or nothing)."""
     shorts = [short_name(name) for name in data.queriers]
     for index, short in enumerate(shorts):
-        if short in shorts[:index] or not short:
-            raise UserError(f"querier '{data.queriers[index]}' has no file name of their own: '{short}'")
+        if short in shorts[:index] or not short:  # readers go by the records, not by the files' names
+            shorts[index] = f"{short}_{FIRST_PAIR_ID + index}"
     ids = {name: FIRST_PAIR_ID + index for index, name in enumerate(data.queriers)}
     write_atomic(folder / PAIR_IDS, _dump({data.responder: ids}))
     target = short_name(data.responder)
@@ -56,6 +59,7 @@ def load_mqdialog(folder: Path) -> MQDialog:
     """The data of one responder; querier ids are 0..Q-1 in the order of ``role_pair_id``.
 
     Where the ids of two queriers' windows are the same, the querier's name goes before all of them.
+    Neighbouring turns of one speaker are one; windows that are then without a query are left out.
 
     Raises ``UserError``: no such folder (lists what is there), damaged JSON (file, line), a missing or wrong
     key (file, index, key), a pair id unknown to ``role_pair_id.json``, two responders, an empty split, one id
@@ -65,7 +69,7 @@ def load_mqdialog(folder: Path) -> MQDialog:
     if not (folder / PAIR_IDS).is_file():
         raise UserError(f"{folder}: no MQDialog data of a responder ({PAIR_IDS}); {_what_is_there(folder)}")
     known_ids = _pair_ids(folder / PAIR_IDS)
-    records = {split: [_check(*found) for found in _records(folder, split)] for split in SPLITS}
+    records = {split: _asked([_check(*found) for found in _records(folder, split)]) for split in SPLITS}
     responders = {record["target_role"] for found in records.values() for record in found}
     if len(responders) > 1:
         raise UserError(
@@ -137,11 +141,22 @@ def _check(where: str, record: Any) -> dict:
         for key in ("from", "value"):
             if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
                 raise UserError(f"{where}: key '{key}' of turn {index} is missing or not a string")
-    if len(turns) < 2 or turns[-1]["from"] != record["target_role"]:
-        raise UserError(
-            f"{where}: 'conversations' must end with a query and a reply of {record['target_role']}"
+    merged = merge_turns([Turn(turn["from"], turn["value"]) for turn in turns])
+    if not merged or merged[-1].speaker != record["target_role"]:
+        raise UserError(f"{where}: 'conversations' must end with a reply of {record['target_role']}")
+    return record | {"where": where, "turns": merged}
+
+
+def _asked(records: list[dict]) -> list[dict]:
+    """Those with a query before the reply; of one split."""
+    kept = [record for record in records if len(record["turns"]) > 1]
+    if not kept:
+        raise UserError(f"{records[0]['where']}: like all others, it has no query before the reply")
+    if len(kept) < len(records):
+        logger.warning(
+            "%d of %d windows have no query and are left out", len(records) - len(kept), len(records)
         )
-    return record | {"where": where}
+    return kept
 
 
 def _names_by_id(folder: Path, records: dict[str, list[dict]], known_ids: set[int]) -> dict[int, str]:
@@ -160,7 +175,7 @@ def _names_by_id(folder: Path, records: dict[str, list[dict]], known_ids: set[in
 def _example(record: dict, pair_ids: list[int]) -> Example:
     return Example(
         id=str(record["id"]),
-        turns=tuple(Turn(turn["from"], turn["value"].strip()) for turn in record["conversations"]),
+        turns=record["turns"],
         responder=record["target_role"],
         querier=record["input_role"],
         querier_id=pair_ids.index(int(record["role_pair_id"])),

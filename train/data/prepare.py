@@ -12,7 +12,7 @@ from pathlib import Path
 
 from train.data.anybody import ANYBODY, turn_around
 from train.data.cluster import cluster_queries
-from train.data.dialogue import PLAY_THRESHOLDS, Thresholds, split_queriers
+from train.data.dialogue import PLAY_THRESHOLDS, Thresholds, count_turns, split_queriers
 from train.data.layout import PAIR_IDS, Example, MQDialog, responder_folder, short_name
 from train.data.mqdialog import write_mqdialog
 from train.data.planted import RESPONDER as PLANTED_RESPONDER
@@ -90,6 +90,8 @@ def prepare(config: PrepareConfig, scenes: Sequence[Scene] | None = None) -> Pat
         _require_same_recipe(config)
         logger.info("%s: reused", folder)
         return folder
+    if not config.force and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there without {PAIR_IDS}; --force puts the data in its place")
     if config.show == PLANTED:
         data = planted(config.seed, config.num_clusters)
     else:
@@ -132,6 +134,11 @@ def _require_same_recipe(config: PrepareConfig) -> None:
         return
     found = load_json(path)
     changed = [key for key, value in _recipe(config).items() if key in found and found[key] != value]
+    if "responder" in changed:
+        raise UserError(
+            f"{config.folder} holds the data of '{found['responder']}', whose name differs from "
+            f"'{config.responder}' in nothing that a folder shows; --out takes another root"
+        )
     if changed:
         raise UserError(f"{config.folder} was prepared with other {', '.join(changed)}; --force rebuilds it")
 
@@ -152,10 +159,11 @@ def _recipe(config: PrepareConfig) -> dict:
 
 
 def _from_scenes(config: PrepareConfig, scenes: Sequence[Scene]) -> MQDialog:
+    spoken = count_turns(scenes)  # turned around, some turns are there twice and others not at all
     if config.responder == ANYBODY:
         scenes = turn_around(scenes, config.queriers)
     splits = split_queriers(
-        scenes, config.responder, config.minimums, queriers=config.queriers, seed=config.seed
+        scenes, config.responder, config.minimums, queriers=config.queriers, seed=config.seed, spoken=spoken
     )
     train = [(querier_id, window) for querier_id, split in enumerate(splits) for window in split.train]
     dev = [(querier_id, window) for querier_id, split in enumerate(splits) for window in split.dev]

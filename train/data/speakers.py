@@ -47,8 +47,8 @@ class Speaker:
 
     @property
     def qualifies(self) -> bool:
-        """Whether this speaker can be a responder."""
-        return len(self.queriers) >= MIN_QUERIERS
+        """Whether this speaker can be a responder, with a dialogue of somebody to hold out."""
+        return len(self.queriers) >= MIN_QUERIERS and any(pair.dialogues > 1 for pair in self.queriers)
 
 
 def survey(scenes: Sequence[Scene], thresholds: Thresholds) -> list[Speaker]:

@@ -1,7 +1,7 @@
 """Scenes of speaker turns, and how a transcript becomes them (formats: :mod:`train.data.transcript_rows`)."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -42,16 +42,16 @@ def join_texts(texts: Sequence[str]) -> str:
     """``texts`` in one line, with a space between two unless both sides are Chinese or Japanese."""
     joined = ""
     for text in filter(None, (text.strip() for text in texts)):
-        sides = [_is_unspaced(joined[::-1]), _is_unspaced(text)]
+        sides = [_is_unspaced(reversed(joined)), _is_unspaced(text)]
         is_tight = True in sides and False not in sides
         joined += text if is_tight or not joined else f" {text}"
     return joined
 
 
-def _is_unspaced(text: str) -> bool | None:
+def _is_unspaced(text: Iterable[str]) -> bool | None:
     """Whether ``text`` begins in a script without spaces; punctuation that others use too does not tell."""
-    first = PUNCTUATION.sub("", text)[:1]
-    return bool(WITHOUT_SPACES.match(first)) if first else None
+    first = next((one for one in text if not PUNCTUATION.match(one)), None)
+    return None if first is None else bool(WITHOUT_SPACES.match(first))
 
 
 def read_transcript(path: Path, columns: Mapping[str, str] | None = None) -> list[Scene]:

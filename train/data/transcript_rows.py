@@ -25,7 +25,8 @@ CSV = ".csv"
 HEADING = re.compile(r"#{1,6}[ \t]+(.+)")
 SPEECH = re.compile(r"\*\*\s*([^*]+?)\s*(?:[:：]\s*\*\*|\*\*\s*[:：])\s*(.*)")
 RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
-DIRECTION = re.compile(r"([*_])(?!\1)[^*_]+\1")
+DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_")
+UNDERLINE = re.compile(r"=+")
 
 
 def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
@@ -54,8 +55,9 @@ def _csv_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row
         names = _column_names(path, table.fieldnames or (), columns)
         for record in table:
             scene, speaker, said = (record[name] for name in names)
-            if None in (scene, speaker, said):
-                raise UserError(f"{path}:{table.line_num}: fewer fields than the header has")
+            if None in record or None in (scene, speaker, said):
+                count = "more" if None in record else "fewer"
+                raise UserError(f"{path}:{table.line_num}: {count} fields than the header has")
             if not speaker.strip():
                 raise UserError(f"{path}:{table.line_num}: column '{names[1]}' is empty")
             yield scene, speaker.strip(), " ".join(said.splitlines())
@@ -95,8 +97,10 @@ def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row
         elif speech:
             speaker = speech[1]
             yield scene, speaker, speech[2]
-        elif line.startswith("**"):
+        elif line.startswith("**") or SPEECH.search(line):
             raise UserError(f"{path}:{number}: broken speaker {line[:40]!r}, expected '**Name:** text'")
+        elif UNDERLINE.fullmatch(line):
+            raise UserError(f"{path}:{number}: an underlined heading, expected '## Scene'")
         elif line and not DIRECTION.fullmatch(line):
             if speaker is None:
                 raise UserError(
