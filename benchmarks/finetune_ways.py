@@ -66,9 +66,9 @@ class Job:
     """
 
     def __init__(self, config: TrainConfig, steps: int) -> None:
-        transformers.set_seed(config.seed)
         data = load_mqdialog(Path(config.data))
         model, self.tokenizer = load_base(config.model)
+        transformers.set_seed(config.seed)  # behind the model, whose first conversion draws numbers
         encoded = encode_all(
             data.train,
             self.tokenizer,

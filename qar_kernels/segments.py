@@ -74,7 +74,8 @@ class Segments:
     def to(self, device: torch.device) -> Segments:
         """The same on another device."""
         tensors = (self.row_expert, self.perm, self.offsets, self.experts)
-        return Segments(*(tensor.to(device) for tensor in tensors), self.max_id)
+        with _ordinary_tensors():
+            return Segments(*(tensor.to(device) for tensor in tensors), self.max_id)
 
     @cached_property
     def present(self) -> tuple[Tensor, Segments]:
@@ -141,8 +142,7 @@ class Segments:
         """
         key = weight.shape, weight.dtype
         if key not in self._products:
-            with _ordinary_tensors():
-                self._products[key] = make_products(self.perm, self.offsets, self.experts, weight)
+            self._products[key] = make_products(self.perm, self.offsets, self.experts, weight)
         return self._products[key]
 
     @classmethod

@@ -114,5 +114,6 @@ def _refuse_hooks(module: nn.Module) -> None:
     state = module.__dict__
     if any(state[hooks] for hooks in _HOOKS) or "_hf_hook" in state:
         raise _NotFusableError(f"a {type(module).__name__} of it has hooks")
-    if "forward" in state:
+    own = state.get("forward")  # the class's own where accelerate has taken its hooks off again
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         raise _NotFusableError(f"a {type(module).__name__} of it has a forward method of its own")

@@ -28,7 +28,7 @@ _SAMPLES = 16  # of each parameter
 def rows(model: nn.Module, index: int) -> dict[str, Tensor]:
     """The weights of one querier's expert in every layer, as views: name -> ``(R, H)`` or ``(H, R)``."""
     return {
-        f"layers.{number}.{name}": getattr(layer.experts, name).data[index]
+        f"layers.{number}.{name}": getattr(layer.experts, name).detach()[index]
         for number, layer in enumerate(model.model.layers)
         if layer.experts is not None
         for name in ("gate", "up", "down")

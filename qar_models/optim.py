@@ -24,6 +24,7 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     State of such a parameter ``(E, ...)``: ``step`` (E,) float32, ``exp_avg`` and ``exp_avg_sq``
     ``(E, ...)``, at least float32, and where the parameter is of 16 bits ``master``, its float32 weights.
+    Weights that are loaded between two steps are taken over, but not those written through ``.data``.
 
     Args:
         params: parameters or groups, dense ones too.
@@ -44,6 +45,7 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     def _watch_steps(self) -> None:
         self._rounded: list[tuple[nn.Parameter, Tensor]] = []
+        self._versions: dict[nn.Parameter, int] = {}  # of weights, as this optimizer left them
         self.register_step_post_hook(RowSparseAdamW._round_masters)
 
     # AdamW.step calls this once per group and then updates what it put into the lists. It refuses sparse
@@ -65,10 +67,11 @@ class RowSparseAdamW(torch.optim.AdamW):
         for parameter in sparse:
             ids, d_rows = rows_of(parameter.grad if parameter.grad.is_sparse else _all_rows(parameter.grad))
             state = self._state_of(parameter, group)
-            if "master" in state:
-                _take_over(parameter, state["master"], ids)
+            if "master" in state and self._versions.get(parameter) != parameter._version:
+                _take_over(parameter, state["master"])
             if group["fused"] and has_kernels(parameter.device) and parameter.dtype != torch.float64:
                 self._launch(parameter, ids, d_rows, state, group)
+                self._versions[parameter] = parameter._version
                 continue
             weights = state.get("master", parameter)
             if weights is not parameter:
@@ -139,6 +142,7 @@ class RowSparseAdamW(torch.optim.AdamW):
     def _round_masters(self, *_: Any) -> None:
         for parameter, ids in self._rounded:
             parameter[ids] = self.state[parameter]["master"][ids].to(parameter.dtype)
+            self._versions[parameter] = parameter._version
         self._rounded.clear()
 
     @torch.no_grad()
@@ -154,10 +158,10 @@ class RowSparseAdamW(torch.optim.AdamW):
 
 
 @torch.no_grad()
-def _take_over(parameter: nn.Parameter, master: Tensor, ids: Tensor) -> None:
+def _take_over(parameter: nn.Parameter, master: Tensor) -> None:
     """Weights that somebody else has written since (loaded experts) are not what their master rounds to."""
-    weights, exact = parameter[ids], master[ids]
-    master[ids] = torch.where(exact.to(weights.dtype) == weights, exact, weights.to(exact.dtype))
+    same = master.to(parameter.dtype) == parameter
+    master.copy_(torch.where(same, master, parameter.to(master.dtype)))
 
 
 def _all_rows(gradient: Tensor) -> Tensor:

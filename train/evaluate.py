@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from train.cli import positive_int, run
-from train.config import DTYPES
+from train.config import DTYPES, TrainConfig
 from train.data.layout import Example, MQDialog
 from train.dataset import load_data
 from train.errors import UserError
@@ -72,7 +72,7 @@ def evaluate(
     config = trained.config.replace(data=str(data or trained.config.data), output_dir=str(folder.parent))
     if data is None:
         own = load_data(config).data
-        check_finished(config, own)  # data built anew may hold out what this model was trained on
+        _check_trained_on(config, own)
     else:
         own = load_data(config.replace(validation=0.0)).data
     held_out = held_out_windows(config, _as_known(trained, own), batch_size)
@@ -88,6 +88,17 @@ def evaluate(
         "swap": swap_summary(records, swapped) if swapped else None,
         "records": records,
     }
+
+
+def _check_trained_on(config: TrainConfig, data: MQDialog) -> None:
+    """Data built anew may hold out what the model was trained on."""
+    try:
+        check_finished(config, data)
+    except UserError as error:
+        raise UserError(
+            f"{config.data}: not what the model was trained on ({error}); --data {config.data} scores it all "
+            "the same"
+        ) from error
 
 
 def _as_known(trained: Trained, data: MQDialog) -> MQDialog:

@@ -94,7 +94,7 @@ def _fingerprint(model: PreTrainedModel, windows: Sequence[Encoded], num_layers:
     digest = hashlib.sha256(f"{num_layers} {model.dtype} {model.config.to_json_string()}".encode())
     for part in (model.model.embed_tokens, model.model.layers[:num_layers]):
         for weight in part.state_dict().values():
-            digest.update(str(torch.hash_tensor(weight).item()).encode())
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     for window in windows:
         digest.update(str(window.input_ids).encode())
     return digest.hexdigest()[:16]

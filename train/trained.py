@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qar_models import QARConfig, apply_qar
-from train.base_model import default_device, load_base
+from train.base_model import default_device, fingerprint, load_base
 from train.config import DTYPES, TrainConfig, config_from
 from train.errors import UserError
 from train.files import build_directory, read_json
@@ -66,12 +66,12 @@ def build(
         layers_to_transform=list(range(first, layers)),
         task_type="CAUSAL_LM",
     )
-    _check_targets(model, config)
     try:
         peft = get_peft_model(model, lora)
     except ValueError as error:
         targets = ", ".join(config.lora_targets)
         raise UserError(f"lora_targets: none of '{targets}' is in the model ({str(error)[:120]})") from error
+    _check_targets(peft, config)
     for name, parameter in model.named_parameters():
         if is_querier_part(name):
             parameter.requires_grad_(True)
@@ -80,12 +80,12 @@ def build(
     return peft
 
 
-def _check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
+def _check_targets(peft: PeftModel, config: TrainConfig) -> None:
     """PEFT is content where one target of several is found."""
-    modules = [f".{name}" for name, _ in model.named_modules()]
+    adapted = [f".{name}" for name in peft.base_model.targeted_module_names]
     for target in config.lora_targets:
-        if not any(name.endswith(f".{target}") for name in modules):
-            raise UserError(f"lora_targets: no module of the model is called '{target}'")
+        if not any(name.endswith(f".{target}") for name in adapted):
+            raise UserError(f"lora_targets: no module of a trained layer is called '{target}'")
 
 
 def untrained(config: TrainConfig, responder: str, queriers: tuple[str, ...]) -> Trained:
@@ -123,7 +123,12 @@ def save_with_adapter_of(source: Path, trained: Trained, folder: Path) -> None:
 
 def _write_experts(model: PreTrainedModel, config: TrainConfig, responder: str, folder: Path) -> None:
     save_file(_expert_state(model), folder / EXPERTS)
-    about = {"config": config.to_dict(), "responder": responder, "qar": model.qar.to_dict()}
+    about = {
+        "config": config.to_dict(),
+        "responder": responder,
+        "qar": model.qar.to_dict(),
+        "base": fingerprint(model, DTYPES[config.dtype]),
+    }
     (folder / TRAINED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
@@ -141,7 +146,7 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
         dtype: of all weights (None: the base's in training).
 
     Raises:
-        UserError: if the folder or a file of it is missing or damaged.
+        UserError: if the folder or a file of it is missing or damaged, or the base has other weights now.
     """
     about = read_about(folder)
     config = config_from(about["config"], str(folder / TRAINED))
@@ -149,7 +154,11 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
         qar = QARConfig.from_dict(about["qar"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / TRAINED}: {error}") from error
-    model, tokenizer = load_base(config.model, dtype or DTYPES[config.dtype])
+    trained_in = DTYPES[config.dtype]
+    model, tokenizer = load_base(config.model, dtype or trained_in)
+    is_exact = dtype in (None, torch.float32, trained_in)
+    if is_exact and about.get("base", found := fingerprint(model, trained_in)) != found:
+        raise UserError(f"model '{config.model}': other weights than those that {folder} was trained on")
     apply_qar(model, qar)
     _load_experts(model, folder / EXPERTS)
     try:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from tiny_models import (
     QUERIER_IDS,
     TOWERS,
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from qar_models import QARLlamaForCausalLM
+from qar_models.base_mlp import fusable
 
 
 def tokenizer():
@@ -203,6 +205,16 @@ def test_what_is_hung_on_an_activation_or_a_projection_runs(change):
             layer.mlp.gate_proj.forward = lambda x, own=own: calls.append(1) or own(x)
     model(**batch, querier_ids=QUERIER_IDS)
     assert len(calls) == len(model.model.layers)
+
+
+def test_hooks_that_are_taken_off_leave_a_fusable_mlp():
+    model = aware_model()
+    mlp = model.model.layers[0].mlp
+    for module in (mlp, mlp.gate_proj):
+        add_hook_to_module(module, ModelHook())
+        assert fusable(mlp) is None
+        remove_hook_from_module(module)
+        assert fusable(mlp) is not None
 
 
 def test_saved_folder_is_ready_to_publish(tmp_path):

@@ -183,6 +183,20 @@ def test_weights_that_are_loaded_in_between_stay(dtype):
     assert (now[0] - before[0]).abs().max() < 0.5 * (learnt[0] - before[0]).abs().max()
 
 
+def test_experts_that_are_loaded_in_between_stay(tmp_path):
+    model = aware_model(expert_gradients="sparse", querier_names=("Amy", "Bo", "Cy", "Di", "Eve"))
+    model = model.bfloat16().train()
+    model.save_experts(tmp_path)
+    before = model.model.layers[0].experts.gate.detach()[3].clone()
+    optimizer = RowSparseAdamW(sparse_parameters(model).values(), lr=1e-2, weight_decay=0.0)
+    train(model, optimizer, [(0, 1, 3)] * 4)
+    learnt = model.model.layers[0].experts.gate.detach()[3].clone()
+    model.load_experts(tmp_path, "Di")
+    train(model, optimizer, [(0, 1, 3)])
+    now = model.model.layers[0].experts.gate.detach()[3]
+    assert (now - before).abs().max() < 0.5 * (learnt - before).abs().max()
+
+
 def test_experts_that_peft_wraps_are_found_once_and_have_no_members():
     model = aware_model(expert_gradients="sparse", querier_names=("Amy", "Bo", "Cy", "Di", "Eve"))
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"]))

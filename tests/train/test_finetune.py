@@ -141,7 +141,14 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"lora_targets": ("q_proj", "v_porj")}, "lora_targets: no module of the model is called 'v_porj'"),
+        (
+            {"lora_targets": ("q_proj", "v_porj")},
+            "lora_targets: no module of a trained layer is called 'v_porj'",
+        ),
+        (
+            {"lora_targets": ("q_proj", "embed_tokens")},
+            "no module of a trained layer is called 'embed_tokens'",
+        ),
         ({"trainable_layers": 9}, "trainable_layers: got 9, but the model has 3"),
         ({"model": "./absent"}, "^model './absent': no such folder"),
         ({"report_to": "foo"}, "report_to: 'foo' is not installed or unknown"),
@@ -210,6 +217,18 @@ def test_sixteen_bits_train_masters_in_full_precision(config):
     assert experts_of(folder)["model.layers.1.experts.down"].dtype == torch.float32
     log = json.loads((Path(half.output_dir) / "log.json").read_text())
     assert [row["lm_loss"] for row in log if "lm_loss" in row] == pytest.approx(losses(config), rel=0.05)
+
+
+def test_a_base_with_other_weights_is_refused(config, tmp_path):
+    base = shutil.copytree(config.model, tmp_path / "base")
+    folder = finetune(config.replace(model=str(base), dtype="bfloat16"))
+    for dtype in (None, torch.float32, torch.float16):
+        assert load_trained(folder, dtype).responder
+    stored = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(stored | {name: stored[name].neg()}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="other weights than those that"):
+        load_trained(folder)
 
 
 def test_damaged_result_is_refused(config):

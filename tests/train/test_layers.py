@@ -58,8 +58,13 @@ def test_cache_is_used_unless_it_is_damaged_or_the_weights_have_changed(
     assert torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 1
     file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 2
-    model.model.layers[0].self_attn.q_proj.weight.data.zero_()
-    assert not torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 3
+    weight = model.model.layers[0].mlp.down_proj.weight.data
+    weight.neg_()  # as many ones and zeros as before
+    assert not torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0])
+    weight.neg_()
+    assert torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 3
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.flip(0)
+    assert not torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 4
 
 
 def test_padding_keeps_end_marks_and_masks(loaded, windows):

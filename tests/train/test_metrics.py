@@ -1,4 +1,5 @@
 import math
+import unicodedata
 
 import pytest
 
@@ -46,6 +47,22 @@ def test_words_of_other_scripts():
     assert tokenise("वह लड़की की", "unicode") == ["वह", "लड़की", "की"]  # vowels are marks on letters
     assert tokenise("Cafe\u0301", "unicode") == ["caf\u00e9"]
     assert tokens_for(["สวัสดีครับ"]) == "character"
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Нет, мой король", "unicode"),
+        ("Où étais-tu caché, Amélie?", "word"),
+        ("ガンダムがいいです", "character"),
+    ],
+)
+def test_marks_may_be_written_apart_from_their_letters(text, tokens):
+    apart = unicodedata.normalize("NFD", text)
+    assert apart != text
+    assert rouge(apart, text, tokens)["rougeL"] == pytest.approx(1)
+    assert sentence_bleu(apart, text, tokens)["bleu1"] == pytest.approx(1)
+    assert distinct([f"{apart} {text}"], tokens)["distinct1"] <= 0.5
 
 
 @pytest.mark.parametrize("compat", [None, "rouge-1.0.0"])

@@ -13,7 +13,7 @@ import torch
 from train.config import TrainConfig
 from train.data.layout import MQDialog
 from train.experiment.plan import Cell, Experiment
-from train.experiment.windows import cell_data, fingerprint
+from train.experiment.windows import base_of, cell_data, fingerprint
 from train.files import read_json, write_atomic
 from train.finetune import finetune
 from train.heldout import held_out_windows, score
@@ -70,6 +70,7 @@ def _key(experiment: Experiment, cell: Cell) -> str:
         "generated": experiment.generated,
         "max_new_tokens": experiment.max_new_tokens,
         "text": fingerprint(experiment, cell),
+        "base": base_of(experiment.config(cell).model),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

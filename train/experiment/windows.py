@@ -6,7 +6,10 @@ import dataclasses
 import hashlib
 from functools import cache
 
-from train.base_model import load_tokenizer
+import torch
+
+from train.base_model import fingerprint as weights_fingerprint
+from train.base_model import load_base, load_tokenizer
 from train.config import TrainConfig
 from train.data.encode import encode_all
 from train.data.layout import MQDialog
@@ -37,6 +40,12 @@ def fingerprint(experiment: Experiment, cell: Cell) -> str:
     """Changes with any text that the cell trains on or is scored on."""
     data = cell_data(experiment, cell)
     return hashlib.sha256(repr((data.train, data.dev)).encode()).hexdigest()
+
+
+@cache
+def base_of(model: str) -> str:
+    """Changes with the base model's weights."""
+    return weights_fingerprint(load_base(model)[0], torch.float32)
 
 
 def _shared(config: TrainConfig) -> TrainConfig:

@@ -13,7 +13,7 @@ from functools import cache
 
 from sacrebleu.metrics import BLEU
 
-from train.metrics.text import Tokens, checked, tokenise
+from train.metrics.text import Tokens, checked, composed, tokenise
 
 ORDERS = (1, 2, 3, 4)
 BLEU_KEYS = tuple(f"bleu{order}" for order in ORDERS)
@@ -51,7 +51,7 @@ def _share_of_distinct(replies: Sequence[Sequence[str]], n: int) -> float:
 
 def _prepared(texts: Sequence[str], tokens: Tokens) -> list[str]:
     """What sacrebleu tokenises: it knows no jieba, so those words come separated."""
-    return [" ".join(tokenise(text, tokens)) if tokens == "jieba" else text for text in texts]
+    return [" ".join(tokenise(text, tokens)) if tokens == "jieba" else composed(text) for text in texts]
 
 
 @cache

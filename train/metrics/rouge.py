@@ -10,7 +10,7 @@ from rouge_score.tokenizers import Tokenizer
 
 from train.errors import UserError
 from train.metrics import rouge_100
-from train.metrics.text import Tokens, checked, tokenise, tokens_for
+from train.metrics.text import Tokens, checked, composed, tokenise, tokens_for
 
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
 Compat = Literal["rouge-1.0.0"]
@@ -39,7 +39,7 @@ def rouge(
         if tokens in ("character", "jieba"):
             spaced = tuple(" ".join(tokenise(text, tokens)) for text in spaced)
         return dict(zip(ROUGE_KEYS, rouge_100.f_measures(*spaced), strict=True))
-    scores = _scorer(tokens).score(reference, prediction)
+    scores = _scorer(tokens).score(composed(reference), composed(prediction))
     return {key: float(scores[key].fmeasure) for key in ROUGE_KEYS}
 
 

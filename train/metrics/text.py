@@ -49,12 +49,18 @@ def tokenise(text: str, tokens: Tokens) -> list[str]:
 
     The others: all pieces but white space.
     """
+    text = composed(text)
     if tokens == "word":
         return DefaultTokenizer(use_stemmer=False).tokenize(text)
     if tokens == "unicode":
-        return WORD.findall(unicodedata.normalize("NFC", text.casefold()))
+        return WORD.findall(composed(text.casefold()))
     split = _jieba_split() if tokens == "jieba" else list
     return [piece for piece in split(text) if not piece.isspace()]
+
+
+def composed(text: str) -> str:
+    """Letters and their marks as one character where there is one (NFC): texts may be written either way."""
+    return unicodedata.normalize("NFC", text)
 
 
 @cache
