@@ -23,6 +23,10 @@ PAGES = Path("docs/results")
 MARKER = "benchmarks"
 _NONE = "No result file is committed yet. `make bench` writes one, `make bench-gpu` on a CUDA card another.\n"
 _TOKEN_OPS = ("prefill", "decode", "train_step", "generate", "finetune_step")
+_FINETUNE = """\
+The ways took turns, step by step, on the same batches, and their losses agree at every step. Wall time,
+medians [20th, 80th percentile].
+"""
 _EXPLANATION = """\
 Every provider was checked against the float64 reference before it was timed. Rounds in turns, medians
 [20th, 80th percentile]; `ours` is what `backend="auto"` picks, `ours_...` are its forced paths, its other
@@ -35,8 +39,11 @@ that users choose for their number of queriers): above 1, ours is faster.
 
 def page(name: str, result: dict, figure_names: list[str]) -> str:
     """The Markdown page of one result file."""
-    parts = [f"# {_title(result)}", _conditions(name, result), _EXPLANATION]
-    parts += ["## Where ours stands", tables.standings_table(result), _losses(result)]
+    parts = [f"# {_title(result)}", _conditions(name, result)]
+    if {row["op"] for row in result["rows"]} == {"finetune_step"}:  # ways to train, none of which is a rival
+        parts += [_FINETUNE]
+    else:
+        parts += [_EXPLANATION, "## Where ours stands", tables.standings_table(result), _losses(result)]
     parts += [f"![{figure}]({name}-{figure}.svg)" for figure in figure_names]
     for op in OPS:
         for run_ in PASSES:

@@ -136,6 +136,12 @@ def test_losses_are_said_as_plainly_as_wins():
     assert "loop | 0.75 |" in report.page("name", lost, [])
 
 
+def test_a_page_of_ways_to_train_claims_no_check_and_no_standing():
+    ways = [row(name, p50, op="finetune_step") for name, p50 in (("straightforward", 1.0), ("qar", 1.1))]
+    text = report.page("name", result(*ways), [])
+    assert "losses agree" in text and "float64" not in text and "Ours loses no cell" not in text
+
+
 def test_ours_stands_with_the_faster_storage_of_gradients():
     rows = [row(name, p50, run="fwd+bwd") for name, p50 in (("base", 1.0), ("ours", 3.0), ("loop", 1.5))]
     assert tables.against_best({r["provider"]: r for r in rows}) == ("loop", 0.5)
