@@ -122,16 +122,11 @@ def check_positions(position_ids: Tensor, cu_seq_lens: Tensor) -> None:
         )
 
 
-def window_of(cu_seq_lens: Tensor, num_tokens: int) -> Tensor:
-    """Which window each of the tokens belongs to: ``(T,)``."""
-    tokens = torch.arange(num_tokens, device=cu_seq_lens.device)
-    return torch.searchsorted(cu_seq_lens[1:].long(), tokens, right=True)
-
-
 def restarting_positions(cu_seq_lens: Tensor, num_tokens: int) -> Tensor:
     """``(1, T)`` positions that count from 0 in every window."""
-    starts = cu_seq_lens.long()[window_of(cu_seq_lens, num_tokens)]
-    return (torch.arange(num_tokens, device=cu_seq_lens.device) - starts).unsqueeze(0)
+    bounds, tokens = cu_seq_lens.long(), torch.arange(num_tokens, device=cu_seq_lens.device)
+    window = torch.searchsorted(bounds[1:], tokens, right=True)
+    return (tokens - bounds[window]).unsqueeze(0)
 
 
 def repeat_windows(cu_seq_lens: Tensor, num_tokens: int) -> Tensor:

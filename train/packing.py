@@ -20,27 +20,18 @@ SORTED_BATCHES = 50  # enough to make lengths alike (97 % real tokens), few enou
 
 
 class PackingCollator:
-    """The windows one behind the other in one row: exactly the padded batch's loss, without its padding.
-
-    ``label_key`` chooses all replies or the last one.
-    """
-
-    def __init__(self, label_key: str = "labels") -> None:
-        self.label_key = label_key
+    """The windows one behind the other in one row: exactly the padded batch's loss, without its padding."""
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """``(1, T)`` tensors, ``(N,)`` ids, ``inputs_embeds`` (1, T, H) in place of ``input_ids``, bounds."""
-        lengths = torch.tensor([len(item[self.label_key]) for item in items])
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        lengths = torch.tensor([len(item["labels"]) for item in items])
         batch = {
-            "labels": _join(items, self.label_key),
+            "labels": _join(items, "labels"),
             "response_mask": _join(items, "response_mask"),
             "querier_ids": torch.tensor([item["querier_ids"] for item in items]),
             "cluster_ids": torch.tensor([item["cluster_ids"] for item in items]),
-            "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()]).unsqueeze(0),
-            # what flash attention asks for; the other attentions read the first
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
+            "cu_seq_lens_q": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+            # what flash attention asks for besides
             "max_length_q": int(lengths.max()),
             "max_length_k": int(lengths.max()),
         }

@@ -38,12 +38,9 @@ def test_packed_batch_holds_the_windows_in_order(windows):
         assert batch["input_ids"][0, start:end].tolist() == item["input_ids"]
         assert batch["labels"][0, start:end].tolist() == item["labels"]
         assert batch["response_mask"][0, start:end].tolist() == item["response_mask"]
-        assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
     assert bounds[-1] == batch["input_ids"].shape[1] == sum(len(item["labels"]) for item in items)
     assert batch["max_length_q"] == max(len(item["labels"]) for item in items)
     assert batch["querier_ids"].tolist() == [item["querier_ids"] for item in items]
-    last = PackingCollator("reply_labels")(items)["labels"]
-    assert last[0, bounds[1] : bounds[2]].tolist() == items[1]["reply_labels"]
 
 
 def test_cached_states_are_packed(loaded, windows, tmp_path):
