@@ -17,8 +17,6 @@ from qar_kernels.roofline import CHIPS
 from train.cli import run
 from train.files import read_text, write_atomic
 
-_GB = 1e9
-
 
 @dataclass(frozen=True)
 class Model:
@@ -113,16 +111,6 @@ def training_bytes(weight: int, gradient: int, states: int) -> int:
     return (weight + gradient + states) * expert_parameters()
 
 
-def training_flops(tokens: int, model: Model = LLAMA) -> float:
-    """Operations of training one expert: the frozen base forward and for its input (4 a parameter and
-    token), the expert also for its weights (6). Attention's own products are left out.
-
-    >>> round(training_flops(1) / 1e9, 1)
-    32.3
-    """
-    return tokens * (4.0 * model.parameters + 6.0 * expert_parameters(model=model))
-
-
 def tables() -> dict[str, str]:
     """Every table by the name of its place in the document."""
     return {
@@ -204,7 +192,7 @@ def _training() -> str:
 
 
 def _bytes(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", _GB), ("MB", 1e6)):
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f} B"

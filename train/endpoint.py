@@ -118,9 +118,9 @@ def _content(body: bytes) -> str:
 class Cached:
     """The same questions asked once: answers are appended to ``path`` as they come, one line of JSON each."""
 
-    def __init__(self, endpoint: Endpoint, path: Path | None) -> None:
+    def __init__(self, endpoint: Endpoint, path: Path) -> None:
         self.endpoint, self.path = endpoint, path
-        self.answers = _read(path) if path is not None and path.is_file() else {}
+        self.answers = _read(path) if path.is_file() else {}
 
     def ask(self, messages: Sequence[Message]) -> str:
         """As ``Endpoint.ask``; what it raises is not kept, so that a later run asks again."""
@@ -133,8 +133,6 @@ class Cached:
 
     def _append(self, line: dict[str, Any]) -> None:
         """On a line of its own also after one that a killed run left half written."""
-        if self.path is None:
-            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(f"\n{json.dumps(line)}\n")  # ASCII: an answer may hold half a character

@@ -31,7 +31,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from qar_models import sparse_parameters
 from train import ranks
-from train.config import TrainConfig
+from train.config import DTYPES, TrainConfig
 from train.data.layout import MQDialog
 from train.data.summary import num_dialogues
 from train.dataset import load_data
@@ -40,7 +40,6 @@ from train.finetune import Prepared, make_trainer, prepare
 from train.trained import is_querier_part
 
 MEASURED = 4  # steps; the first one pays for warming up and is left out of the estimate
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -110,7 +109,7 @@ def memory(prepared: Prepared, config: TrainConfig) -> dict[str, float]:
     dense = trained - by_rows
     asking = config.batch_size * config.gradient_accumulation / prepared.model.qar.num_queriers
     frozen = sum(p.numel() for p in prepared.model.parameters() if not p.requires_grad)
-    width = WIDTH[config.dtype]
+    width = DTYPES[config.dtype].itemsize
     masters = stage > 0 and width == 2
     trained_width = 2 if masters else 4
     share = [1 / ranks.world_size() if stage >= least else 1.0 for least in (1, 2, 3)]
@@ -126,7 +125,7 @@ def memory(prepared: Prepared, config: TrainConfig) -> dict[str, float]:
 
 
 def _activations(prepared: Prepared, config: TrainConfig) -> float:
-    shape, width = prepared.model.config, WIDTH[config.dtype]
+    shape, width = prepared.model.config, DTYPES[config.dtype].itemsize
     tokens = config.batch_size * max(len(window.input_ids) for window in prepared.windows.windows)
     rows = tokens * (2 if config.method == "qar" and config.tower == "replace" else 1)
     layer = 10 * shape.hidden_size + 4 * shape.intermediate_size

@@ -60,7 +60,7 @@ def samples() -> list[dict]:
         {
             "query": "Do you want to see a movie <b>tonight</b> & talk?",
             "history": [
-                "Penny: Hi, sweetie.",
+                {"from": "Penny", "value": "Hi, sweetie."},
                 {"from": "Sheldon", "value": "Hello, Penny. You are in my spot."},
             ],
             "reference": "I'm afraid that's impossible. Tonight is laundry night.",

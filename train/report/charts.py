@@ -80,7 +80,7 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def interval_dots(
-    names: Sequence[str], values: Sequence[float], cis: Sequence[Interval], colours: Sequence[str], axis: str
+    names: Sequence[str], values: Sequence[float], cis: Sequence[Interval], colours: Sequence[str]
 ) -> str:
     """One dot with its error bar for each row; the axis need not start at zero."""
     with _canvas(0.75 + 0.36 * len(names)) as (figure, axes):
@@ -101,7 +101,6 @@ def interval_dots(
             )
         _name_rows(axes, names)
         axes.margins(x=0.15)
-        axes.set_xlabel(axis)
         axes.grid(axis="x", color=_INK, alpha=0.2, linewidth=0.6)
         return _svg(figure)
 

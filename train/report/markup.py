@@ -66,9 +66,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 def answer_cards(sample: Mapping[str, Any]) -> str:
     """One question with its history, the reference reply and the answer given to each querier."""
     asker = sample.get("asked_by")
-    history = "".join(
-        f'<p class="turn" dir="auto">{text(_turn(turn))}</p>' for turn in sample.get("history") or []
-    )
+    turns = (f"{turn['from']}: {turn['value']}" for turn in sample["history"])
+    history = "".join(f'<p class="turn" dir="auto">{text(turn)}</p>' for turn in turns)
     asked = f'<p class="turn">{text(asker)} asks</p>' if asker else ""
     query = f'{asked}<p class="query" dir="auto">{text(sample["query"])}</p>'
     cards = [_card("reference", "Reference", sample["reference"])] if sample.get("reference") else []
@@ -76,11 +75,6 @@ def answer_cards(sample: Mapping[str, Any]) -> str:
         title = f"To {querier}, who asked" if querier == asker else f"To {querier}"
         cards.append(_card("asker" if querier == asker else "", title, answer.strip() or "(empty reply)"))
     return f'<article class="sample">{history}{query}<div class="answers">{"".join(cards)}</div></article>'
-
-
-def _turn(turn: str | Mapping[str, str]) -> str:
-    """A turn is a line of text, or {"from", "value"} as in the data files."""
-    return turn if isinstance(turn, str) else f"{turn['from']}: {turn['value']}"
 
 
 def _card(kind: str, title: str, answer: str) -> str:

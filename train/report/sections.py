@@ -44,7 +44,7 @@ def _method_dots(methods: Mapping[str, Part], key: str, caption: str) -> str:
     values = [scores[key] for scores in known.values()]
     cis = [(scores.get("ci95") or {}).get(key) for scores in known.values()]
     colours = [charts.colour(name) for name in known]
-    return figure(caption, charts.interval_dots([label(name) for name in known], values, cis, colours, ""))
+    return figure(caption, charts.interval_dots([label(name) for name in known], values, cis, colours))
 
 
 def training_curves(curves: Mapping[str, Sequence[Part]]) -> str:
@@ -134,7 +134,7 @@ def planted(test: Part | None) -> str:
     people = test.get("per_querier") or {}
     series = {
         label(side): (
-            [test.get(f"{side}_accuracy"), *(_accuracy(person, side) for person in people.values())],
+            [test.get(f"{side}_accuracy"), *(person.get(side) for person in people.values())],
             charts.colour(side),
         )
         for side in ("ft", "qar")
@@ -145,13 +145,6 @@ def planted(test: Part | None) -> str:
     return section(
         "Planted test", figures([figure("Accuracy, overall and by querier", chart)]), note=note, half=True
     )
-
-
-def _accuracy(person: float | Part, side: str) -> float | None:
-    """A querier's entry is {"ft", "qar"}, or QAR's accuracy alone."""
-    if isinstance(person, Mapping):
-        return person.get(side)
-    return person if side == "qar" else None
 
 
 def expert_similarity(similarity: Part | None) -> str:
