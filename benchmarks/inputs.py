@@ -12,8 +12,7 @@ from torch import Tensor
 
 from benchmarks.shapes import Cell
 from qar_kernels import Segments, reference
-
-Three = tuple[Tensor, Tensor, Tensor]
+from qar_kernels.row_sparse import Three
 
 
 @dataclass(frozen=True, eq=False)

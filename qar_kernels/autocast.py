@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qar_kernels.row_sparse import Three
 from qar_kernels.segments import Segments
-
-Three = tuple[Tensor, Tensor, Tensor]
 
 
 def is_on(tensor: Tensor) -> bool:

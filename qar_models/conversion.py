@@ -39,7 +39,7 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
     """
     if not isinstance(qar, QARConfig):
         raise TypeError(f"qar: got a {type(qar).__name__}, expected a QARConfig")
-    base = _unwrap(model)
+    base = unwrap(model)
     family = family_of(base)
     if type(base) is family.for_causal_lm:
         raise ValueError(f"model: {type(base).__name__} is querier-aware already; call remove_qar first")
@@ -57,7 +57,7 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
 
 def remove_qar(model: nn.Module) -> nn.Module:
     """Give the base model back: the inverse of :func:`apply_qar`, in place."""
-    base = _unwrap(model)
+    base = unwrap(model)
     family = family_of(base)
     if type(base) is not family.for_causal_lm:
         raise ValueError(f"model: {type(base).__name__} is not querier-aware")
@@ -157,5 +157,6 @@ def _check_plain(model: PreTrainedModel, family: Family) -> None:
             )
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The ``ForCausalLM``, also inside a PEFT model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""Collectives that the loss needs."""
+"""Collectives of the contrastive loss and of row-sparse gradients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def gather_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _gather_lengths(length: int) -> list[int]:
     """The batch size of every rank, exchanged between hosts: the device queue is not waited for."""
     size = torch.tensor([length])
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    sizes = [torch.empty_like(size) for _ in range(num_ranks())]
     dist.all_gather(sizes, size, group=_host_group(dist.group.WORLD))
     return torch.cat(sizes).tolist()
 

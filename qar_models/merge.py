@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from qar_kernels.lora import NO_LORA
 from qar_models.base_mlp import BaseMLP, fusable
+from qar_models.conversion import unwrap
 
 _WIDTH = 16  # whole 16-byte rows of any dtype
 
@@ -32,7 +33,7 @@ def merge_shared(model: PreTrainedModel) -> None:
             belongs to the other stream), while ``train_only`` is on, or where a base MLP has adapters,
             biases or quantised weights.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside a PEFT model
+    model = unwrap(model)
     qar = model.qar
     if (qar.tower, qar.experts) != ("residual", "shared+per_querier"):
         raise ValueError(

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from qar_kernels.row_sparse import row_sparse
-from qar_models.distributed import gather_batch
+from qar_models.distributed import gather_batch, num_ranks
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +40,7 @@ def average_row_gradients(parameters: Iterable[nn.Parameter]) -> None:
     Every rank calls it with the same parameters, after the backward pass and before the optimizer. A
     rank without a gradient counts as zeros. Does nothing in a single process.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if num_ranks() == 1:
         return
     for parameter in parameters:
         if parameter.grad is None:
@@ -51,7 +50,7 @@ def average_row_gradients(parameters: Iterable[nn.Parameter]) -> None:
             )
         else:
             ids, rows = rows_of(parameter.grad)
-        rows, ids = gather_batch(rows[None] / dist.get_world_size(), ids)
+        rows, ids = gather_batch(rows[None] / num_ranks(), ids)
         parameter.grad = row_sparse(ids, rows[0], parameter.shape).coalesce() if ids.shape[0] else None
 
 

@@ -205,17 +205,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     values = _read_yaml(path)
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"override '{override}': expected key=value")
-        values[key] = override_value(override, value)
+        key, value = parse_override(override)
+        values[key] = value
     return config_from(values, str(path))
 
 
-def override_value(override: str, value: str) -> Any:
-    """The YAML value of ``override``; ``UserError`` naming it where there is none."""
+def parse_override(override: str) -> tuple[str, Any]:
+    """Key and YAML value of ``key=value``; ``UserError`` naming ``override`` where there is none."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"override '{override}': expected key=value")
     try:
-        return yaml.safe_load(value)
+        return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}': the value is not valid YAML") from error
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qar_kernels import dispatch
 from qar_kernels.lora import NO_LORA, LoRA
+from qar_kernels.row_sparse import Three
 from qar_kernels.segments import Segments
 from qar_kernels.tile_plan import TilePlan
 from qar_kernels.triton import launch, ops
@@ -22,7 +23,6 @@ from qar_kernels.triton.lora import prepare
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLAN_FIELDS = tuple(field.name for field in fields(TilePlan))
-Three = tuple[Tensor, Tensor, Tensor]
 
 
 def fused_mlp(

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from train.config import override_value
+from train.config import parse_override
 from train.data.transcript_rows import KEYS
 from train.errors import UserError
 from train.experiment.plan import Experiment, Method
@@ -28,14 +28,12 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"override '{override}': expected key=value")
+    key, value = parse_override(override)
     group, dot, inner = key.partition(".")
     if dot and group != "train":
         raise UserError(f"override '{override}': expected key=value or train.key=value")
     target = values.setdefault("train", {}) if dot else values
-    target[inner or group] = override_value(override, value)
+    target[inner or group] = value
 
 
 def _checked(values: dict[str, Any], path: Path) -> Experiment:
