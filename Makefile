@@ -34,7 +34,7 @@ test: lint
 HAS_CARD := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 test-gpu: $(READY)
-	@if $(HAS_CARD); then $(BIN)/python -m pytest tests/gpu -rs; \
+	@if $(HAS_CARD); then TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu -rs; \
 	else echo "no CUDA device on this machine: nothing was tested"; fi
 
 # both write benchmarks/results/MACHINE-DATE.json as they go and begin no cell after the minutes given

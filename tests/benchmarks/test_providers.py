@@ -19,7 +19,6 @@ from benchmarks.schema import load
 from benchmarks.session import Job, Session
 from benchmarks.shapes import Cell, matrix
 from benchmarks.verify import Reference, WrongResult
-from qar_kernels.triton import launch
 from qar_kernels.triton.runner import recording
 from train.errors import UserError
 
@@ -44,8 +43,6 @@ def test_providers_are_right(name, inter, training):
 @pytest.mark.parametrize("path", ["fused", "grouped"])
 @pytest.mark.parametrize("training", [False, True])
 def test_forced_paths_are_right_and_leave_the_environment_alone(monkeypatch, path, training):
-    if not launch.INTERPRETED:
-        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1 before Triton is imported")
     monkeypatch.setenv("QAR_KERNELS_PATH", "before")
     inputs = Inputs.draw(CELL, "cpu", training)
     Reference(inputs).check(PROVIDERS[f"ours_{path}"].prepare(inputs))

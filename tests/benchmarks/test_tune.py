@@ -10,7 +10,6 @@ from benchmarks import tune
 from benchmarks.clocks import ProcessClock
 from benchmarks.inputs import Inputs
 from benchmarks.shapes import Cell
-from qar_kernels.triton import launch
 from qar_kernels.triton.configs import Gemm
 from train.errors import UserError
 
@@ -57,8 +56,6 @@ def test_the_search_goes_on_from_the_fastest(monkeypatch):
 
 @pytest.mark.parametrize("kernel", tune.KERNELS)
 def test_every_kernel_gives_the_same_under_other_block_sizes(kernel):
-    if not launch.INTERPRETED:
-        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1 before Triton is imported")
     inputs = Inputs.draw(Cell(24, 3, 5, 16, 32, 64, "float32"), "cpu", training=False)
     call, kernels = tune.prepare(inputs, "tiny")
     gemm = replace(getattr(call.config, kernel), block_n=16)

@@ -4,10 +4,7 @@ Without one, ``QAR_REHEARSE=1 python -m pytest tests/gpu`` runs what the interpr
 mistake in a test is found before a card is at hand; otherwise they are skipped in one line.
 """
 
-import os
 import sys
 from pathlib import Path
 
-if os.environ.get("QAR_REHEARSE") == "1":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
 sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))

@@ -1,10 +1,5 @@
 """Kernel tests run the Triton kernels in the interpreter, with every allocation poisoned."""
 
-import os
-
-# Triton reads this when a kernel is decorated: set before anything imports one.
-os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
 import torch
 
