@@ -16,7 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.finetune_ways import ABLATION, BASELINE, PAIR, Job, Training, Way, peak_bytes
 from benchmarks.machine import describe, versions
+from benchmarks.runner import Timing
 from train.cli import run
 from train.config import TrainConfig
 from train.errors import UserError
@@ -92,19 +93,13 @@ def rows(job: Job, found: dict[str, Measured]) -> list[dict]:
         "H": architecture.hidden_size,
         "I": architecture.intermediate_size,
     }
-    times = {name: _percentiles(measured.seconds) for name, measured in found.items()}
+    times = {name: Timing.of([1e3 * s for s in measured.seconds]) for name, measured in found.items()}
     return [
         {"op": "finetune_step", "provider": name, "pass": "fwd+bwd", **shape, "dtype": config.dtype}
-        | {"L": architecture.num_hidden_layers, "ms": times[name], "peak_bytes": measured.peak_bytes}
-        | {"ratio_to_base": times[name]["p50"] / times[BASELINE]["p50"]}
+        | {"L": architecture.num_hidden_layers, "ms": asdict(times[name]), "peak_bytes": measured.peak_bytes}
+        | {"ratio_to_base": times[name].p50 / times[BASELINE].p50}
         for name, measured in found.items()
     ]
-
-
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    found = torch.tensor(seconds, dtype=torch.float64).quantile(at) * 1e3
-    return dict(zip(("p20", "p50", "p80"), found.tolist(), strict=True))
 
 
 def tokens_per_second(job: Job, measured: Measured) -> float:
@@ -113,11 +108,10 @@ def tokens_per_second(job: Job, measured: Measured) -> float:
     return sum(job.tokens(step) for step in range(first, len(job.batches))) / sum(measured.seconds)
 
 
-def speedups(found: dict[str, Measured], name: str) -> dict[str, float]:
+def speedups(found: dict[str, Measured], name: str) -> Timing:
     """The baseline's time over ``name``'s, step by step, as percentiles."""
     pairs = zip(found[BASELINE].seconds, found[name].seconds, strict=True)
-    ratios = _percentiles([base / own for base, own in pairs])
-    return {key: ratio / 1e3 for key, ratio in ratios.items()}
+    return Timing.of([base / own for base, own in pairs])
 
 
 def show(job: Job, found: dict[str, Measured], console: Console) -> None:
@@ -126,7 +120,7 @@ def show(job: Job, found: dict[str, Measured], console: Console) -> None:
     for name, measured in found.items():
         ratio = speedups(found, name)
         peak = "not measured" if measured.peak_bytes is None else f"{measured.peak_bytes / 2**20:.0f} MiB"
-        spread = f"{ratio['p50']:.2f} [{ratio['p20']:.2f}, {ratio['p80']:.2f}]"
+        spread = f"{ratio.p50:.2f} [{ratio.p20:.2f}, {ratio.p80:.2f}]"
         table.add_row(name, f"{tokens_per_second(job, measured):.0f}", spread, peak)
     console.print(table)
     for name, measured in found.items():

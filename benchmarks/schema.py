@@ -23,14 +23,13 @@ FILE...`` checks files.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from train.cli import run
 from train.errors import UserError
-from train.files import read_text
+from train.files import load_json
 
 # The provider that an op's ratios divide by.
 OPS = {
@@ -154,10 +153,7 @@ def load(path: Path) -> dict:
     Raises:
         UserError: naming the file and the first problem.
     """
-    try:
-        result = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON (line {error.lineno}: {error.msg})") from error
+    result = load_json(path)
     for problem in problems(result):
         raise UserError(f"{path}: {problem}")
     return result
