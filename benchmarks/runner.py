@@ -1,4 +1,4 @@
-"""The one way of measuring: warm up, take turns, keep the spread."""
+"""How the suites measure: warm up, take turns, keep the spread."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 T rows, H hidden, I intermediate, R expert rank, E experts. Rows are grouped by expert once a batch, and every
 segment runs dense matrix products (:mod:`qar_kernels.row_products`).
 
-With one thread, and R above 1, a segment's bits depend on its own rows alone; more threads may cut a
-product, or a buffer, according to its company.
+With one thread, and R and H multiples of 8, a segment's bits depend on its own rows alone; more threads may
+cut a product, or a buffer, according to its company.
 
 Registered as custom operators because the loop over segments reads the segment bounds on the host:
 ``torch.compile`` then sees one opaque node instead of a graph break.
