@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -56,24 +57,21 @@ class Case:
 
 def matrix(arch: str, shapes: Sequence[str] = tuple(SHAPES)) -> Iterator[Case]:
     """Every case of ``arch``; exact fp32, which no model is served in, at one shape and three ranks."""
-    *dense, experts = _configs(arch)
-    for config in (*dense, experts):
-        for shape in shapes:
-            for rank in RANKS:
-                for dtype in ("bf16", "fp16"):
-                    # the large configuration has the expert tower where nothing below the experts is trained
-                    towers = ("expert",) if config == experts else TOWERS
-                    yield from (Case(config, shape, rank, dtype, tower) for tower in towers)
-    for config in dense:
-        for lora_rank in LORA_RANKS:
-            yield from (Case(config, shape, 64, "bf16", "fused", lora_rank) for shape in shapes)
+    for config in (name for name in CONFIGS if name.startswith(_family(arch))):
+        # the large configuration has the expert tower where nothing below the experts is trained
+        towers = ("expert",) if config.endswith("_experts") else TOWERS
+        for kind in product(shapes, RANKS, ("bf16", "fp16"), towers):
+            yield Case(config, *kind)
+        if "fused" in towers:
+            for shape, lora_rank in product(shapes, LORA_RANKS):
+                yield Case(config, shape, 64, "bf16", "fused", lora_rank)
     for rank in (8, 64, 128):
         yield from (Case("fp32", shapes[0], rank, "fp32", tower) for tower in TOWERS)
 
 
 def representative(arch: str) -> Iterator[Case]:
     """Few cases that meet every configuration, tower, shape and dtype, and ranks from 8 to 128."""
-    large, decode, experts = _configs(arch)
+    large, decode, experts = (f"{_family(arch)}_{size}" for size in ("large", "decode", "experts"))
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused")
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused", lora_rank=16)
     yield Case(large, "Qwen2.5-7B", 128, "fp16", "dual")
@@ -95,9 +93,8 @@ def every_launch(case: Case) -> list[Recorded]:
     return _launches(case, _rows(case), keep_h=(False, True), save=(True, False))
 
 
-def _configs(arch: str) -> tuple[str, str, str]:
-    prefix = FAMILIES[divmod(int(arch.removeprefix("sm_")), 10)]
-    return f"{prefix}_large", f"{prefix}_decode", f"{prefix}_experts"
+def _family(arch: str) -> str:
+    return FAMILIES[divmod(int(arch.removeprefix("sm_")), 10)]
 
 
 def _rows(case: Case) -> tuple[int, ...]:

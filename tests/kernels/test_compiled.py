@@ -87,6 +87,11 @@ def test_the_representative_set_meets_everything(arch):
     }
 
 
+def test_a_new_configuration_is_compiled_like_the_others(monkeypatch):
+    monkeypatch.setitem(CONFIGS, "sm90_new", CONFIGS["sm90_large"])
+    assert "sm90_new" in {case.config for case in shipped.matrix("sm_90")}
+
+
 def test_launches_of_one_step_split_and_do_not_split():
     """The rows were chosen so that 1, 2, 4 and 8 parts of K are all compiled."""
     case = shipped.Case("sm90_large", "Llama-3-8B", 64, "bf16", "fused")
