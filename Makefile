@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-gpu bench bench-gpu lint format clean
+.PHONY: help setup demo test test-gpu bench bench-gpu lint format clean clean-runs
 
 help:
 	@echo "make demo    prepare data, fine-tune, evaluate, generate, report (runs/demo/report.html)"
@@ -12,7 +12,7 @@ help:
 	@echo "make bench   every way of computing against the others, on this CPU (5 minutes)"
 	@echo "make test-gpu, make bench-gpu   the same and the kernels' tests on a CUDA card"
 	@echo "make setup   only the virtual environment"
-	@echo "make clean   remove runs, data and caches (the virtual environment stays)"
+	@echo "make clean   remove what tools have left; clean-runs: also runs, data and caches (trained models!)"
 
 setup: $(READY)
 
@@ -54,4 +54,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf runs data .cache .pytest_cache .ruff_cache build
+	rm -rf .pytest_cache .ruff_cache build
+
+clean-runs: clean
+	rm -rf runs data .cache

@@ -105,6 +105,8 @@ def _source(name: str, cache: Path) -> str | Path:
         return _converted_smollm2(cache)
     if _looks_like_path(name) and not (Path(name) / "config.json").is_file():
         raise UserError(f"model '{name}': no such folder with a config.json")
+    if not Path(name).is_dir():
+        logger.info("model '%s': no such folder in %s, so it is a name on the hub", name, Path.cwd())
     return name
 
 

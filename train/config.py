@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ Method = Literal["qar", "ft"]
 Batching = Literal["packed", "grouped", "padded"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PATHS = ("data", "output_dir", "model", "profiles", "deepspeed")
+TEXTS = (str, str | None)
+"""Types whose overrides are taken as they stand: to YAML ``a #2`` is ``a``, and ``2026`` a number."""
 _COUNTS = ("lora_rank", "batch_size", "gradient_accumulation", "max_tokens", "save_steps", "save_total_limit")
 _RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (_COUNTS, lambda value: value >= 1),
@@ -203,18 +207,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         UserError: naming the file and the key that is unknown, missing or of the wrong type.
     """
-    values = _read_yaml(path)
+    values, hints = _read_yaml(path), get_type_hints(TrainConfig)
     for override in overrides:
-        key, value = parse_override(override)
-        values[key] = value
+        key, value = parse_override(override, hints.get(override.partition("=")[0]) in TEXTS)
+        values[key] = _convert(value, hints[key], f"override '{override}'") if key in hints else value
     return config_from(values, str(path))
 
 
-def parse_override(override: str) -> tuple[str, Any]:
-    """Key and YAML value of ``key=value``; ``UserError`` naming ``override`` where there is none."""
+def parse_override(override: str, is_text: bool = False) -> tuple[str, Any]:
+    """Key and YAML value of ``key=value``, of a text as it stands unless it is quoted or ``null``.
+
+    Raises ``UserError`` naming ``override`` where there is no such pair.
+    """
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"override '{override}': expected key=value")
+    if is_text and value not in ("", "null") and value[0] not in "\"'":
+        return key, value
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -243,7 +252,15 @@ def config_from(values: dict[str, Any], origin: str) -> TrainConfig:
         if field.default is dataclasses.MISSING and field.name not in values:
             raise UserError(f"{origin}: key '{field.name}' is missing")
     checked = {key: _convert(value, hints[key], f"{origin}: key '{key}'") for key, value in values.items()}
-    return TrainConfig(**checked)
+    return TrainConfig(**(checked | _paths(checked)))
+
+
+def _paths(values: dict[str, Any]) -> dict[str, str]:
+    """``~`` is the home; a base in a folder is known by its whole path, wherever what it trains is used."""
+    found = {key: os.path.expanduser(values[key]) for key in PATHS if values.get(key)}
+    if "model" in found and Path(found["model"]).is_dir():
+        found["model"] = str(Path(found["model"]).resolve())
+    return found
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -28,10 +28,11 @@ from train.files import check_file, write_atomic
 from train.generate import known_querier, querier_id, responders
 from train.heldout import BATCH_SIZE, held_out_windows, score
 from train.metrics import Record, compare, summarise, swap_summary
-from train.run_file import check_finished
+from train.run_file import RUN, check_finished
 from train.trained import Trained, load_trained, read_about
 
 GENERATED, MAX_NEW_TOKENS = 128, 48
+NO_RUN = Path(".cache/no_run")
 COLUMNS = {
     "nll": "NLL",
     "rouge1": "ROUGE-1",
@@ -68,8 +69,9 @@ def evaluate(
             were.
     """
     trained = load_trained(folder, DTYPES[dtype])
-    # the states of frozen layers lie beside the run, where the run itself put them
-    config = trained.config.replace(data=str(data or trained.config.data), output_dir=str(folder.parent))
+    # the states of frozen layers lie beside the run, where the run itself put them, or else out of the way
+    beside = folder.parent if (folder.parent / RUN).is_file() else NO_RUN
+    config = trained.config.replace(data=str(data or trained.config.data), output_dir=str(beside))
     if data is None:
         own = load_data(config).data
         _check_trained_on(config, own)
@@ -206,6 +208,8 @@ def main() -> None:
         results.append(evaluate(folder, *settings))
         console.print(score_table(results[-1]), *_notes(results[-1]), sep="\n")
     report: dict[str, Any] = {"models": results}
+    if arguments.out:  # before two models are compared, which may not be possible
+        write_atomic(arguments.out, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     if arguments.against:
         report["differences"] = difference(results[0]["records"], results[1]["records"])
         console.print(difference_table(report["differences"], *(found["model"] for found in results)))

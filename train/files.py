@@ -85,8 +85,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling that takes the place of ``path`` when the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -113,7 +114,7 @@ def _naming(path: Path) -> Iterator[None]:
             raise
         raise OSError(number := int(found[1]), os.strerror(number), str(path)) from error
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = str(path)  # and not a temporary one beside it
         raise
 
 
@@ -121,16 +122,24 @@ def check_file(path: Path) -> None:
     """``UserError`` if :func:`write_atomic` cannot put a file there: a folder is, or a file is above it."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder, expected a file to write")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """``UserError`` if nothing can be made at ``path``, before the work whose result goes there."""
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if not nearest.is_dir():
         raise UserError(f"{path}: cannot be written, {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written, {nearest} is read-only")
 
 
 @contextmanager
 def build_directory(target: Path) -> Iterator[Path]:
     """Yield an empty sibling folder that takes the place of ``target`` when the block ends without error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with _naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         built = workspace / "new"
         built.mkdir()

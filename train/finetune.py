@@ -77,6 +77,7 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     ranks.start(config.deepspeed)
     with ranks.watching():
         _train(config, resume)
+    logger.info("%s is written", folder)
     return folder
 
 
@@ -96,6 +97,9 @@ def _train(config: TrainConfig, resume: bool) -> None:
     with stop.listening(), logging_redirect_tqdm():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.interrupted:
+        logger.info(
+            "%s: stopped at step %d; --resume continues", config.output_dir, trainer.state.global_step
+        )
         raise KeyboardInterrupt
     _write_results(prepared, config, found.data.responder, trainer.state.log_history, keep)
 

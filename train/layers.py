@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from train.base_model import default_device
 from train.data.encode import Encoded
 from train.files import write_tensors
+
+logger = logging.getLogger(__name__)
 
 
 def upper_part(model: PreTrainedModel, first_layer: int) -> PreTrainedModel:
@@ -49,8 +52,15 @@ def lower_states(
     states = _read(path, len(windows))
     if states is None:
         states = _run_lower(model, windows, num_layers, batch_size)
-        write_tensors(path, {str(index): state for index, state in enumerate(states)})
+        _keep(states, path)
     return states
+
+
+def _keep(states: Sequence[Tensor], path: Path) -> None:
+    try:
+        write_tensors(path, {str(index): state for index, state in enumerate(states)})
+    except OSError as error:  # they only save time
+        logger.warning("%s: the frozen layers' states are not kept (%s)", path, error.strerror)
 
 
 @torch.no_grad()

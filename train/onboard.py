@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from train.dataset import with_context
 from train.errors import UserError
 from train.finetune import make_trainer
 from train.generate import responders
-from train.trained import Trained, check_replaceable, load_trained, save_with_adapter_of
+from train.trained import TRAINED, Trained, check_replaceable, load_trained, save_with_adapter_of
 
 EPOCHS, LEARNING_RATE = 4.0, 5e-3
 
@@ -41,6 +42,7 @@ def onboard(
     out: Path,
     epochs: float = EPOCHS,
     learning_rate: float = LEARNING_RATE,
+    force: bool = False,
 ) -> Path:
     """Add ``querier`` to the trained model in ``source``, train that expert alone, write ``out``.
 
@@ -49,8 +51,11 @@ def onboard(
 
     Raises:
         UserError: if nobody in ``source`` has an expert of their own, its prompts are few-shot, the newcomer
-            is no newcomer, or ``data`` is of another responder or has no training window of theirs.
+            is no newcomer, or ``data`` is of another responder or has no training window of theirs; if there
+            is a model in ``out`` already, unless ``force``.
     """
+    if (out / TRAINED).is_file() and not force:
+        raise UserError(f"{out}: is a trained model already; --force replaces it")
     check_replaceable(out)
     trained = load_trained(source, torch.float32)  # the others' experts are written back as they are
     _check_source(trained, source)
@@ -138,16 +143,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the extended model goes")
     parser.add_argument("--epochs", type=float, default=EPOCHS)
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--force", action="store_true", help="replace a model that is there")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    onboard(
+    written = onboard(
         arguments.model,
         arguments.data,
         arguments.querier,
         arguments.out,
         arguments.epochs,
         arguments.learning_rate,
+        arguments.force,
     )
+    sys.stdout.write(f"{written}\n")
 
 
 if __name__ == "__main__":

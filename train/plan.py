@@ -58,6 +58,9 @@ def _dry_run(config: TrainConfig) -> None:
         "memory of one rank (estimate)": {
             name: f"{size / 2**20:,.1f} MiB" for name, size in memory(prepared, config).items()
         },
+        "frozen layers' states, on disk and in host memory": {
+            "all windows": f"{sum(state.nbytes for state in prepared.windows.states or ()) / 2**20:,.1f} MiB"
+        },
         "time": _times(first_steps(prepared, config), num_steps(config, len(prepared.windows))),
     }
     if ranks.is_main():

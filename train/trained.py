@@ -23,7 +23,7 @@ from qar_models import QARConfig, apply_qar
 from train.base_model import default_device, fingerprint, load_base
 from train.config import DTYPES, TrainConfig, config_from
 from train.errors import UserError
-from train.files import build_directory, read_json
+from train.files import build_directory, check_place, read_json
 
 TRAINED, EXPERTS = "trained.json", "experts.safetensors"
 EXPERT_NAMES = (".experts.", "norm_specific.", "contrast.")
@@ -133,7 +133,8 @@ def _write_experts(model: PreTrainedModel, config: TrainConfig, responder: str, 
 
 
 def check_replaceable(out: Path) -> None:
-    """``UserError`` if writing trained parts to ``out`` would take the place of anything else."""
+    """``UserError`` if trained parts cannot be written to ``out``, or would take another thing's place."""
+    check_place(out)
     if out.exists() and not (out / TRAINED).is_file() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: is there and holds no trained model; choose an empty or a new folder")
 

@@ -27,6 +27,19 @@ def test_values_and_overrides(tmp_path):
     assert (config.tower, config.deepspeed) == ("replace", "ds.json")
 
 
+def test_texts_are_taken_as_they_stand_and_folders_by_their_whole_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").mkdir()
+    path = write(tmp_path, "data: ~/d\noutput_dir: o\nprofiles: p.yaml\n")
+    config = load_config(path, ["output_dir=runs/al #2", "model=llama", "profiles=null"])
+    assert (config.data, config.output_dir) == (f"{tmp_path}/d", "runs/al #2")
+    assert (config.model, config.profiles) == (str(tmp_path / "llama"), None)
+    assert load_config(path, ["output_dir=2026", "model='some/hub name'"]).model == "some/hub name"
+    with pytest.raises(UserError, match="override 'batch_size=two': got 'two', expected int"):
+        load_config(path, ["batch_size=two"])
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -65,7 +78,7 @@ def test_mistakes_are_named(tmp_path, text, named):
         ("lora_dropout=2", "lora_dropout: got 2.0, expected at least 0 and less than 1"),
         ("seed=-1", "seed: got -1, expected 0 to"),
         ("max_turns=1", "max_turns: got 1, expected at least 2"),
-        ("data=[", "override 'data=[': the value is not valid YAML"),
+        ("lora_targets=[", "override 'lora_targets=[': the value is not valid YAML"),
     ],
 )
 def test_values_out_of_range_are_named(tmp_path, override, named):

@@ -118,6 +118,27 @@ def test_data_that_were_built_anew_are_refused(trained, config, tiny_data, tmp_p
     assert evaluate(trained, tmp_path / "few", generated=1, max_new_tokens=4)["records"]
 
 
+def test_scores_are_kept_where_two_models_do_not_compare(trained, config, tiny_data, tmp_path, monkeypatch):
+    few = dataclasses.replace(tiny_data, dev=tiny_data.dev[1:])
+    write_mqdialog(few, tmp_path / "few", "planted")
+    other = finetune(config.replace(data=str(tmp_path / "few"), output_dir=str(tmp_path / "runs" / "other")))
+    out = tmp_path / "scores.json"
+    options = ["--model", trained, "--against", other, "--generated", 1, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, options)])
+    with pytest.raises(UserError, match="the two models do not compare"):
+        command.main()
+    assert len(json.loads(out.read_text())["models"]) == 2
+
+
+def test_nothing_is_written_beside_a_model_that_is_in_no_run(trained, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    shutil.copytree(trained, store / "models" / "alice")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "check_finished", lambda *_: None)
+    evaluate(store / "models" / "alice", generated=1, max_new_tokens=4)
+    assert [path.name for path in store.rglob("*") if path.is_dir()] == ["models", "alice"]
+
+
 def test_batch_size_is_that_of_the_passes_and_changes_no_score(trained, monkeypatch):
     together, sizes = evaluate(trained, generated=1, max_new_tokens=4), []
     scored = heldout.reply_nll

@@ -67,6 +67,12 @@ def test_cache_is_used_unless_it_is_damaged_or_the_weights_have_changed(
     assert not torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 4
 
 
+def test_a_place_that_cannot_be_written_costs_time_alone(loaded, windows, tmp_path, caplog):
+    (tmp_path / "states").write_text("a file")
+    states = lower_states(loaded[0], windows, 1, tmp_path / "states")
+    assert len(states) == len(windows) and "states are not kept" in caplog.text
+
+
 def test_padding_keeps_end_marks_and_masks(loaded, windows):
     _, tokenizer = loaded
     short, long = sorted(windows, key=lambda w: len(w.input_ids))[:: len(windows) - 1]

@@ -61,6 +61,8 @@ def test_newcomer_learns_and_nobody_else_changes(config, tiny_data, tmp_path):
 
 def test_refusals_name_what_is_wrong(config, tiny_data, tmp_path):
     source = finetune(config)
+    with pytest.raises(UserError, match="trained: is a trained model already; --force replaces it"):
+        onboard(source, tmp_path / "data", "Ghost", source)
     known = tiny_data.queriers[0]
     with pytest.raises(UserError, match=f"querier '{known}' is known"):
         onboard(source, tmp_path / "data", known, tmp_path / "out")
@@ -100,7 +102,7 @@ def test_newcomer_to_several_responders_is_a_pair(config, tiny_data, tmp_path):
     assert extended.queriers[-1] == f"{NEWCOMER} > Amy"
     with pytest.raises(UserError, match="the responder is Zed, expected Amy or "):
         write_mqdialog(_with_newcomer(answered_by(other, "Zed")), tmp_path / "zed", "planted")
-        onboard(source, tmp_path / "zed", NEWCOMER, tmp_path / "out")
+        onboard(source, tmp_path / "zed", NEWCOMER, tmp_path / "other")
 
 
 def test_prompts_with_dialogues_of_others_are_refused(config, tiny_data, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from train.experiment.table import markdown, published_table
 from train.files import write_atomic
 
 console = Console()
+WIDEST = 120  # columns that a table wants, also where its output is no terminal
 
 
 def run_experiment(experiment: Experiment, folder: Path, name: str) -> None:
@@ -37,16 +38,18 @@ def run_experiment(experiment: Experiment, folder: Path, name: str) -> None:
         if result_of(experiment, cell) is None:
             run_cell(experiment, cell)
             write_results(experiment, folder, name)
-    console.print(Markdown(write_results(experiment, folder, name)))
+    console.print(Markdown(write_results(experiment, folder, name)), width=max(console.width, WIDEST))
 
 
 def write_results(experiment: Experiment, folder: Path, name: str) -> str:
     """``name``.json, .md and .svg in ``folder``; returns the Markdown."""
     results = collect(experiment)
-    text = f"{markdown(results)}\n{published_table(published())}\n"
+    # the paper's scores are for orientation beside the paper's methods, not under a table of other dialogues
+    paper = published() if experiment.transcript is None else {}
+    text = markdown(results) + (f"\n{published_table(paper)}\n" if paper else "")
     write_atomic(folder / f"{name}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_atomic(folder / f"{name}.md", text)
-    write_atomic(folder / f"{name}.svg", figure(results, published()))
+    write_atomic(folder / f"{name}.svg", figure(results, paper))
     return text
 
 

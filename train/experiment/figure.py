@@ -22,14 +22,15 @@ STYLE = {
 
 
 def figure(results: Mapping[str, Any], published: Mapping[str, Any]) -> str:
-    """SVG: paired NLL differences, ROUGE-L with intervals, the paper's ROUGE-L."""
+    """SVG: paired NLL differences, ROUGE-L with intervals, the paper's ROUGE-L where it is given."""
     rows = max(len(results["paired"]), len(results["methods"]), 6)
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(13, 1.2 + 0.32 * rows), layout="constrained")
-        left, middle, right = drawing.subplots(1, 3)
+        drawing = Figure(figsize=(13 if published else 9, 1.2 + 0.32 * rows), layout="constrained")
+        left, middle, *right = drawing.subplots(1, 3 if published else 2)
         _differences(left, results["paired"])
         _rouge(middle, results["methods"])
-        _published(right, published)
+        if published:
+            _published(right[0], published)
         buffer = io.StringIO()
         drawing.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
@@ -60,7 +61,7 @@ def _published(axes: Axes, published: Mapping[str, Any]) -> None:
         axes.plot(values, range(len(names)), marker, color=ACCENT, markersize=5, label=language)
     _name(axes, [name.replace("_", " ") for name in names])
     axes.legend(frameon=False)
-    axes.set_xlabel("the paper's ROUGE-L (other data and models)")
+    axes.set_xlabel("the paper's ROUGE-L\n(other data and models)")
 
 
 def _point(axes: Axes, row: int, value: float, ends: list[float] | None) -> None:

@@ -51,7 +51,7 @@ def published_table(published: Mapping[str, Any]) -> str:
     """The paper's averages, a row for each language."""
     languages = {language: found["average"] for language, found in published.items()}
     names = list(next(iter(languages.values())))
-    rows = [["published ROUGE-L", *names]]
+    rows = [["published ROUGE-L (other data and models)", *names]]
     rows += [[language, *(f"{means[name]:.2f}" for name in names)] for language, means in languages.items()]
     return table(rows)
 

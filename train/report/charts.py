@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 PALETTE = {"zero_shot": "#8e979f", "ft": "#4f7a9e", "qar": "#e2570b"}
 OTHER_METHOD = "#2f9486"
 _INK = "#7b7b7b"
+_LONGEST = 16  # letters of a name on a square map
 _WIDTH = 4.6  # inches: the text stays readable when a phone shrinks the figure to its width
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: the browser has the glyphs for Chinese names
@@ -150,7 +151,8 @@ def difference_bars(names: Sequence[str], values: Sequence[float], better: str, 
         axes.axvline(0, color=_INK, linewidth=0.8)
         _name_rows(axes, names)
         axes.spines.left.set_visible(False)
-        axes.margins(x=0.25)
+        axes.margins(x=0.45)  # room for the numbers beside the names
+        axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(axis)
         return _svg(figure)
 
@@ -179,11 +181,12 @@ def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float]], axis: str)
         raise ValueError(f"matrix: expected {len(names)} rows and columns, got shape {values.shape}")
     np.fill_diagonal(values, np.nan)
     limit = np.abs(np.nan_to_num(values)).max() or 1.0
-    with _canvas(0.8 * _WIDTH) as (figure, axes):
+    shown = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names]
+    with _canvas(max(0.8 * _WIDTH, 1.6 + 0.16 * len(names))) as (figure, axes):
         mesh = axes.pcolormesh(values, cmap=_diverging(), vmin=-limit, vmax=limit)
         ticks, size = np.arange(len(names)) + 0.5, min(9.5, 150 / max(len(names), 1))
-        axes.set_xticks(ticks, names, rotation=90 if len(names) > 4 else 0, fontsize=size)
-        axes.set_yticks(ticks, names, fontsize=size)
+        axes.set_xticks(ticks, shown, rotation=90 if len(names) > 4 else 0, fontsize=size)
+        axes.set_yticks(ticks, shown, fontsize=size)
         axes.tick_params(length=0)
         axes.invert_yaxis()
         axes.set_aspect("equal")

@@ -14,20 +14,23 @@ _FADED = f"{charts.colour('qar')}80"  # half transparent: QAR asked as another q
 
 def methods(scores: Mapping[str, Part]) -> str:
     """All methods with their scores and 95 % intervals, as a table and as dots with error bars."""
-    header = ["Method", "NLL", "Perplexity", "ROUGE-1", "ROUGE-2", "ROUGE-L", "Empty", "Examples"]
+    header = ["Method", "NLL", "Perplexity", "ROUGE-1", "ROUGE-2", "ROUGE-L", "Empty", "Replies", "Windows"]
     rows = [(name, _method_row(name, found)) for name, found in scores.items()]
     dots = [
         _method_dots(scores, "nll", "NLL per token (lower is better)"),
         _method_dots(scores, "rougeL", "ROUGE-L (higher is better)"),
     ]
-    note = "Held-out replies. Brackets: 95 % bootstrap interval over dialogues. NLL in nats per token."
+    note = (
+        "Held-out windows: NLL (nats per token) of all of them, ROUGE of the replies that were generated. "
+        "Brackets: 95 % bootstrap interval over dialogues."
+    )
     return section("Methods", table(header, rows), figures(dots), note=note)
 
 
 def _method_row(name: str, scores: Part) -> list[str]:
     ci = scores.get("ci95") or {}
     rouge = [score(scores.get(key), ci.get(key)) for key in ("rouge1", "rouge2", "rougeL")]
-    counts = [text(scores.get(key, "–")) for key in ("empty", "examples")]
+    counts = [text(scores.get(key, "–")) for key in ("empty", "generated", "examples")]
     return [
         text(label(name)),
         score(scores.get("nll"), ci.get("nll")),
@@ -101,7 +104,7 @@ def _rouge_bars(names: Sequence[str], sides: Mapping[str, Part]) -> str:
 
 
 def _querier_table(names: Sequence[str], sides: Mapping[str, Part]) -> str:
-    header = ["Querier", "Examples", "NLL, FT", "NLL, QAR", "ROUGE-L, FT", "ROUGE-L, QAR"]
+    header = ["Querier", "Windows", "NLL, FT", "NLL, QAR", "ROUGE-L, FT", "ROUGE-L, QAR"]
     rows = []
     for name in names:
         cells = [number(sides[side][name].get(key)) for key in ("nll", "rougeL") for side in ("ft", "qar")]
