@@ -25,7 +25,7 @@ def figure(results: Mapping[str, Any], published: Mapping[str, Any]) -> str:
     """SVG: paired NLL differences, ROUGE-L with intervals, the paper's ROUGE-L where it is given."""
     rows = max(len(results["paired"]), len(results["methods"]), 6)
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(13 if published else 9, 1.2 + 0.32 * rows), layout="constrained")
+        drawing = Figure(figsize=(13 if published else 9.5, 1.2 + 0.32 * rows), layout="constrained")
         left, middle, *right = drawing.subplots(1, 3 if published else 2)
         _differences(left, results["paired"])
         _rouge(middle, results["methods"])
@@ -41,7 +41,7 @@ def _differences(axes: Axes, paired: Mapping[str, Any]) -> None:
     for row, difference in enumerate(paired.values()):
         _point(axes, row, difference["nll"]["diff"], difference["nll"]["ci95"])
     _name(axes, [name.replace("_vs_", " - ").replace("_", " ") for name in paired])
-    axes.set_xlabel("difference in NLL per reply token (left is better)")
+    axes.set_xlabel("difference in NLL per reply token\n(left is better)")
 
 
 def _rouge(axes: Axes, methods: Mapping[str, Any]) -> None:
@@ -50,7 +50,7 @@ def _rouge(axes: Axes, methods: Mapping[str, Any]) -> None:
         ends = scores["ci95"]["rougeL"]
         _point(axes, row, 100 * scores["rougeL"], ends and [100 * end for end in ends])
     _name(axes, [name.replace("_", " ") for name in measured])
-    axes.set_xlabel("ROUGE-L of generated replies (right is better)")
+    axes.set_xlabel("ROUGE-L of generated replies\n(right is better)")
 
 
 def _published(axes: Axes, published: Mapping[str, Any]) -> None:
