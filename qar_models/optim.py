@@ -149,6 +149,7 @@ class RowSparseAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the base class, which would round the float32 state of 16-bit parameters to 16 bits."""
         super().load_state_dict(state_dict)
+        self._versions.clear()  # the masters are others now
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
         own = (parameter for group in self.param_groups for parameter in group["params"])
         for index, parameter in zip(saved, own, strict=True):

@@ -222,7 +222,7 @@ def parse_override(override: str, is_text: bool = False) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"override '{override}': expected key=value")
-    if is_text and value not in ("", "null") and value[0] not in "\"'":
+    if is_text and value not in ("", "~", "null") and value[0] not in "\"'":
         return key, value
     try:
         return key, yaml.safe_load(value)
@@ -256,11 +256,8 @@ def config_from(values: dict[str, Any], origin: str) -> TrainConfig:
 
 
 def _paths(values: dict[str, Any]) -> dict[str, str]:
-    """``~`` is the home; a base in a folder is known by its whole path, wherever what it trains is used."""
-    found = {key: os.path.expanduser(values[key]) for key in PATHS if values.get(key)}
-    if "model" in found and Path(found["model"]).is_dir():
-        found["model"] = str(Path(found["model"]).resolve())
-    return found
+    """``~`` is the home."""
+    return {key: os.path.expanduser(values[key]) for key in PATHS if values.get(key)}
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -90,8 +90,7 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             if error.code in RETRIED:
                 raise _Passing(f"HTTP {error.code}", error.headers.get("Retry-After")) from error
-            reason = error.read()[:200].decode(errors="replace") or error.reason
-            message = f"{request.full_url}: HTTP {error.code} ({reason})"
+            message = f"{request.full_url}: HTTP {error.code} ({_reason(error)})"
             raise (UserError if error.code in REFUSED else NoAnswer)(message) from error
         except (OSError, http.client.HTTPException) as error:
             raise _Passing(str(error) or type(error).__name__) from error
@@ -103,6 +102,14 @@ class _Passing(Exception):
     def __init__(self, message: str, wait: str | None = None) -> None:
         super().__init__(message)
         self.wait = float(wait) if wait and wait.isdecimal() else None
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What the endpoint says of it, if that comes."""
+    try:
+        return error.read()[:200].decode(errors="replace") or error.reason
+    except (OSError, http.client.HTTPException):
+        return error.reason
 
 
 def _content(body: bytes) -> str:

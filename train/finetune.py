@@ -27,7 +27,7 @@ from transformers.integrations import get_available_reporting_integrations, is_t
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from train import checkpoints, ranks
-from train.base_model import load_base
+from train.base_model import fingerprint, load_base
 from train.batches import Collator, Windows
 from train.callbacks import LossProgress, StopOnInterrupt
 from train.cli import run
@@ -39,7 +39,7 @@ from train.files import write_atomic
 from train.layers import upper_part
 from train.packing import PackingCollator, use_packed_attention
 from train.report.run_page import write_run_page
-from train.run_file import check_continues, check_finished, write_run
+from train.run_file import check_base, check_continues, check_finished, write_run
 from train.trained import TRAINED, build, first_trained_layer, read_about, save_trained
 from train.trainer import QARTrainer
 from train.validation import KeepBest, discard_best
@@ -86,6 +86,9 @@ def _train(config: TrainConfig, resume: bool) -> None:
     mine = _checkpoint_to_resume(config, found.data, resume) if ranks.is_main() else None
     checkpoint = ranks.from_main(mine)
     prepared = prepare(config, found)
+    base = fingerprint(prepared.peft.get_base_model(), DTYPES[config.dtype])
+    if checkpoint:
+        check_base(config, base)
     trainer = make_trainer(prepared.model, prepared.tokenizer, prepared.windows, config)
     stop = StopOnInterrupt()
     trainer.add_callback(stop)
@@ -93,7 +96,7 @@ def _train(config: TrainConfig, resume: bool) -> None:
     if keep:
         trainer.add_callback(keep)
     if ranks.is_main():
-        write_run(config, found.data)
+        write_run(config, found.data, base)
     with stop.listening(), logging_redirect_tqdm():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.interrupted:

@@ -21,9 +21,9 @@ The data may lie elsewhere: what is in them is compared, not their path.
 """
 
 
-def write_run(config: TrainConfig, data: MQDialog) -> None:
-    """Describe the run in its folder."""
-    about = {"config": config.to_dict(), **_beside_config(data)}
+def write_run(config: TrainConfig, data: MQDialog, base: str) -> None:
+    """Describe the run in its folder; ``base`` is the base model's :func:`~train.base_model.fingerprint`."""
+    about = {"config": config.to_dict(), **_beside_config(data), "base": base}
     write_atomic(Path(config.output_dir) / RUN, json.dumps(about, indent=1, ensure_ascii=False))
 
 
@@ -36,6 +36,15 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
 def check_continues(config: TrainConfig, data: MQDialog) -> None:
     """``UserError`` naming the first of settings, data and ranks that is not as the run was started."""
     _compare(config, data, FREE)
+
+
+def check_base(config: TrainConfig, base: str) -> None:
+    """``UserError`` if the run was started on a base model of other weights."""
+    if read_run(Path(config.output_dir))[1].get("base", base) != base:
+        raise UserError(
+            f"{Path(config.output_dir) / RUN}: the run was started when '{config.model}' had other weights; "
+            "another output_dir starts anew"
+        )
 
 
 def check_finished(config: TrainConfig, data: MQDialog) -> None:

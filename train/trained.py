@@ -128,6 +128,7 @@ def _write_experts(model: PreTrainedModel, config: TrainConfig, responder: str, 
         "responder": responder,
         "qar": model.qar.to_dict(),
         "base": fingerprint(model, DTYPES[config.dtype]),
+        "base_folder": str(Path(config.model).resolve()) if Path(config.model).is_dir() else None,
     }
     (folder / TRAINED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -155,11 +156,17 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
         qar = QARConfig.from_dict(about["qar"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / TRAINED}: {error}") from error
+    known_as = about.get("base_folder")
+    if known_as and not Path(config.model).is_dir():  # typed as seen from another folder
+        config = config.replace(model=known_as)
     trained_in = DTYPES[config.dtype]
     model, tokenizer = load_base(config.model, dtype or trained_in)
     is_exact = dtype in (None, torch.float32, trained_in)
     if is_exact and about.get("base", found := fingerprint(model, trained_in)) != found:
-        raise UserError(f"model '{config.model}': other weights than those that {folder} was trained on")
+        raise UserError(
+            f"model '{config.model}': other weights than those that {folder} was trained on; "
+            f"bring them back, or delete {folder.parent} and train anew"
+        )
     apply_qar(model, qar)
     _load_experts(model, folder / EXPERTS)
     try:

@@ -178,9 +178,10 @@ def test_neighbouring_turns_of_one_speaker_are_one(folder, caplog):
             {"from": "Falstaff", "value": "Very sure."},
         ]
         records[1]["conversations"] = records[1]["conversations"][-1:]  # nobody has asked
+        records[2]["conversations"][-1]["value"] = " "
 
     edit(train_file(folder), again)
     found = [example for example in load_mqdialog(folder).train if example.querier == "Ford"]
-    assert [example.reply for example in found] == ["Ay. Very sure.", *["Ay – é."] * 2]
+    assert [example.reply for example in found] == ["Ay. Very sure.", "Ay – é."]
     assert found[0].query == "train 0?"
-    assert "1 of 8 windows have no query" in caplog.text
+    assert "2 of 8 windows have no query or no reply" in caplog.text

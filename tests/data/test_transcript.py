@@ -97,10 +97,12 @@ def test_damaged_markdown_names_the_line(tmp_path, text, message):
 
 
 def test_directions_may_hold_emphasis_and_underscores(tmp_path):
-    directions = "*She **really** leaves.*\n*He types foo_bar.*\n_Soft *music*._\n"
-    text = f"**A:** a\n{directions}**B:** b\n*so* it *is*\n_a_ or _b_\n"
+    directions = (
+        "*Enter **Hamlet:** weeping.*\n*She **really** leaves.*\n*He types foo_bar.*\n_Soft *music*._\n"
+    )
+    text = f"**A:** a\n{directions}**B:** b\n*so* it *is*\n_a_ or **this:** _b_\n"
     (scene,) = read_transcript(write(tmp_path, text, "show.md"))
-    assert [turn.text for turn in scene.turns] == ["a", "b *so* it *is* _a_ or _b_"]
+    assert [turn.text for turn in scene.turns] == ["a", "b *so* it *is* _a_ or **this:** _b_"]
 
 
 def test_joining_many_lines_takes_no_longer_a_line(tmp_path):

@@ -197,6 +197,24 @@ def test_experts_that_are_loaded_in_between_stay(tmp_path):
     assert (now - before).abs().max() < 0.5 * (learnt - before).abs().max()
 
 
+def test_an_optimizer_state_that_is_loaded_alone_takes_the_weights_as_they_are():
+    bank = torch.nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16))
+    optimizer = RowSparseAdamW([bank], lr=0.1, weight_decay=0.0)
+
+    def step():
+        bank.grad = torch.sparse_coo_tensor([[0]], torch.ones(1, 4, dtype=torch.bfloat16), bank.shape)
+        optimizer.step()
+
+    step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for _ in range(20):
+        step()
+    optimizer.load_state_dict(saved)
+    before = bank.detach().clone()
+    step()
+    assert (bank - before).abs().max() < 0.2
+
+
 def test_experts_that_peft_wraps_are_found_once_and_have_no_members():
     model = aware_model(expert_gradients="sparse", querier_names=("Amy", "Bo", "Cy", "Di", "Eve"))
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"]))

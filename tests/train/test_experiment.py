@@ -134,7 +134,7 @@ def test_a_result_of_other_text_is_not_taken(plan, config, tiny_data):
         ("train.epochs=no", "method 'zero_shot': key 'epochs'"),
         ("other.epochs=1", "expected key=value or train.key=value"),
         ("train.epochs=[", "override 'train.epochs=[': the value is not valid YAML"),
-        ("output_dir=5", "key 'output_dir': got 5, expected a path"),
+        ("transcript=5", "key 'transcript': got 5, expected the path of a file"),
         ("epochs", "expected key=value"),
     ],
 )

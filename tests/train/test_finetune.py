@@ -229,6 +229,23 @@ def test_a_base_with_other_weights_is_refused(config, tmp_path):
     save_file(stored | {name: stored[name].neg()}, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="other weights than those that"):
         load_trained(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="had other weights; another output_dir starts anew"):
+        finetune(config.replace(model=str(base), dtype="bfloat16"), resume=True)
+
+
+def test_a_base_is_found_from_anywhere_and_a_project_may_move(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(config.model, "project/base")
+    shutil.copytree(config.data, "project/data")
+    monkeypatch.chdir("project")
+    folder = finetune(config.replace(model="base", data="data", output_dir="run")).resolve()
+    monkeypatch.chdir(tmp_path)
+    assert load_trained(folder).responder
+    shutil.move("project", "moved")
+    monkeypatch.chdir("moved")
+    assert load_trained(Path("run/trained")).responder
+    assert finetune(config.replace(model="base", data="data", output_dir="run")) == Path("run/trained")
 
 
 def test_damaged_result_is_refused(config):

@@ -238,6 +238,11 @@ def test_any_answer_is_kept(stub, tmp_path, said):
     assert list(Cached(judge.endpoint, path).answers.values()) == [answer]
 
 
+def test_a_refusal_that_breaks_off_is_a_failure(stub):
+    server = stub(lambda question: (400, "half", {"Content-Length": "100"}))
+    assert judge_all([pair()], endpoint(server, tries=1, timeout=0.2))["failed"] == 1
+
+
 def test_the_reason_of_a_refusal_is_shown_and_a_broken_key_is_not(stub):
     server = stub(lambda question: (400, "use 'max_completion_tokens'"))
     with pytest.raises(NoAnswer, match="max_completion_tokens"):

@@ -141,20 +141,22 @@ def _check(where: str, record: Any) -> dict:
         for key in ("from", "value"):
             if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
                 raise UserError(f"{where}: key '{key}' of turn {index} is missing or not a string")
-    merged = merge_turns([Turn(turn["from"], turn["value"]) for turn in turns])
-    if not merged or merged[-1].speaker != record["target_role"]:
+    if not turns or turns[-1]["from"] != record["target_role"]:
         raise UserError(f"{where}: 'conversations' must end with a reply of {record['target_role']}")
-    return record | {"where": where, "turns": merged}
+    said = merge_turns([Turn(turn["from"], turn["value"]) for turn in turns])
+    return record | {"where": where, "turns": said if turns[-1]["value"].strip() else ()}
 
 
 def _asked(records: list[dict]) -> list[dict]:
-    """Those with a query before the reply; of one split."""
+    """Those with a query and a reply to it; of one split."""
     kept = [record for record in records if len(record["turns"]) > 1]
     if not kept:
-        raise UserError(f"{records[0]['where']}: like all others, it has no query before the reply")
+        raise UserError(f"{records[0]['where']}: like all others, it has no query, or no reply to it")
     if len(kept) < len(records):
         logger.warning(
-            "%d of %d windows have no query and are left out", len(records) - len(kept), len(records)
+            "%d of %d windows have no query or no reply and are left out",
+            len(records) - len(kept),
+            len(records),
         )
     return kept
 

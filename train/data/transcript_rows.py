@@ -24,6 +24,7 @@ MARKDOWN = (".md", ".markdown")
 CSV = ".csv"
 HEADING = re.compile(r"#{1,6}[ \t]+(.+)")
 SPEECH = re.compile(r"\*\*\s*([^*]+?)\s*(?:[:：]\s*\*\*|\*\*\s*[:：])\s*(.*)")
+MARKED_SPEECH = re.compile(rf"(?:[>+-]|\*(?=\s)|\d+[.)])\s*{SPEECH.pattern}")
 RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
 DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_")
 UNDERLINE = re.compile(r"=+")
@@ -97,7 +98,7 @@ def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row
         elif speech:
             speaker = speech[1]
             yield scene, speaker, speech[2]
-        elif line.startswith("**") or SPEECH.search(line):
+        elif line.startswith("**") or MARKED_SPEECH.match(line):
             raise UserError(f"{path}:{number}: broken speaker {line[:40]!r}, expected '**Name:** text'")
         elif UNDERLINE.fullmatch(line):
             raise UserError(f"{path}:{number}: an underlined heading, expected '## Scene'")

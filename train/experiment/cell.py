@@ -23,12 +23,15 @@ RESULT = "result.json"
 
 
 def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
-    """What the cell gave, if it is finished under the same settings and with the same text."""
+    """What the cell gave, if it is finished under the same settings, with the same text and base model."""
     path = _folder(experiment, cell) / RESULT
     if not path.is_file():
         return None
     stored = read_json(path, ("key", "records", "swapped"))
-    return stored if stored["key"] == _key(experiment, cell) else None
+    is_current = stored["key"] == _key(experiment, cell) and all(
+        stored.get(name, now) == now for name, now in _inputs(experiment, cell).items()
+    )
+    return stored if is_current else None
 
 
 def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     records, swapped = score(trained, held_out, experiment.generated, experiment.max_new_tokens)
     result = {
         "key": _key(experiment, cell),
+        **_inputs(experiment, cell),
         "method": cell.method.name,
         "seed": cell.seed,
         "records": records,
@@ -69,10 +73,13 @@ def _key(experiment: Experiment, cell: Cell) -> str:
         "trained": cell.method.trained,
         "generated": experiment.generated,
         "max_new_tokens": experiment.max_new_tokens,
-        "text": fingerprint(experiment, cell),
-        "base": base_of(experiment.config(cell).model),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _inputs(experiment: Experiment, cell: Cell) -> dict[str, str]:
+    """What is read besides: the dialogues and the base model's weights. Older results do not say."""
+    return {"text": fingerprint(experiment, cell), "base": base_of(experiment.config(cell).model)}
 
 
 def _model(config: TrainConfig, data: MQDialog, is_trained: bool) -> Trained:

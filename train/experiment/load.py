@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from train.config import parse_override
+from train.config import TEXTS, TrainConfig, parse_override
 from train.data.transcript_rows import KEYS
 from train.errors import UserError
 from train.experiment.plan import Experiment, Method
@@ -28,7 +28,9 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    key, value = parse_override(override)
+    name, _, setting = override.partition("=")[0].partition(".")
+    hint = get_type_hints(TrainConfig).get(setting) if setting else get_type_hints(Experiment).get(name)
+    key, value = parse_override(override, hint in TEXTS)
     group, dot, inner = key.partition(".")
     if dot and group != "train":
         raise UserError(f"override '{override}': expected key=value or train.key=value")
