@@ -68,7 +68,8 @@ def test_the_differences_of_answers_are_the_committed_ones():
 
 
 @pytest.mark.parametrize(
-    "name", ["wesnoth", "wesnoth_seeds", "wesnoth_one_turn", "company", "company_splits", "plays"]
+    "name",
+    ["wesnoth", "wesnoth_seeds", "wesnoth_one_turn", "wesnoth_chinese", "company", "company_splits", "plays"],
 )
 def test_the_summary_has_the_committed_intervals(name):
     suffix = "" if name == "plays" else "_unnamed"

@@ -231,6 +231,7 @@ def test_the_papers_numbers_stand_beside():
         "wesnoth",
         "wesnoth_seeds",
         "wesnoth_one_turn",
+        "wesnoth_chinese",
     ],
 )
 def test_committed_results_are_what_their_page_shows(name, request):

@@ -38,7 +38,8 @@ def run_experiment(experiment: Experiment, folder: Path, name: str) -> None:
         if result_of(experiment, cell) is None:
             run_cell(experiment, cell)
             write_results(experiment, folder, name)
-    console.print(Markdown(write_results(experiment, folder, name)), width=max(console.width, WIDEST))
+    text = write_results(experiment, folder, name)
+    Console(width=max(console.width, WIDEST)).print(Markdown(text))
 
 
 def write_results(experiment: Experiment, folder: Path, name: str) -> str:
