@@ -21,6 +21,8 @@ from qar_kernels.row_products import Products, make_products
 from qar_kernels.segments import Segments
 from qar_kernels.silu import silu, silu_backward
 
+_no_view = torch.ops.aten._unsafe_view.default
+
 
 def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, lora: LoRA = NO_LORA) -> Tensor:
     """The base MLP: ``x`` (T, H), ``gate``/``up`` (I, H), ``down`` (H, I) -> (T, H)."""
@@ -206,7 +208,7 @@ class _ExpertMLP(torch.autograd.Function):
         ctx.save_for_backward(x, *taken, *pre)
         ctx.products, ctx.shapes, ctx.sparse = products, (gate.shape, down.shape), sparse_gradients
         # autograd lets nobody change a view that was made in here in place
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        return _no_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple:
