@@ -28,7 +28,9 @@ $(READY): constraints.txt pyproject.toml
 demo: $(READY)
 	$(BIN)/python -m train.demo --config train/configs/demo.yaml
 
+# the kernels twice: as compiled for cards, run by an emulator, and (with all else) in Triton's interpreter
 test: lint
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/compiled
 	$(BIN)/python -m pytest
 
 HAS_CARD := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'

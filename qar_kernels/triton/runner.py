@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,38 +14,46 @@ from triton.errors import TritonError
 
 @dataclass(frozen=True)
 class Recorded:
-    """A launch that was asked for: the kernel, its positional arguments and its keyword arguments."""
+    """A launch that was asked for: the kernel, its grid, its positional and its keyword arguments."""
 
     kernel: object
+    grid: tuple[int, ...]
     args: tuple
     meta: dict
 
 
 # A context's own, so that a thread that records drops no other thread's launches.
-_recorded: ContextVar[list[Recorded] | None] = ContextVar("recorded", default=None)
+_launcher: ContextVar[Callable[[Recorded], object] | None] = ContextVar("launcher", default=None)
+
+
+@contextmanager
+def launching_by(launcher: Callable[[Recorded], object]) -> Iterator[None]:
+    """Hand launches to ``launcher`` instead of Triton, so that they can be kept, compiled or emulated."""
+    token = _launcher.set(launcher)
+    try:
+        yield
+    finally:
+        _launcher.reset(token)
 
 
 @contextmanager
 def recording() -> Iterator[list[Recorded]]:
     """Collect launches instead of running them: what is compiled ahead of time is what would run."""
     launches: list[Recorded] = []
-    token = _recorded.set(launches)
-    try:
+    with launching_by(launches.append):
         yield launches
-    finally:
-        _recorded.reset(token)
 
 
 def run_kernel(kernel: object, grid: tuple[int, ...], *args: object, **meta: object) -> None:
-    """Launch ``kernel`` over ``grid``; inside :func:`recording`, only note it down.
+    """Launch ``kernel`` over ``grid``; inside :func:`launching_by`, hand it over instead.
 
     Raises:
         RuntimeError: if the kernel cannot be compiled for this device or does not fit on it. Other errors,
             such as an earlier kernel's that CUDA reports late, pass as they are.
     """
-    launches = _recorded.get()
-    if launches is not None:
-        launches.append(Recorded(kernel, args, meta))
+    launcher = _launcher.get()
+    if launcher is not None:
+        launcher(Recorded(kernel, grid, args, meta))
         return
     try:
         with _device_of(args):

@@ -1,0 +1,192 @@
+"""PTX of every kernel for sm_80 and sm_90, executed, against float64: outputs and every gradient by name."""
+
+import re
+
+import pytest
+import torch
+from helpers import TOWERS, Case, check, run
+
+from qar_kernels.triton import backend, launch
+from qar_kernels.triton.runner import launching_by
+
+if launch.INTERPRETED:
+    pytest.skip(
+        "kernels run in the interpreter here: TRITON_INTERPRET=0 compiles them", allow_module_level=True
+    )
+
+import lora_helpers
+from emulator import EmulationError, emulate
+
+from qar_models import RowSparseAdamW, optim
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SMALL = {"H": 80, "I": 144, "R": 24, "E": 4}  # fills no tile of any kernel
+
+
+class Chip:
+    """Launches go to the emulator; what they were is kept."""
+
+    def __init__(self, arch):
+        self.arch, self.late, self.edit, self.launches = arch, False, None, []
+
+    def launch(self, recorded):
+        machine = emulate(recorded, self.arch, self.late, self.edit)
+        self.launches.append((recorded, machine))
+
+    def config(self, device, dtype, rows, tower):
+        """What a card of this architecture would select."""
+        family = self.arch.replace("_", "")
+        if dtype == FP32:
+            return "fp32"
+        if rows <= 64:
+            return f"{family}_decode"
+        return f"{family}_experts" if tower == "expert" else f"{family}_large"
+
+    def kernels(self):
+        return {recorded.kernel.__name__ for recorded, _ in self.launches}
+
+    def opcodes(self):
+        return {each.opcode for _, machine in self.launches for each in machine.program.instructions}
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def chip(request, monkeypatch):
+    torch.manual_seed(0)
+    chip = Chip(request.param)
+    monkeypatch.setattr(launch, "INTERPRETED", True)  # tensors on the CPU are welcome
+    monkeypatch.setattr(backend, "select_config", chip.config)
+    monkeypatch.setattr(optim, "has_kernels", lambda device: True)
+    with launching_by(chip.launch):
+        yield chip
+
+
+def ids(rows, experts=4):
+    draw = torch.Generator().manual_seed(rows)
+    return torch.randint(-1, experts, (rows,), generator=draw).tolist()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize(("rows", "dtype"), [(37, BF16), (150, FP16)])
+def test_towers(chip, rows, dtype, tower, late):
+    """Asynchronous copies and products happen when they are issued, or not before they are waited for."""
+    chip.late = late
+    check(Case(ids(rows), **SMALL), tower, "triton", dtype)
+    instructions = " ".join(chip.opcodes())
+    if tower != "expert":
+        assert (
+            ("wgmma.mma_async" in instructions)
+            == ("cp.async.bulk.tensor" in instructions)
+            == (chip.arch == "sm_90")
+        )
+    assert "mma" in instructions
+
+
+@pytest.mark.parametrize(("rows", "rank"), [(20, 8), (150, 64), (150, 128)])
+def test_ranks(chip, rank, rows):
+    chip.late = True
+    check(Case(ids(rows), **SMALL | {"R": rank}), "fused", "triton", BF16)
+
+
+def test_exact_fp32(chip):
+    check(Case(ids(37), **SMALL), "fused", "triton", FP32)
+
+
+@pytest.mark.parametrize("rows", [7, 150])
+def test_split_k(chip, monkeypatch, rows):
+    """On a chip with so many multiprocessors that few tiles are cut into parts."""
+    monkeypatch.setattr(launch, "_INTERPRETER_PROGRAMS", 8)
+    check(Case(ids(rows), **SMALL | {"I": 336}), "fused", "triton", BF16)
+    assert "reduce_kernel" in chip.kernels()
+
+
+@pytest.mark.parametrize("path", ["fused", "grouped"])
+def test_adapters(chip, monkeypatch, path):
+    """LoRA of three ranks with dropout, on a base that trains too."""
+    monkeypatch.setenv("QAR_KERNELS_PATH", path)
+    lora_helpers.check(monkeypatch, Case(ids(150), **SMALL), "fused", "triton", BF16, dropout=0.1)
+    assert chip.kernels() >= {"fused": {"dropout_mask_kernel"}, "grouped": {"swiglu_backward_kernel"}}[path]
+
+
+@pytest.mark.parametrize("rows", [40, 150])
+def test_isolation_and_two_runs(chip, rows):
+    mine = torch.arange(rows) % 3 == 1
+    results = []
+    for company in (1, 3, 3):
+        others = torch.randint(2, 2 + company, (rows,), generator=torch.Generator().manual_seed(company))
+        case = Case(torch.where(mine, 1, others).tolist(), **SMALL | {"E": 5})
+        results.append(run(case, "fused", "triton", BF16))
+    alone, first, second = results
+    for name in ("y", "d_x"):
+        assert torch.equal(alone[name][mine], first[name][mine]), name
+    for name in ("d_expert_gate", "d_expert_up", "d_expert_down"):
+        assert torch.equal(alone[name][1], first[name][1]), name
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_optimizer_of_rows(chip, dtype):
+    bank = torch.nn.Parameter(torch.randn(5, 7, 300).to(dtype))
+    before = bank.detach().clone()
+    alone = [torch.nn.Parameter(row.double()) for row in before]
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    optimizer, others = RowSparseAdamW([bank], **settings), torch.optim.AdamW(alone, **settings)
+    for present in ([4, 0, 1], [1], [2, 4]):
+        rows = torch.randn(len(present), 7, 300).to(dtype)
+        bank.grad = torch.sparse_coo_tensor(torch.tensor([present]), rows, bank.shape, check_invariants=True)
+        others.zero_grad()
+        for index, row in zip(present, rows, strict=True):
+            alone[index].grad = row.double()
+        optimizer.step()
+        others.step()
+    trained = optimizer.state[bank].get("master", bank)
+    torch.testing.assert_close(trained[:3].double(), torch.stack(alone)[:3], rtol=1e-5, atol=1e-6)
+    assert torch.equal(bank[3], before[3]) and torch.equal(bank, trained.to(dtype))
+    assert len(chip.launches) == 3
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("rows", [64, 256])
+def test_no_byte_is_moved_twice_by_an_instruction(chip, rows, tower):
+    """Of global memory no more sectors, over the banks no more passes, than an access's bytes need."""
+    run(Case([row // 16 for row in range(rows)], H=128, I=256, R=64, E=16), tower, "triton", BF16)
+    for recorded, machine in chip.launches:
+        tensors, shared = machine.tensors, machine.shared
+        for traffic in (tensors.loads, tensors.stores, shared.traffic):
+            assert traffic.taken == traffic.needed, (recorded.kernel.__name__, traffic)
+
+
+FAULTS = {
+    "sm_80": {
+        "a copy nobody waits for": (r"cp\.async\.wait_group\s+\d", "cp.async.wait_group 9"),
+        "a matrix read the other way": (r"\.x4\.trans", ".x4"),
+        "a lost guard": (r"@%p\d+ (st\.global)", r"\1"),
+    },
+    "sm_90": {
+        "a product nobody waits for": (
+            r"wgmma\.wait_group\.sync\.aligned\s+\d",
+            "wgmma.wait_group.sync.aligned 9",
+        ),
+        "other bytes than expected": (r"(expect_tx\S+ _, \S+) (\d)", r"\1 1\2"),
+        "a barrier nobody ends": (r"@%p\d+ mbarrier\.inval[^;]*;", ""),
+        "a lost guard": (r"@%p\d+ (st\.global)", r"\1"),
+    },
+}
+
+
+@pytest.mark.parametrize("fault", sorted({name for faults in FAULTS.values() for name in faults}))
+def test_the_emulator_sees_a_fault(chip, fault):
+    if fault not in FAULTS[chip.arch]:
+        pytest.skip(f"no such instructions on {chip.arch}")
+    chip.late = True
+    pattern, by = FAULTS[chip.arch][fault]
+
+    def edit(ptx):
+        edited, count = re.subn(pattern, by, ptx)
+        chip.edits = getattr(chip, "edits", 0) + count
+        return edited
+
+    chip.edit = edit
+    with pytest.raises((EmulationError, AssertionError)):
+        check(Case(ids(37), **SMALL), "fused", "triton", BF16)
+    assert chip.edits
