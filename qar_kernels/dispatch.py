@@ -27,6 +27,8 @@ _ROW_TILE = 128
 # Up to here reading the base weights binds, or about does (cards make 150 to 300 operations a byte), and what
 # saves launches and passes wins. Beyond, matrix products bind: the vendor library's are the safe choice.
 _FUSED_ROWS = 512
+# Where no matrix unit multiplies, tiles of 64 rows cost more than reading the weights even at a single row.
+_EXACT = "float32"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def choose_path(device: torch.device, shape: Shape) -> str:
     if shape.training and _several_ranks():
         # Ranks have other numbers of rows, and the paths make gradients in another order: frameworks that
         # pack gradients as they arrive (ZeRO) would add up different parameters.
-        return "fused" if shape.adapted else "grouped"
+        return "fused" if shape.adapted and shape.dtype != _EXACT else "grouped"
     return _measured(_device_name(device), shape) or default_path(shape)
 
 
@@ -103,8 +105,11 @@ def _device_name(device: torch.device) -> str:
 def default_path(shape: Shape) -> str:
     """The rule where nothing was measured: fused while rows are few and a row tile meets few segments.
 
-    With adapters also where rows are many: outside the kernels each is two more passes over (T, I).
+    With adapters also where rows are many: outside the kernels each is two more passes over (T, I). Never in
+    fp32.
     """
+    if shape.dtype == _EXACT:
+        return "grouped"
     tiles = max(1, -(-shape.rows // _ROW_TILE))
     if shape.segments > _MAX_SEGMENTS_PER_TILE * tiles:
         return "grouped"

@@ -105,6 +105,14 @@ def test_adapters_stay_in_the_kernels_however_many_rows(rows, segments, path):
     assert default_path(replace(SHAPE, rows=rows, segments=segments, adapted=True)) == path
 
 
+@pytest.mark.parametrize(("rows", "adapted"), [(1, False), (4096, True)])
+def test_exact_fp32_is_left_to_the_vendor_library(rows, adapted, monkeypatch):
+    shape = replace(SHAPE, rows=rows, segments=1, dtype="float32", adapted=adapted)
+    assert default_path(shape) == "grouped"
+    monkeypatch.setattr(dispatch, "_several_ranks", lambda: True)
+    assert choose_path(torch.device("cpu"), replace(shape, training=True)) == "grouped"
+
+
 def fill_table(monkeypatch, cells):
     monkeypatch.setattr(dispatch, "MEASUREMENTS", cells)
     monkeypatch.setattr(dispatch, "_cached_steps", lru_cache(lambda *kind: measured_steps(cells, *kind)))

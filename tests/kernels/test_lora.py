@@ -28,6 +28,7 @@ from qar_kernels.triton import passes
 from qar_kernels.triton.configs import CONFIGS
 
 BACKENDS = ("triton", "torch", "reference")
+pytestmark = pytest.mark.usefixtures("fused_path")
 
 
 @pytest.mark.parametrize(

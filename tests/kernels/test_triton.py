@@ -17,6 +17,8 @@ from qar_kernels.triton.configs import CONFIGS, Gemm
 from qar_kernels.triton.lora import NUM_ADAPTER_TENSORS, prepare
 from qar_kernels.triton.runner import recording
 
+pytestmark = pytest.mark.usefixtures("fused_path")
+
 
 def ids(rows, experts, seed=0, none=True):
     draw = random.Random(seed)

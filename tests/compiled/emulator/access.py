@@ -7,11 +7,11 @@ from emulator.memory import EmulationError, sectors, wavefronts
 from emulator.program import Instruction
 
 
-def _shape(each: Instruction) -> tuple[np.dtype, int]:
+def _shape(op: Instruction) -> tuple[np.dtype, int]:
     """Element type and number of elements of an access."""
-    parts = each.opcode.split(".")
+    parts = op.opcode.split(".")
     if parts[-1][0] == "s":
-        raise EmulationError(f"{each.opcode}: a sign to extend")
+        raise EmulationError(f"{op.opcode}: a sign to extend")
     return np.dtype(f"u{int(parts[-1][1:]) // 8}"), int(parts[-2][1:]) if parts[-2] in ("v2", "v4") else 1
 
 
@@ -21,13 +21,13 @@ def _check_aligned(addresses: np.ndarray, width: int) -> None:
 
 
 @instruction("ld.global", "ld.shared")
-def load(machine: Machine, each: Instruction) -> Step:
-    dtype, count = _shape(each)
+def load(machine: Machine, op: Instruction) -> Step:
+    dtype, count = _shape(op)
     width = count * dtype.itemsize
-    is_global = each.opcode.startswith("ld.global")
-    base, offset = machine.address(each.operands[1], np.uint64 if is_global else np.uint32)
+    is_global = op.opcode.startswith("ld.global")
+    base, offset = machine.address(op.operands[1], np.uint64 if is_global else np.uint32)
     # a register may be wider than what is loaded
-    targets = [machine.register(name) for name in machine.vector(each.operands[0])]
+    targets = [machine.register(name) for name in machine.vector(op.operands[0])]
 
     def step(mask: np.ndarray) -> None:
         threads = np.flatnonzero(mask)
@@ -48,13 +48,13 @@ def load(machine: Machine, each: Instruction) -> Step:
 
 
 @instruction("st.global", "st.shared")
-def store(machine: Machine, each: Instruction) -> Step:
-    dtype, count = _shape(each)
+def store(machine: Machine, op: Instruction) -> Step:
+    dtype, count = _shape(op)
     width = count * dtype.itemsize
-    is_global = each.opcode.startswith("st.global")
-    base, offset = machine.address(each.operands[0], np.uint64 if is_global else np.uint32)
+    is_global = op.opcode.startswith("st.global")
+    base, offset = machine.address(op.operands[0], np.uint64 if is_global else np.uint32)
     narrow = max(dtype, np.dtype(np.uint16))  # a byte is stored from a register of 16 bits
-    sources = [machine.read(name, narrow.type) for name in machine.vector(each.operands[1])]
+    sources = [machine.read(name, narrow.type) for name in machine.vector(op.operands[1])]
 
     def step(mask: np.ndarray) -> None:
         threads = np.flatnonzero(mask)
@@ -82,13 +82,13 @@ def check_converged(mask: np.ndarray) -> None:
 
 
 @instruction("ldmatrix", "stmatrix")
-def matrices(machine: Machine, each: Instruction) -> Step:
+def matrices(machine: Machine, op: Instruction) -> Step:
     """8 x 8 matrices of 16-bit elements: thread i holds elements (i / 4, 2 (i % 4)) and the next.
 
     Thread 8 j + r has the address of row r of matrix j.
     """
-    loads, transposed = each.opcode.startswith("ld"), ".trans" in each.opcode
-    registers, where = each.operands if loads else each.operands[::-1]
+    loads, transposed = op.opcode.startswith("ld"), ".trans" in op.opcode
+    registers, where = op.operands if loads else op.operands[::-1]
     registers = [machine.write(name, np.uint32) for name in machine.vector(registers)]
     base, offset = machine.address(where, np.uint32)
     rows = 8 * len(registers)
@@ -122,9 +122,9 @@ def matrices(machine: Machine, each: Instruction) -> Step:
 
 
 @instruction("shfl.sync.idx")
-def shuffle(machine: Machine, each: Instruction) -> Step:
+def shuffle(machine: Machine, op: Instruction) -> Step:
     """Every thread gets the value of a lane that it names."""
-    target, source, lane = (machine.read(name, np.uint32) for name in each.operands[:3])
+    target, source, lane = (machine.read(name, np.uint32) for name in op.operands[:3])
 
     def step(mask: np.ndarray) -> None:
         check_converged(mask)
@@ -136,9 +136,9 @@ def shuffle(machine: Machine, each: Instruction) -> Step:
 
 
 @instruction("elect.sync")
-def elect(machine: Machine, each: Instruction) -> Step:
+def elect(machine: Machine, op: Instruction) -> Step:
     """True for one thread of each warp."""
-    target = machine.write(each.operands[0].split("|")[1], np.bool_)
+    target = machine.write(op.operands[0].split("|")[1], np.bool_)
 
     def step(mask: np.ndarray) -> None:
         warps = mask.reshape(-1, WARP)
@@ -150,6 +150,6 @@ def elect(machine: Machine, each: Instruction) -> Step:
 
 
 @instruction("bar.warp.sync", "fence", "wgmma.fence")
-def nothing(machine: Machine, each: Instruction) -> Step:
+def nothing(machine: Machine, op: Instruction) -> Step:
     """Order between threads and units: here everything has one order."""
     return lambda mask: None

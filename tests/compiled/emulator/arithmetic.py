@@ -38,12 +38,10 @@ _SAME_TYPE = {
 _ROUNDING = {"rn", "approx", "full", "ftz"}  # how exact a result is: here always as NumPy makes it
 
 
-def _step(machine: Machine, each: Instruction, function: Callable, result: str, *operands: str) -> Step:
+def _step(machine: Machine, op: Instruction, function: Callable, result: str, *operands: str) -> Step:
     """``result`` and ``operands`` are types."""
-    target = machine.write(each.operands[0], TYPES[result])
-    sources = [
-        machine.read(name, TYPES[kind]) for name, kind in zip(each.operands[1:], operands, strict=True)
-    ]
+    target = machine.write(op.operands[0], TYPES[result])
+    sources = [machine.read(name, TYPES[kind]) for name, kind in zip(op.operands[1:], operands, strict=True)]
 
     def step(mask: np.ndarray) -> None:
         with np.errstate(all="ignore"):
@@ -54,16 +52,16 @@ def _step(machine: Machine, each: Instruction, function: Callable, result: str, 
 
 
 @instruction(*_SAME_TYPE)
-def same_type(machine: Machine, each: Instruction) -> Step:
-    *name, kind = (part for part in each.opcode.split(".") if part not in _ROUNDING)
-    if name == ["mov"] and "{" in "".join(each.operands):
-        return _pack(machine, each, kind)
-    return _step(machine, each, _SAME_TYPE[".".join(name)], kind, *[kind] * (len(each.operands) - 1))
+def same_type(machine: Machine, op: Instruction) -> Step:
+    *name, kind = (part for part in op.opcode.split(".") if part not in _ROUNDING)
+    if name == ["mov"] and "{" in "".join(op.operands):
+        return _pack(machine, op, kind)
+    return _step(machine, op, _SAME_TYPE[".".join(name)], kind, *[kind] * (len(op.operands) - 1))
 
 
-def _pack(machine: Machine, each: Instruction, kind: str) -> Step:
+def _pack(machine: Machine, op: Instruction, kind: str) -> Step:
     """``mov.b32 d, {lo, hi}`` and ``mov.b32 {lo, hi}, a``; the parts lie in memory as in the register."""
-    target, source = each.operands
+    target, source = op.operands
     parts = machine.vector(target if target[0] == "{" else source)
     part = TYPES[f"b{int(kind[1:]) // len(parts)}"]
     if target[0] == "{":
@@ -86,26 +84,26 @@ def _pack(machine: Machine, each: Instruction, kind: str) -> Step:
 
 
 @instruction("mul.wide", "mad.wide")
-def wide(machine: Machine, each: Instruction) -> Step:
-    kind = each.opcode.rpartition(".")[2]
+def wide(machine: Machine, op: Instruction) -> Step:
+    kind = op.opcode.rpartition(".")[2]
     result = _WIDE[kind]
 
     def function(a: np.ndarray, b: np.ndarray, c: np.ndarray | int = 0) -> np.ndarray:
         return a.astype(TYPES[result]) * b.astype(TYPES[result]) + c
 
-    return _step(machine, each, function, result, kind, kind, *[result] * (len(each.operands) - 3))
+    return _step(machine, op, function, result, kind, kind, *[result] * (len(op.operands) - 3))
 
 
 @instruction("mul.hi")
-def high_half(machine: Machine, each: Instruction) -> Step:
-    kind = each.opcode.rpartition(".")[2]
+def high_half(machine: Machine, op: Instruction) -> Step:
+    kind = op.opcode.rpartition(".")[2]
     big = TYPES[_WIDE[kind]]
-    return _step(machine, each, lambda a, b: (a.astype(big) * b.astype(big)) >> big(32), kind, kind, kind)
+    return _step(machine, op, lambda a, b: (a.astype(big) * b.astype(big)) >> big(32), kind, kind, kind)
 
 
 @instruction("shl", "shr")
-def shift(machine: Machine, each: Instruction) -> Step:
-    name, _, kind = each.opcode.partition(".")
+def shift(machine: Machine, op: Instruction) -> Step:
+    name, _, kind = op.opcode.partition(".")
     dtype, most = TYPES[kind], 8 * np.dtype(TYPES[kind]).itemsize - 1
     move = np.left_shift if name == "shl" else np.right_shift
 
@@ -113,44 +111,44 @@ def shift(machine: Machine, each: Instruction) -> Step:
         moved = move(a, np.minimum(by, most).astype(dtype))
         return moved if np.issubdtype(dtype, np.signedinteger) else np.where(by > most, dtype(0), moved)
 
-    return _step(machine, each, function, kind, kind, "u32")
+    return _step(machine, op, function, kind, kind, "u32")
 
 
 @instruction("setp")
-def compare(machine: Machine, each: Instruction) -> Step:
-    _, comparison, kind = each.opcode.split(".")
-    return _step(machine, each, _COMPARE[comparison], "pred", kind, kind)
+def compare(machine: Machine, op: Instruction) -> Step:
+    _, comparison, kind = op.opcode.split(".")
+    return _step(machine, op, _COMPARE[comparison], "pred", kind, kind)
 
 
 @instruction("selp")
-def select(machine: Machine, each: Instruction) -> Step:
-    kind = each.opcode.partition(".")[2]
-    return _step(machine, each, lambda a, b, p: np.where(p, a, b), kind, kind, kind, "pred")
+def select(machine: Machine, op: Instruction) -> Step:
+    kind = op.opcode.partition(".")[2]
+    return _step(machine, op, lambda a, b, p: np.where(p, a, b), kind, kind, kind, "pred")
 
 
 @instruction("bfe")
-def extract_bits(machine: Machine, each: Instruction) -> Step:
+def extract_bits(machine: Machine, op: Instruction) -> Step:
     """A field that lies inside the register."""
-    kind = each.opcode.partition(".")[2]
+    kind = op.opcode.partition(".")[2]
 
     def function(a: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
         up = np.uint32(32) - start - length
         return (a.view(np.uint32) << up).view(TYPES[kind]) >> (start + up).astype(TYPES[kind])
 
-    return _step(machine, each, function, kind, kind, "u32", "u32")
+    return _step(machine, op, function, kind, kind, "u32", "u32")
 
 
 @instruction("bfi.b32")
-def insert_bits(machine: Machine, each: Instruction) -> Step:
+def insert_bits(machine: Machine, op: Instruction) -> Step:
     def function(a: np.ndarray, into: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
         field = ((np.uint32(1) << length) - np.uint32(1)) << start
         return (into & ~field) | ((a << start) & field)
 
-    return _step(machine, each, function, "b32", "b32", "b32", "u32", "u32")
+    return _step(machine, op, function, "b32", "b32", "b32", "u32", "u32")
 
 
 @instruction("prmt.b32")
-def permute_bytes(machine: Machine, each: Instruction) -> Step:
+def permute_bytes(machine: Machine, op: Instruction) -> Step:
     def function(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
         both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
         result = np.uint32(0)
@@ -162,7 +160,7 @@ def permute_bytes(machine: Machine, each: Instruction) -> Step:
             result = result | (byte.astype(np.uint32) << np.uint32(8 * index))
         return result
 
-    return _step(machine, each, function, "b32", "b32", "b32", "b32")
+    return _step(machine, op, function, "b32", "b32", "b32", "b32")
 
 
 def float_of(bits: np.ndarray, kind: str) -> np.ndarray:
@@ -182,28 +180,28 @@ def bits_of(value: np.ndarray, kind: str) -> np.ndarray:
 
 
 @instruction("cvt")
-def convert(machine: Machine, each: Instruction) -> Step:
-    result, source = (part for part in each.opcode.split(".")[1:] if part != "rn")
+def convert(machine: Machine, op: Instruction) -> Step:
+    result, source = (part for part in op.opcode.split(".")[1:] if part != "rn")
     if source in ("f16", "bf16"):
-        return _step(machine, each, lambda a: float_of(a, source), result, "b16")
+        return _step(machine, op, lambda a: float_of(a, source), result, "b16")
     if result in ("f16", "bf16"):
-        return _step(machine, each, lambda a: bits_of(a, result), "b16", source)
+        return _step(machine, op, lambda a: bits_of(a, result), "b16", source)
     if result.endswith("x2"):  # the first operand is the upper half
         kind = result.removesuffix("x2")
 
         def both(high: np.ndarray, low: np.ndarray) -> np.ndarray:
             return (bits_of(high, kind).astype(np.uint32) << np.uint32(16)) | bits_of(low, kind)
 
-        return _step(machine, each, both, "b32", source, source)
+        return _step(machine, op, both, "b32", source, source)
     if source in ("s8", "u8"):  # the low byte of a 16-bit register
         narrow = np.int8 if source == "s8" else np.uint8
-        return _step(machine, each, lambda a: a.astype(narrow).astype(TYPES[result]), result, "b16")
-    return _step(machine, each, lambda a: a.astype(TYPES[result]), result, source)
+        return _step(machine, op, lambda a: a.astype(narrow).astype(TYPES[result]), result, "b16")
+    return _step(machine, op, lambda a: a.astype(TYPES[result]), result, source)
 
 
 @instruction("ld.param")
-def parameter(machine: Machine, each: Instruction) -> Step:
+def parameter(machine: Machine, op: Instruction) -> Step:
     """A signed one fills a wider register with its sign."""
-    kind = each.opcode.rpartition(".")[2]
-    target, value = machine.register(each.operands[0]), machine.read(each.operands[1][1:-1], TYPES[kind])
+    kind = op.opcode.rpartition(".")[2]
+    target, value = machine.register(op.operands[0]), machine.read(op.operands[1][1:-1], TYPES[kind])
     return lambda mask: np.copyto(target, value.astype(target.dtype), where=mask)

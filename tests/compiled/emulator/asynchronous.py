@@ -61,14 +61,14 @@ def groups(machine: Machine, kind: str) -> Groups:
 
 
 @instruction("cp.async.ca", "cp.async.cg")
-def copy(machine: Machine, each: Instruction) -> Step:
+def copy(machine: Machine, op: Instruction) -> Step:
     """``size`` bytes to shared memory, zeros behind the first ``source_size``."""
     (into, into_offset), (source, offset) = (
         machine.address(text, dtype)
-        for text, dtype in zip(each.operands[:2], (np.uint32, np.uint64), strict=True)
+        for text, dtype in zip(op.operands[:2], (np.uint32, np.uint64), strict=True)
     )
-    size = int(each.operands[2], 0)
-    sizes = machine.read(each.operands[3], np.uint32) if len(each.operands) > 3 else np.uint32(size)
+    size = int(op.operands[2], 0)
+    sizes = machine.read(op.operands[3], np.uint32) if len(op.operands) > 3 else np.uint32(size)
 
     def step(mask: np.ndarray) -> None:
         threads = np.flatnonzero(mask)
@@ -94,13 +94,13 @@ def copy(machine: Machine, each: Instruction) -> Step:
 
 
 @instruction("cp.async.commit_group")
-def commit_copies(machine: Machine, each: Instruction) -> Step:
+def commit_copies(machine: Machine, op: Instruction) -> Step:
     return lambda mask: groups(machine, "copy").commit()
 
 
 @instruction("cp.async.wait_group")
-def wait_for_copies(machine: Machine, each: Instruction) -> Step:
-    return lambda mask: groups(machine, "copy").wait(int(each.operands[0]))
+def wait_for_copies(machine: Machine, op: Instruction) -> Step:
+    return lambda mask: groups(machine, "copy").wait(int(op.operands[0]))
 
 
 def swizzled(addresses: np.ndarray, swizzle: int) -> np.ndarray:
@@ -109,10 +109,10 @@ def swizzled(addresses: np.ndarray, swizzle: int) -> np.ndarray:
 
 
 @instruction("cp.async.bulk.tensor.2d")
-def copy_box(machine: Machine, each: Instruction) -> Step:
+def copy_box(machine: Machine, op: Instruction) -> Step:
     """One thread copies a box of a matrix; what lies outside of the matrix is zero."""
-    into, barrier = (machine.read(each.operands[index][1:-1], np.uint32) for index in (0, 2))
-    name, _, rest = each.operands[1][1:-1].partition(",")
+    into, barrier = (machine.read(op.operands[index][1:-1], np.uint32) for index in (0, 2))
+    name, _, rest = op.operands[1][1:-1].partition(",")
     column, row = (machine.read(text.strip(), np.int32) for text in rest.strip(" {}").split(","))
     chosen = machine.read(name.strip(), np.uint64)
 
@@ -151,10 +151,10 @@ def _complete(machine: Machine, key: int) -> None:
         work()
 
 
-def _barrier_step(machine: Machine, each: Instruction, function: Callable) -> Step:
+def _barrier_step(machine: Machine, op: Instruction, function: Callable) -> Step:
     """``function(address, value)`` for each thread."""
-    address = machine.read(each.operands[-2 if len(each.operands) > 1 else 0].strip("[]"), np.uint32)
-    value = machine.read(each.operands[-1].strip("[]"), np.uint32)
+    address = machine.read(op.operands[-2 if len(op.operands) > 1 else 0].strip("[]"), np.uint32)
+    value = machine.read(op.operands[-1].strip("[]"), np.uint32)
 
     def step(mask: np.ndarray) -> None:
         for thread in np.flatnonzero(mask):
@@ -170,46 +170,46 @@ def _barrier(machine: Machine, key: int) -> Barrier:
 
 
 @instruction("mbarrier.init")
-def new_barrier(machine: Machine, each: Instruction) -> Step:
+def new_barrier(machine: Machine, op: Instruction) -> Step:
     def create(key: int, count: int) -> None:
         if key % 8 or key in machine.shared.barriers:
             raise EmulationError(f"second barrier at {key}, or not aligned")
         machine.shared.barriers[key] = Barrier(count, count)
 
-    return _barrier_step(machine, each, create)
+    return _barrier_step(machine, op, create)
 
 
 @instruction("mbarrier.inval")
-def end_barrier(machine: Machine, each: Instruction) -> Step:
+def end_barrier(machine: Machine, op: Instruction) -> Step:
     def end(key: int, _: int) -> None:
         _barrier(machine, key)
         del machine.shared.barriers[key]
 
-    return _barrier_step(machine, each, end)
+    return _barrier_step(machine, op, end)
 
 
 @instruction("mbarrier.arrive.expect_tx")
-def expect_bytes(machine: Machine, each: Instruction) -> Step:
+def expect_bytes(machine: Machine, op: Instruction) -> Step:
     def arrive(key: int, count: int) -> None:
         barrier = _barrier(machine, key)
         barrier.bytes += count
         barrier.pending -= 1
         barrier.complete()
 
-    return _barrier_step(machine, each, arrive)
+    return _barrier_step(machine, op, arrive)
 
 
 @instruction("mbarrier.try_wait.parity")
-def wait_for_barrier(machine: Machine, each: Instruction) -> Step:
+def wait_for_barrier(machine: Machine, op: Instruction) -> Step:
     """Whether the phase of a parity is over. No other thread runs meanwhile: what is not, never will be."""
-    done = machine.write(each.operands[0], np.bool_)
+    done = machine.write(op.operands[0], np.bool_)
 
     def wait(key: int, parity: int) -> None:
         _complete(machine, key)
         if _barrier(machine, key).phase == parity & 1:
             raise EmulationError(f"waits for ever at barrier {key}")
 
-    step = _barrier_step(machine, each, wait)
+    step = _barrier_step(machine, op, wait)
 
     def wait_all(mask: np.ndarray) -> None:
         step(mask)

@@ -37,6 +37,7 @@ class Machine:
         tensors: global memory, see :class:`emulator.memory.Global`.
         maps: tensor maps of the launch.
         late: whether asynchronous copies and products happen when they are waited for, not when issued.
+        walk: where the threads are.
     """
 
     def __init__(self, program: Program, shared_bytes: int, arguments: list, tensors, maps: list, late: bool):
@@ -45,8 +46,9 @@ class Machine:
         self.arguments = arguments
         self.registers = {name: np.zeros(self.threads, np.uint32) for name in _SPECIAL}
         self.registers["%tid.x"][:] = np.arange(self.threads)
-        self.steps = [self._prepare(each) for each in program.instructions]
-        self.guards = [each.guard and self.read(each.guard, np.bool_) for each in program.instructions]
+        self.walk = Walk(self.threads)
+        self.steps = [self._prepare(op) for op in program.instructions]
+        self.guards = [op.guard and self.read(op.guard, np.bool_) for op in program.instructions]
 
     def run(self, grid: tuple[int, ...]) -> None:
         """All blocks of the grid."""
@@ -97,47 +99,80 @@ class Machine:
         base, _, offset = operand.strip("[] ").partition("+")
         return self.read(base.strip(), dtype), int(offset or 0)
 
-    def _prepare(self, each: Instruction) -> Step | None:
-        if each.opcode.startswith(("bra", "ret", "bar.sync")):
-            return None  # the walk's own
-        parts = each.opcode.split(".")
+    def _prepare(self, op: Instruction) -> Step:
+        parts = op.opcode.split(".")
         for length in range(len(parts), 0, -1):
             if prepare := HANDLERS.get(".".join(parts[:length])):
-                return prepare(self, each)
-        raise EmulationError(f"line {each.line}: unknown instruction {each.opcode}")
+                return prepare(self, op)
+        raise EmulationError(f"{self.program.name}, line {op.line}: unknown instruction {op.opcode}")
 
     def _run_block(self) -> None:
-        here, active = 0, np.ones(self.threads, bool)
-        parked: dict[int, np.ndarray] = {}  # threads that wait at another instruction
-        while True:
-            if parked and min(parked) <= here:
-                parked[here] = parked.get(here, False) | active
-                here = min(parked)
-                active = parked.pop(here)
-            each = self.program.instructions[here]
-            mask = active
-            if each.guard:
-                mask = active & (self.guards[here] ^ each.negated)
-            if self.steps[here] is not None:
-                try:
-                    self.steps[here](mask)
-                except EmulationError as error:
-                    raise EmulationError(f"{self.program.name}, line {each.line}: {error}") from error
-            elif each.opcode.startswith("bar"):
-                if parked:
-                    raise EmulationError(f"line {each.line}: a barrier that not all threads have reached")
-            else:
-                if each.opcode.startswith("bra") and mask.any():
-                    target = self.program.labels[each.operands[0]]
-                    parked[target] = parked.get(target, False) | mask
-                active = active & ~mask
-                if not active.any():
-                    if not parked:
-                        return
-                    here = min(parked)
-                    active = parked.pop(here)
-                    continue
-            here += 1
+        walk = self.walk = Walk(self.threads)
+        try:
+            while True:
+                op, guard = self.program.instructions[walk.at], self.guards[walk.at]
+                self.steps[walk.at](walk.active if guard is None else walk.active & (guard ^ op.negated))
+                if not walk.advance():
+                    return
+        except EmulationError as error:
+            line = self.program.instructions[walk.at].line
+            raise EmulationError(f"{self.program.name}, line {line}: {error}") from error
+
+
+class Walk:
+    """Where the threads of a block are. Those at the earliest instruction go on, the others wait.
+
+    Attributes:
+        at: the instruction.
+        active: the threads that are there.
+        parked: threads that are at other instructions.
+    """
+
+    def __init__(self, threads: int):
+        self.at, self.active = 0, np.ones(threads, bool)
+        self.parked: dict[int, np.ndarray] = {}
+
+    def send(self, threads: np.ndarray, target: int | None) -> None:
+        """Active threads to another instruction, or (None) out of the program."""
+        self.active = self.active & ~threads
+        if target is not None and threads.any():
+            self.parked[target] = self.parked.get(target, False) | threads
+
+    def advance(self) -> bool:
+        """To the next instruction where a thread is; false if none is left."""
+        self.at += 1
+        if self.parked or not self.active.any():
+            if self.active.any():
+                self.parked[self.at] = self.parked.get(self.at, False) | self.active
+            if not self.parked:
+                return False
+            self.at = min(self.parked)
+            self.active = self.parked.pop(self.at)
+        return True
+
+
+@instruction("bra")
+def branch(machine: Machine, op: Instruction) -> Step:
+    """To a label."""
+    target = machine.program.labels[op.operands[0]]
+    return lambda mask: machine.walk.send(mask, target)
+
+
+@instruction("ret")
+def leave(machine: Machine, op: Instruction) -> Step:
+    """Out of the program."""
+    return lambda mask: machine.walk.send(mask, None)
+
+
+@instruction("bar.sync")
+def barrier(machine: Machine, op: Instruction) -> Step:
+    """All threads that have not left are here."""
+
+    def step(mask: np.ndarray) -> None:
+        if machine.walk.parked:
+            raise EmulationError("a barrier that not all threads have reached")
+
+    return step
 
 
 def _constant(value: int, dtype: type) -> np.generic:

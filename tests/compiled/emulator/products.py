@@ -28,10 +28,10 @@ def _left_factor(registers: list[np.ndarray], kind: str) -> np.ndarray:
 
 
 @instruction("mma.sync.aligned.m16n8k16.row.col.f32")
-def warp_product(machine: Machine, each: Instruction) -> Step:
+def warp_product(machine: Machine, op: Instruction) -> Step:
     """``d = a · b + c``: a (16, 16), b (16, 8)."""
-    kind = each.opcode.split(".")[-2]
-    d, a, b, c = each.operands
+    kind = op.opcode.split(".")[-2]
+    d, a, b, c = op.operands
     left, right = ([machine.read(name, np.uint32) for name in machine.vector(text)] for text in (a, b))
     sums = [machine.read(name, np.float32) for name in machine.vector(c)]
     results = [machine.write(name, np.float32) for name in machine.vector(d)]
@@ -49,12 +49,12 @@ def warp_product(machine: Machine, each: Instruction) -> Step:
 
 
 @instruction("wgmma.mma_async.sync.aligned")
-def group_product(machine: Machine, each: Instruction) -> Step:
+def group_product(machine: Machine, op: Instruction) -> Step:
     """``d = a · b (+ d)``: a (64, 16) in registers or shared memory, b (16, N) in shared memory."""
-    columns, kind = re.search(r"m64n(\d+)k16\.f32\.(b?f16)", each.opcode).groups()
-    columns, d, a, b, adds = int(columns), *each.operands[:4]
+    columns, kind = re.search(r"m64n(\d+)k16\.f32\.(b?f16)", op.opcode).groups()
+    columns, d, a, b, adds = int(columns), *op.operands[:4]
     a_in_registers = a.startswith("{")
-    signs, transposed = each.operands[4:6], [text == "1" for text in each.operands[6:]]
+    signs, transposed = op.operands[4:6], [text == "1" for text in op.operands[6:]]
     if signs != ("1", "1"):
         raise EmulationError("negated factors")
     results = [machine.write(name, np.float32) for name in machine.vector(d)]
@@ -116,10 +116,10 @@ def _matrix(machine: Machine, descriptor: int, size: int, transposed: bool, kind
 
 
 @instruction("wgmma.commit_group")
-def commit_products(machine: Machine, each: Instruction) -> Step:
+def commit_products(machine: Machine, op: Instruction) -> Step:
     return lambda mask: groups(machine, "product").commit()
 
 
 @instruction("wgmma.wait_group")
-def wait_for_products(machine: Machine, each: Instruction) -> Step:
-    return lambda mask: groups(machine, "product").wait(int(each.operands[0]))
+def wait_for_products(machine: Machine, op: Instruction) -> Step:
+    return lambda mask: groups(machine, "product").wait(int(op.operands[0]))
