@@ -14,10 +14,11 @@ if launch.INTERPRETED:
         "kernels run in the interpreter here: TRITON_INTERPRET=0 compiles them", allow_module_level=True
     )
 
+import adamw_helpers
 import lora_helpers
 from emulator import EmulationError, emulate
 
-from qar_models import RowSparseAdamW, optim
+from qar_models import optim
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = {"H": 80, "I": 144, "R": 24, "E": 4}  # fills no tile of any kernel
@@ -127,22 +128,7 @@ def test_isolation_and_two_runs(chip, rows):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_the_optimizer_of_rows(chip, dtype):
-    bank = torch.nn.Parameter(torch.randn(5, 7, 300).to(dtype))
-    before = bank.detach().clone()
-    alone = [torch.nn.Parameter(row.double()) for row in before]
-    settings = {"lr": 1e-2, "weight_decay": 0.1}
-    optimizer, others = RowSparseAdamW([bank], **settings), torch.optim.AdamW(alone, **settings)
-    for present in ([4, 0, 1], [1], [2, 4]):
-        rows = torch.randn(len(present), 7, 300).to(dtype)
-        bank.grad = torch.sparse_coo_tensor(torch.tensor([present]), rows, bank.shape, check_invariants=True)
-        others.zero_grad()
-        for index, row in zip(present, rows, strict=True):
-            alone[index].grad = row.double()
-        optimizer.step()
-        others.step()
-    trained = optimizer.state[bank].get("master", bank)
-    torch.testing.assert_close(trained[:3].double(), torch.stack(alone)[:3], rtol=1e-5, atol=1e-6)
-    assert torch.equal(bank[3], before[3]) and torch.equal(bank, trained.to(dtype))
+    adamw_helpers.check(dtype)
     assert len(chip.launches) == 3
 
 

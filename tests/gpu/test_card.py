@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available() and os.environ.get("QAR_REHEARSE") != "1":
     pytest.skip("no CUDA device: nothing was tested", allow_module_level=True)
 
+import adamw_helpers
 import lora_helpers
 from helpers import TOWERS, Case, check, run
 
@@ -210,25 +211,9 @@ def test_memory_saved_for_the_backward_pass(monkeypatch, path, recompute, limit)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_optimizer_of_rows(monkeypatch, dtype):
-    """Against PyTorch's AdamW in float64, a parameter for each row; expert 3 is never asked for."""
     if not CARD:
         monkeypatch.setattr(optim, "has_kernels", lambda device: True)
-    settings = {"lr": 1e-2, "weight_decay": 0.1}
-    bank = torch.nn.Parameter(torch.randn(5, 7, 300).to(DEVICE, dtype))
-    before = bank.detach().clone()
-    alone = [torch.nn.Parameter(row.double()) for row in before]
-    optimizer, others = optim.RowSparseAdamW([bank], **settings), torch.optim.AdamW(alone, **settings)
-    for present in ([4, 0, 1], [1], [2, 4]):
-        rows = torch.randn(len(present), 7, 300).to(DEVICE, dtype)
-        bank.grad = torch.sparse_coo_tensor(torch.tensor([present], device=DEVICE), rows, bank.shape)
-        others.zero_grad()
-        for index, row in zip(present, rows, strict=True):
-            alone[index].grad = row.double()
-        optimizer.step()
-        others.step()
-    trained = optimizer.state[bank].get("master", bank)
-    torch.testing.assert_close(trained[:3].double(), torch.stack(alone)[:3], rtol=1e-5, atol=1e-6)
-    assert torch.equal(bank[3], before[3]) and torch.equal(bank, trained.to(dtype))
+    adamw_helpers.check(dtype, DEVICE)
 
 
 SANITIZER = shutil.which("compute-sanitizer")

@@ -1,9 +1,11 @@
 """Loads and stores, matrices of shared memory, and what passes between the threads of a warp."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from emulator.machine import WARP, Machine, Step, instruction
-from emulator.memory import EmulationError, sectors, wavefronts
+from emulator.memory import EmulationError, Global, Shared
 from emulator.program import Instruction
 
 
@@ -15,61 +17,48 @@ def _shape(op: Instruction) -> tuple[np.dtype, int]:
     return np.dtype(f"u{int(parts[-1][1:]) // 8}"), int(parts[-2][1:]) if parts[-2] in ("v2", "v4") else 1
 
 
-def _check_aligned(addresses: np.ndarray, width: int) -> None:
-    if (addresses % addresses.dtype.type(width)).any():
-        raise EmulationError(f"an access of {width} bytes that is not aligned")
+def _addresses(machine: Machine, operand: str, opcode: str) -> tuple[Global | Shared, Callable]:
+    """The memory of an access, and the addresses of given threads."""
+    is_global = ".global" in opcode
+    dtype = np.uint64 if is_global else np.uint32
+    base, offset = machine.address(operand, dtype)
+
+    def of(threads: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(base, machine.threads)[threads] + dtype(offset)
+
+    return machine.tensors if is_global else machine.shared, of
 
 
 @instruction("ld.global", "ld.shared")
 def load(machine: Machine, op: Instruction) -> Step:
+    """One element or several, neighbours, to a register each, which may be wider."""
     dtype, count = _shape(op)
-    width = count * dtype.itemsize
-    is_global = op.opcode.startswith("ld.global")
-    base, offset = machine.address(op.operands[1], np.uint64 if is_global else np.uint32)
-    # a register may be wider than what is loaded
+    memory, addresses = _addresses(machine, op.operands[1], op.opcode)
     targets = [machine.register(name) for name in machine.vector(op.operands[0])]
 
     def step(mask: np.ndarray) -> None:
         threads = np.flatnonzero(mask)
-        if threads.size == 0:
-            return
-        addresses = np.broadcast_to(base, machine.threads)[threads] + base.dtype.type(offset)
-        _check_aligned(addresses, width)
-        if is_global:
-            machine.tensors.loads.add(*sectors(threads, addresses, width))
-            data = machine.tensors.read(addresses, width)
-        else:
-            machine.shared.traffic.add(*wavefronts(threads, addresses, width))
-            data = machine.shared.bytes[machine.shared.index(addresses, width)]
-        for register, column in zip(targets, data.view(dtype).T, strict=True):
-            register[threads] = column
+        if threads.size:
+            data = memory.read(threads, addresses(threads), count * dtype.itemsize)
+            for register, column in zip(targets, data.view(dtype).T, strict=True):
+                register[threads] = column
 
     return step
 
 
 @instruction("st.global", "st.shared")
 def store(machine: Machine, op: Instruction) -> Step:
-    dtype, count = _shape(op)
-    width = count * dtype.itemsize
-    is_global = op.opcode.startswith("st.global")
-    base, offset = machine.address(op.operands[0], np.uint64 if is_global else np.uint32)
-    narrow = max(dtype, np.dtype(np.uint16))  # a byte is stored from a register of 16 bits
-    sources = [machine.read(name, narrow.type) for name in machine.vector(op.operands[1])]
+    """One element or several, neighbours; a byte comes from a register of 16 bits."""
+    dtype, _ = _shape(op)
+    memory, addresses = _addresses(machine, op.operands[0], op.opcode)
+    narrow = max(dtype, np.dtype(np.uint16)).type
+    sources = [machine.read(name, narrow) for name in machine.vector(op.operands[1])]
 
     def step(mask: np.ndarray) -> None:
         threads = np.flatnonzero(mask)
-        if threads.size == 0:
-            return
-        addresses = np.broadcast_to(base, machine.threads)[threads] + base.dtype.type(offset)
-        _check_aligned(addresses, width)
-        columns = [np.broadcast_to(source, machine.threads)[threads].astype(dtype) for source in sources]
-        data = np.stack(columns, axis=1).view(np.uint8)
-        if is_global:
-            machine.tensors.stores.add(*sectors(threads, addresses, width))
-            machine.tensors.store(addresses, data)
-        else:
-            machine.shared.traffic.add(*wavefronts(threads, addresses, width))
-            machine.shared.bytes[machine.shared.index(addresses, width)] = data
+        if threads.size:
+            columns = [np.broadcast_to(source, machine.threads)[threads].astype(dtype) for source in sources]
+            memory.store(threads, addresses(threads), np.stack(columns, axis=1).view(np.uint8))
 
     return step
 
@@ -90,33 +79,26 @@ def matrices(machine: Machine, op: Instruction) -> Step:
     loads, transposed = op.opcode.startswith("ld"), ".trans" in op.opcode
     registers, where = op.operands if loads else op.operands[::-1]
     registers = [machine.write(name, np.uint32) for name in machine.vector(registers)]
-    base, offset = machine.address(where, np.uint32)
+    memory, addresses = _addresses(machine, where, op.opcode)
     rows = 8 * len(registers)
 
     def step(mask: np.ndarray) -> None:
         check_converged(mask)
-        warps = np.flatnonzero(mask[::WARP])
-        if warps.size == 0:
-            return
-        threads = (warps[:, None] * WARP + np.arange(rows)).ravel()
-        addresses = base[threads] + np.uint32(offset)
-        _check_aligned(addresses, 16)
-        machine.shared.traffic.add(*wavefronts(threads, addresses, 16))
-        at = machine.shared.index(addresses, 16)
-        lanes = warps[:, None] * WARP + np.arange(WARP)
+        first = np.flatnonzero(mask[::WARP])[:, None] * WARP  # of each warp
+        threads, lanes = (first + np.arange(rows)).ravel(), first + np.arange(WARP)
+        shape = len(first), len(registers), 8, 8
         if loads:
-            halves = machine.shared.bytes[at].view(np.uint16).reshape(len(warps), len(registers), 8, 8)
-            if transposed:
-                halves = np.ascontiguousarray(halves.swapaxes(2, 3))
-            words = halves.view(np.uint32).reshape(len(warps), len(registers), WARP)
+            halves = memory.read(threads, addresses(threads), 16).view(np.uint16).reshape(shape)
+            halves = halves.swapaxes(2, 3) if transposed else halves
+            words = np.ascontiguousarray(halves).view(np.uint32).reshape(len(first), len(registers), WARP)
             for index, register in enumerate(registers):
                 register[lanes] = words[:, index]
         else:
-            words = np.stack([register[lanes] for register in registers], axis=1)
-            halves = words.view(np.uint16).reshape(len(warps), len(registers), 8, 8)
-            if transposed:
-                halves = halves.swapaxes(2, 3)
-            machine.shared.bytes[at] = np.ascontiguousarray(halves).view(np.uint8).reshape(-1, 16)
+            halves = np.stack([register[lanes] for register in registers], axis=1)
+            halves = halves.view(np.uint16).reshape(shape)
+            halves = halves.swapaxes(2, 3) if transposed else halves
+            rows_of = np.ascontiguousarray(halves).view(np.uint8).reshape(-1, 16)
+            memory.store(threads, addresses(threads), rows_of)
 
     return step
 

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from emulator.machine import Machine, Step, instruction
-from emulator.memory import Barrier, EmulationError, sectors
+from emulator.memory import Barrier, EmulationError, check_aligned
 from emulator.program import Instruction
 
 
@@ -30,34 +30,16 @@ class TensorMap:
     swizzle: int
 
 
-class Groups:
-    """Asynchronous work in the groups that it was committed in."""
-
-    def __init__(self, late: bool):
-        self.late, self.open, self.committed = late, [], []
-
-    def issue(self, work: Callable[[], None]) -> None:
-        """Now, or when its group is waited for."""
-        if self.late:
-            self.open.append(work)
-        else:
-            work()
-
-    def commit(self) -> None:
-        """Close the open group."""
-        self.committed.append(self.open)
-        self.open = []
-
-    def wait(self, remaining: int) -> None:
-        """Until at most ``remaining`` groups are under way."""
-        while len(self.committed) > remaining:
-            for work in self.committed.pop(0):
-                work()
+@instruction("cp.async.commit_group", "wgmma.commit_group")
+def commit(machine: Machine, op: Instruction) -> Step:
+    queue = machine.queues[op.opcode.split(".")[0]]
+    return lambda mask: queue.commit()
 
 
-def groups(machine: Machine, kind: str) -> Groups:
-    """The machine's queue of copies or of products."""
-    return machine.__dict__.setdefault(f"{kind}_groups", Groups(machine.late))
+@instruction("cp.async.wait_group", "wgmma.wait_group")
+def wait(machine: Machine, op: Instruction) -> Step:
+    queue, remaining = machine.queues[op.opcode.split(".")[0]], int(op.operands[0])
+    return lambda mask: queue.wait(remaining)
 
 
 @instruction("cp.async.ca", "cp.async.cg")
@@ -77,30 +59,18 @@ def copy(machine: Machine, op: Instruction) -> Step:
         count = np.broadcast_to(sizes, machine.threads)[threads]
         if not np.isin(count, (0, size)).all():
             raise EmulationError("cp.async of a part")
+        check_aligned(to, size)
         whole = count > 0
-        if (to % size).any() or (at[whole] % np.uint64(size)).any():
-            raise EmulationError("cp.async that is not aligned")
-        if whole.any():
-            machine.tensors.loads.add(*sectors(threads[whole], at[whole], size))
 
         def work() -> None:
             data = np.zeros((len(threads), size), np.uint8)
-            data[whole] = machine.tensors.read(at[whole], size)
+            if whole.any():
+                data[whole] = machine.tensors.read(threads[whole], at[whole], size)
             machine.shared.bytes[machine.shared.index(to, size)] = data
 
-        groups(machine, "copy").issue(work)
+        machine.queues["cp"].issue(work)
 
     return step
-
-
-@instruction("cp.async.commit_group")
-def commit_copies(machine: Machine, op: Instruction) -> Step:
-    return lambda mask: groups(machine, "copy").commit()
-
-
-@instruction("cp.async.wait_group")
-def wait_for_copies(machine: Machine, op: Instruction) -> Step:
-    return lambda mask: groups(machine, "copy").wait(int(op.operands[0]))
 
 
 def swizzled(addresses: np.ndarray, swizzle: int) -> np.ndarray:

@@ -37,6 +37,7 @@ class Machine:
         tensors: global memory, see :class:`emulator.memory.Global`.
         maps: tensor maps of the launch.
         late: whether asynchronous copies and products happen when they are waited for, not when issued.
+        queues: copies and products under way.
         walk: where the threads are.
     """
 
@@ -44,6 +45,7 @@ class Machine:
         self.program, self.threads = program, program.threads
         self.shared, self.tensors, self.maps, self.late = Shared(shared_bytes), tensors, maps, late
         self.arguments = arguments
+        self.queues = {"cp": Groups(late), "wgmma": Groups(late)}
         self.registers = {name: np.zeros(self.threads, np.uint32) for name in _SPECIAL}
         self.registers["%tid.x"][:] = np.arange(self.threads)
         self.walk = Walk(self.threads)
@@ -58,7 +60,7 @@ class Machine:
             self.registers["%ctaid.x"][:], self.registers["%ctaid.y"][:] = block % columns, block // columns
             self.shared.clear()
             self._run_block()
-            self.shared.check_idle()
+            self._check_idle()
 
     def read(self, operand: str, dtype: type) -> np.ndarray | np.generic:
         """What an operand holds now and at every later step, as ``dtype``: a view, or a constant."""
@@ -99,6 +101,16 @@ class Machine:
         base, _, offset = operand.strip("[] ").partition("+")
         return self.read(base.strip(), dtype), int(offset or 0)
 
+    def _check_idle(self) -> None:
+        """A block may not end while copies or products are under way, or barriers live."""
+        shared = self.shared
+        under_way = len(shared.copies) + sum(queue.under_way() for queue in self.queues.values())
+        if under_way or shared.barriers:
+            raise EmulationError(
+                f"{self.program.name} ended with {under_way} copies or products under way and "
+                f"{len(shared.barriers)} barriers"
+            )
+
     def _prepare(self, op: Instruction) -> Step:
         parts = op.opcode.split(".")
         for length in range(len(parts), 0, -1):
@@ -117,6 +129,35 @@ class Machine:
         except EmulationError as error:
             line = self.program.instructions[walk.at].line
             raise EmulationError(f"{self.program.name}, line {line}: {error}") from error
+
+
+class Groups:
+    """Asynchronous work in the groups that it was committed in."""
+
+    def __init__(self, late: bool):
+        self.late, self.open, self.committed = late, [], []
+
+    def issue(self, work: Callable[[], None]) -> None:
+        """Now, or when its group is waited for."""
+        if self.late:
+            self.open.append(work)
+        else:
+            work()
+
+    def commit(self) -> None:
+        """Close the open group."""
+        self.committed.append(self.open)
+        self.open = []
+
+    def wait(self, remaining: int) -> None:
+        """Until at most ``remaining`` groups are under way."""
+        while len(self.committed) > remaining:
+            for work in self.committed.pop(0):
+                work()
+
+    def under_way(self) -> int:
+        """Pieces of work that nobody has waited for."""
+        return len(self.open) + sum(map(len, self.committed))
 
 
 class Walk:

@@ -64,16 +64,21 @@ class Global:
             found.append((self.arrays[owner], mine, first[:, None] + np.arange(width)))
         return found
 
-    def read(self, addresses: np.ndarray, width: int) -> np.ndarray:
-        """(n, width) bytes."""
+    def read(self, threads: np.ndarray, addresses: np.ndarray, width: int) -> np.ndarray:
+        """(n, width) bytes, an aligned access of each thread."""
+        check_aligned(addresses, width)
+        self.loads.add(*sectors(threads, addresses, width))
         result = np.empty((len(addresses), width), np.uint8)
         for bytes_, mine, index in self.where(addresses, width):
             result[mine] = bytes_[index]
         return result
 
-    def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
-        """``values`` (n, width) bytes."""
-        for bytes_, mine, index in self.where(addresses, values.shape[1]):
+    def store(self, threads: np.ndarray, addresses: np.ndarray, values: np.ndarray) -> None:
+        """``values`` (n, width) bytes, an aligned access of each thread."""
+        width = values.shape[1]
+        check_aligned(addresses, width)
+        self.stores.add(*sectors(threads, addresses, width))
+        for bytes_, mine, index in self.where(addresses, width):
             bytes_[index] = values[mine]
 
 
@@ -98,10 +103,17 @@ class Shared:
         """As a new block finds it."""
         self.bytes.fill(0xFF)
 
-    def check_idle(self) -> None:
-        """A block may not end while copies are under way or barriers live."""
-        if self.copies or self.barriers:
-            raise EmulationError(f"block ended with {len(self.copies)} copies, {len(self.barriers)} barriers")
+    def read(self, threads: np.ndarray, addresses: np.ndarray, width: int) -> np.ndarray:
+        """(n, width) bytes, an aligned access of each thread."""
+        check_aligned(addresses, width)
+        self.traffic.add(*wavefronts(threads, addresses, width))
+        return self.bytes[self.index(addresses, width)]
+
+    def store(self, threads: np.ndarray, addresses: np.ndarray, values: np.ndarray) -> None:
+        """``values`` (n, width) bytes, an aligned access of each thread."""
+        check_aligned(addresses, values.shape[1])
+        self.traffic.add(*wavefronts(threads, addresses, values.shape[1]))
+        self.bytes[self.index(addresses, values.shape[1])] = values
 
     def index(self, addresses: np.ndarray, width: int) -> np.ndarray:
         """(n, width) positions of ``width`` bytes from each address."""
@@ -124,6 +136,12 @@ class Barrier:
         """Begin the next phase where nothing is waited for."""
         if self.pending == 0 and self.bytes == 0:
             self.phase, self.pending = 1 - self.phase, self.count
+
+
+def check_aligned(addresses: np.ndarray, width: int) -> None:
+    """An access of ``width`` bytes starts at a multiple of it."""
+    if (addresses % addresses.dtype.type(width)).any():
+        raise EmulationError(f"an access of {width} bytes that is not aligned")
 
 
 def sectors(threads: np.ndarray, addresses: np.ndarray, width: int) -> tuple[int, int]:

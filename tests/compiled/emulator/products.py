@@ -7,7 +7,7 @@ import numpy as np
 
 from emulator.access import check_converged
 from emulator.arithmetic import float_of
-from emulator.asynchronous import groups, swizzled
+from emulator.asynchronous import swizzled
 from emulator.machine import WARP, Machine, Step, instruction
 from emulator.memory import EmulationError
 from emulator.program import Instruction
@@ -67,7 +67,7 @@ def group_product(machine: Machine, op: Instruction) -> Step:
         for first in np.flatnonzero(mask[::_GROUP]) * _GROUP:
             threads = slice(first, first + _GROUP)
             descriptors = [_uniform(value, machine, threads) for value in (left[0], right, accumulates)]
-            groups(machine, "product").issue(partial(multiply, threads, *descriptors))
+            machine.queues["wgmma"].issue(partial(multiply, threads, *descriptors))
 
     def multiply(threads: slice, a_at: int, b_at: int, adds: bool) -> None:
         if a_in_registers:
@@ -113,13 +113,3 @@ def _matrix(machine: Machine, descriptor: int, size: int, transposed: bool, kind
         addresses = start + outer // 8 * stride + outer % 8 * 2 + depth // 8 * leading + depth % 8 * 16
     at = machine.shared.index(swizzled(addresses, swizzle), 2)
     return float_of(machine.shared.bytes[at].view(np.uint16)[..., 0], kind)
-
-
-@instruction("wgmma.commit_group")
-def commit_products(machine: Machine, op: Instruction) -> Step:
-    return lambda mask: groups(machine, "product").commit()
-
-
-@instruction("wgmma.wait_group")
-def wait_for_products(machine: Machine, op: Instruction) -> Step:
-    return lambda mask: groups(machine, "product").wait(int(op.operands[0]))
