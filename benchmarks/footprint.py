@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.clocks import Call
 
 _MARK = "benchmark:"
+Event = tuple[str, int, int, int]  # name, start and end in ns, bytes
 
 
 @dataclass(frozen=True)
@@ -20,38 +21,54 @@ class Footprint:
 
     Attributes:
         peak_bytes: most memory that PyTorch held during the call above what it held before.
-        launches: kernels launched by the host on a card; on a CPU, ATen operators called from outside ATen.
+        launches: kernels launched by the host on a card, None where the profiler sees none (it may lack the
+            rights); on a CPU, ATen operators called from outside ATen.
     """
 
     peak_bytes: int
-    launches: int
+    launches: int | None
 
 
 def footprints(calls: Mapping[str, Call], device: str) -> dict[str, Footprint]:
-    """Run every (warm) call once under the profiler."""
-    cuda = device == "cuda"
+    """Run every (warm) call once under the profiler, on a card once before it, too."""
+    if device == "cuda":
+        return _on_card(calls)
+    inside = _events_inside(calls, profile(activities=[ProfilerActivity.CPU], profile_memory=True))
+    return {
+        name: Footprint(_peak((e[1], e[3]) for e in events if e[0] == "[memory]"), _outer_operators(events))
+        for name, events in inside.items()
+    }
+
+
+def _on_card(calls: Mapping[str, Call]) -> dict[str, Footprint]:
     peaks = {}
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, profile_memory=not cuda) as profiled:
+    for name, call in calls.items():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+    try:
+        inside = _events_inside(calls, profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]))
+    except RuntimeError:
+        inside = {}
+    launches = {name: sum("LaunchKernel" in e[0] for e in events) for name, events in inside.items()}
+    return {name: Footprint(peak, launches.get(name) or None) for name, peak in peaks.items()}
+
+
+def _events_inside(calls: Mapping[str, Call], profiler: profile) -> dict[str, list[Event]]:
+    """The host's events of every call."""
+    with profiler as profiled:
         for name, call in calls.items():
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if cuda else 0
             with record_function(_MARK + name):
                 call()
-            peaks[name] = torch.cuda.max_memory_allocated() - before if cuda else 0
     # The profiler's own list keeps allocations; its summaries keep only their sums.
     events = [(e.name(), e.start_ns(), e.start_ns() + e.duration_ns(), e.nbytes()) for e in _host(profiled)]
-    found = {}
-    for name, start, end, _ in events:
-        if name.startswith(_MARK):
-            call = name.removeprefix(_MARK)
-            inside = [e for e in events if start <= e[1] and e[2] <= end]
-            peak = peaks[call] if cuda else _peak((e[1], e[3]) for e in inside if e[0] == "[memory]")
-            launches = sum("LaunchKernel" in e[0] for e in inside) if cuda else _outer_operators(inside)
-            found[call] = Footprint(peak, launches)
-    return found
+    return {
+        name.removeprefix(_MARK): [e for e in events if start <= e[1] and e[2] <= end]
+        for name, start, end, _ in events
+        if name.startswith(_MARK)
+    }
 
 
 def _host(profiled: profile) -> list:
@@ -68,7 +85,7 @@ def _peak(allocations: Iterable[tuple[int, int]]) -> int:
     return peak
 
 
-def _outer_operators(events: list[tuple[str, int, int, int]]) -> int:
+def _outer_operators(events: list[Event]) -> int:
     """ATen calls that no other ATen call contains; the events of one thread nest."""
     count, covered = 0, -1
     for name, start, end, _ in sorted(events, key=lambda e: (e[1], -e[2])):

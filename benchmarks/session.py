@@ -124,8 +124,7 @@ class Session:
                 **job.identity,
                 "provider": provider,
                 "ms": asdict(timing),
-                "peak_bytes": taken[provider].peak_bytes,
-                "launches": taken[provider].launches,
+                **{key: value for key, value in asdict(taken[provider]).items() if value is not None},
                 "ratio_to_base": timing.p50 / base.p50 if base else None,
             }
             self.result["rows"].append(row)

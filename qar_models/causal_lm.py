@@ -22,7 +22,7 @@ from qar_models.contrast import QuerierContrast
 from qar_models.distributed import mean_over_ranks
 from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
-from qar_models.modeling import QARModelOutput
+from qar_models.modeling import CACHE, QARModelOutput
 from qar_models.packing import ids_of_windows
 from qar_models.queriers import as_ids, check_prompt_ids, ids_that_stay
 from qar_models.row_sparse import sparse_parameters
@@ -140,9 +140,10 @@ class QARForCausalLMMixin(MembershipMixin):
         skip_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> QARCausalLMOutput:
-        """As the base class, and:
+        """As the base class, with the cache as ``past_key_values`` or ``cache`` in every version, and:
 
         Args:
             querier_ids: ``(B,)``, or ``(B, S)`` for packed rows; -1 for an unknown querier.
@@ -162,7 +163,7 @@ class QARForCausalLMMixin(MembershipMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             querier_ids=querier_ids,
@@ -187,9 +188,9 @@ class QARForCausalLMMixin(MembershipMixin):
             found["loss"] = found["lm_loss"] + share * found["contrastive_loss"]
         return QARCausalLMOutput(
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
             **found,
         )
 

@@ -25,9 +25,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from qar_models.causal_lm import QARForCausalLMMixin
-from qar_models.modeling import DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
+from qar_models.modeling import CACHE, DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
 
-IGNORED_AT_INFERENCE = ["past_key_values", "lm_loss", "contrastive_loss"]  # a list: they add to it
+IGNORED_AT_INFERENCE = [CACHE, "lm_loss", "contrastive_loss"]  # a list: they add to it
 """Outputs that are no predictions to transformers' Trainer."""
 
 

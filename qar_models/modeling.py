@@ -6,7 +6,7 @@ and leave attention, masks, rotary embeddings and caches to it. B sequences, S t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from qar_models.packing import (
 )
 from qar_models.queriers import TowerMemo
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
+
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+"""What transformers calls the key-value cache in calls and outputs: ``cache`` since 5.24."""
 
 
 @dataclass
@@ -54,13 +57,12 @@ class QARDecoderLayerMixin:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         towers: TowerBatch | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As the base class; ``towers`` says which expert each row has."""
+        """As the base class, with the cache among ``kwargs``; ``towers`` says which expert each row has."""
         if self.towers_coincide:
             hidden_states, attention_mask, position_ids, position_embeddings = (
                 general_rows(value, towers.batch_size)
@@ -71,7 +73,6 @@ class QARDecoderLayerMixin:
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
             **kwargs,
@@ -120,9 +121,10 @@ class QARModelMixin:
         use_cache: bool | None = None,
         querier_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> QARModelOutput:
-        """As the base class, and:
+        """As the base class, with the cache as ``past_key_values`` or ``cache`` in every version, and:
 
         Args:
             querier_ids: ``(B,)`` or ``(B, S)``, -1 for an unknown querier; packed: ``(N,)`` or ``(1, T)``.
@@ -131,11 +133,12 @@ class QARModelMixin:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
+        cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_len = inputs_embeds.shape[:2]
         if cu_seq_lens_q is not None:
-            check_packed(cu_seq_lens_q, batch_size, seq_len, attention_mask, past_key_values, use_cache)
+            check_packed(cu_seq_lens_q, batch_size, seq_len, attention_mask, cache, use_cache)
             use_cache, kwargs = False, kwargs | self._packed_bounds(cu_seq_lens_q, seq_len)
             attention_mask, position_ids = self._packed_rows(inputs_embeds, position_ids, cu_seq_lens_q)
         towers = self.tower_memo(
@@ -143,18 +146,18 @@ class QARModelMixin:
         )
         if use_cache is None:
             use_cache = self.config.use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         inputs = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: cache,
         }
         if self.qar.tower == "replace":
             inputs = {name: self._for_both_towers(value, batch_size) for name, value in inputs.items()}
         out = super().forward(**inputs, use_cache=use_cache, towers=towers, **kwargs)
-        return self._join_towers(out, past_key_values if use_cache else None)
+        return self._join_towers(out, cache if use_cache else None)
 
     def _packed_rows(
         self, inputs_embeds: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor
@@ -180,7 +183,7 @@ class QARModelMixin:
             return TowerCache(value, batch_size)
         return repeat_rows(value, batch_size)
 
-    def _join_towers(self, out: BaseModelOutputWithPast, past_key_values: Any) -> QARModelOutput:
+    def _join_towers(self, out: BaseModelOutputWithPast, cache: Any) -> QARModelOutput:
         states = out.last_hidden_state
         if self.qar.tower == "residual":
             last_hidden_state = self.norm(states, now=True)
@@ -194,8 +197,8 @@ class QARModelMixin:
             hidden_states = (*hidden_states[:-1], last_hidden_state)
         return QARModelOutput(
             last_hidden_state=last_hidden_state,
-            past_key_values=past_key_values,
             hidden_states=hidden_states,
             attentions=out.attentions,
             querier_states=states,
+            **{CACHE: cache},
         )

@@ -79,7 +79,7 @@ def check_packed(
     batch_size: int,
     seq_len: int,
     attention_mask: Tensor | None,
-    past_key_values: Any,
+    cache: Any,
     use_cache: bool | None,
 ) -> None:
     """Raise ``ValueError`` or ``TypeError`` for what packed rows cannot be, naming the argument.
@@ -88,7 +88,7 @@ def check_packed(
     """
     if not isinstance(cu_seq_lens, Tensor):
         raise TypeError(f"cu_seq_lens_q: got a {type(cu_seq_lens).__name__}, expected a tensor (N + 1,)")
-    if attention_mask is not None or past_key_values is not None or use_cache:
+    if attention_mask is not None or cache is not None or use_cache:
         raise ValueError(
             "attention_mask, past_key_values, use_cache: got a value, expected none of them with packed rows "
             "(cu_seq_lens_q)"

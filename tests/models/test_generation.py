@@ -15,6 +15,7 @@ from tiny_models import (
 from transformers import DynamicCache
 
 from qar_models import QARConfig, apply_qar, queriers
+from qar_models.modeling import CACHE
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -107,6 +108,21 @@ def test_cache_operations_see_one_row_per_sequence(tower):
     )
     expected = model(ids, querier_ids=QUERIER_IDS[order]).logits[:, 7:]
     torch.testing.assert_close(got.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_cache_by_its_old_and_its_new_name(tower, name):
+    """transformers renamed it in 5.24; a model that does not know the name answers from the last token."""
+    model, batch = aware_model(tower=tower), left_padded_batch(padding=0)
+    ids = batch["input_ids"]
+    for stack, read in ((model, lambda out: out.logits), (model.model, lambda out: out.last_hidden_state)):
+        cache = DynamicCache(config=model.config)
+        first = stack(ids[:, :7], querier_ids=QUERIER_IDS, use_cache=True, **{name: cache})
+        assert first[CACHE] is cache and cache.get_seq_length() == 7
+        rest = read(stack(ids[:, 7:], querier_ids=QUERIER_IDS, **{name: cache}))
+        expected = read(stack(ids, querier_ids=QUERIER_IDS))[:, 7:]
+        torch.testing.assert_close(rest, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tower", TOWERS)

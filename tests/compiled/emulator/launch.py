@@ -10,9 +10,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from emulator import access, products  # noqa: F401  (they register their instructions)
 from emulator.asynchronous import TensorMap
 from emulator.machine import Machine
-from emulator.memory import Global
+from emulator.memory import EmulationError, Global
 from emulator.program import Program
-from qar_kernels.triton.machine_code import compile_launch
+from qar_kernels.triton.machine_code import SHARED_LIMIT, compile_launch
 from qar_kernels.triton.runner import Recorded
 
 
@@ -26,6 +26,10 @@ def emulate(recorded: Recorded, arch: str, late: bool, edit: Callable[[str], str
         EmulationError: an address outside the tensors, a misaligned access, a barrier that never opens.
     """
     compiled = compile_launch(recorded, arch)
+    if compiled.metadata.shared > SHARED_LIMIT[arch]:
+        raise EmulationError(
+            f"{compiled.metadata.shared} bytes of shared memory, {arch} has {SHARED_LIMIT[arch]}"
+        )
     ptx = compiled.asm["ptx"]
     program = Program.parse(edit(ptx) if edit else ptx)
     boxes = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
