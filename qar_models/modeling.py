@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qar_models.base_mlp import BaseMLP, fusable
@@ -29,6 +29,13 @@ from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, 
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 """What transformers calls the key-value cache in calls and outputs: ``cache`` since 5.24."""
+
+
+def check_no_other_cache(kwargs: dict[str, Any]) -> None:
+    """Raise ``TypeError`` for a cache by yet another name: unread, answers would come from the last token."""
+    for name, value in kwargs.items():
+        if isinstance(value, Cache):
+            raise TypeError(f"{name}: got a cache, expected it as 'cache' or 'past_key_values'")
 
 
 @dataclass
@@ -134,6 +141,7 @@ class QARModelMixin:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         cache = past_key_values if cache is None else cache
+        check_no_other_cache(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_len = inputs_embeds.shape[:2]

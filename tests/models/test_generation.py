@@ -125,6 +125,12 @@ def test_the_cache_by_its_old_and_its_new_name(tower, name):
         torch.testing.assert_close(rest, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_by_a_name_that_nobody_reads_is_refused():
+    model, batch = aware_model(), left_padded_batch()
+    with pytest.raises(TypeError, match="keys_and_values: got a cache"):
+        model(**batch, querier_ids=QUERIER_IDS, keys_and_values=DynamicCache(config=model.config))
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_logits_to_keep(tower):
     model, batch = aware_model(tower=tower), left_padded_batch()
