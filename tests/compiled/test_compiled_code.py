@@ -28,10 +28,10 @@ class Chip:
     """Launches go to the emulator; what they were is kept."""
 
     def __init__(self, arch):
-        self.arch, self.late, self.edit, self.launches = arch, False, None, []
+        self.arch, self.options, self.launches = arch, {}, []
 
     def launch(self, recorded):
-        machine = emulate(recorded, self.arch, self.late, self.edit)
+        machine = emulate(recorded, self.arch, **self.options)
         self.launches.append((recorded, machine))
 
     def config(self, device, dtype, rows, tower):
@@ -66,12 +66,12 @@ def ids(rows, experts=4):
     return torch.randint(-1, experts, (rows,), generator=draw).tolist()
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("options", [{}, {"late": True}, {"apart": True}], ids=str)
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize(("rows", "dtype"), [(37, BF16), (150, FP16)])
-def test_towers(chip, rows, dtype, tower, late):
-    """Asynchronous copies and products happen when they are issued, or not before they are waited for."""
-    chip.late = late
+def test_towers(chip, rows, dtype, tower, options):
+    """Asynchronous work happens at once or when it is waited for; threads go in step, or warp after warp."""
+    chip.options = options
     check(Case(ids(rows), **SMALL), tower, "triton", dtype)
     instructions = " ".join(chip.opcodes())
     if tower != "expert":
@@ -85,7 +85,7 @@ def test_towers(chip, rows, dtype, tower, late):
 
 @pytest.mark.parametrize(("rows", "rank"), [(20, 8), (150, 64), (150, 128)])
 def test_ranks(chip, rank, rows):
-    chip.late = True
+    chip.options = {"late": True}
     check(Case(ids(rows), **SMALL | {"R": rank}), "fused", "triton", BF16)
 
 
@@ -146,6 +146,7 @@ def test_no_byte_is_moved_twice_by_an_instruction(chip, rows, tower):
 FAULTS = [
     ("sm_80", "a copy nobody waits for", r"cp\.async\.wait_group\s+\d", "cp.async.wait_group 9"),
     ("sm_80", "a matrix read the other way", r"\.x4\.trans", ".x4"),
+    ("sm_80", "no barrier between warps", r"bar\.sync\s+0", "bar.warp.sync -1"),
     ("sm_80", "a lost guard", r"@%p\d+ (st\.global)", r"\1"),
     ("sm_90", "a product nobody waits for", r"(wgmma\.wait_group\S*)\s+\d", r"\1 9"),
     ("sm_90", "other bytes than expected", r"(expect_tx\S+ _, \S+) (\d)", r"\1 1\2"),
@@ -163,7 +164,7 @@ def test_the_emulator_sees_a_fault(chip, fault, pattern, by):
         edits.append(count)
         return edited
 
-    chip.late, chip.edit = True, edit
+    chip.options = {"late": True, "apart": "barrier" in fault, "edit": edit}
     with pytest.raises((EmulationError, AssertionError)):
         check(Case(ids(37), **SMALL), "fused", "triton", BF16)
     assert sum(edits) > 0

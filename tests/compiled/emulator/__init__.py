@@ -2,9 +2,8 @@
 
 Triton's interpreter cannot show whether the code that the *compiler* makes is right: layouts, swizzled shared
 memory, matrix instructions and their descriptors, bulk copies, barriers, software pipelines. This runs that
-code. A thread block is one vector of threads that goes through the program together; threads that branch
-apart wait for each other at the earliest instruction. So races between warps do not show, and times mean
-nothing.
+code. A thread block, or a warp after the other, is one vector of threads that goes through the program
+together; threads that branch apart wait for each other at the earliest instruction. Times mean nothing here.
 
 Source of every semantics: NVIDIA, "PTX ISA", section of the instruction's name.
 """

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from emulator.machine import Machine, Step, instruction
+from emulator.machine import Held, Machine, Step, instruction
 from emulator.memory import Barrier, EmulationError, check_aligned
 from emulator.program import Instruction
 
@@ -32,14 +32,14 @@ class TensorMap:
 
 @instruction("cp.async.commit_group", "wgmma.commit_group")
 def commit(machine: Machine, op: Instruction) -> Step:
-    queue = machine.queues[op.opcode.split(".")[0]]
-    return lambda mask: queue.commit()
+    kind = op.opcode.split(".")[0]
+    return lambda mask: machine.walk.queues[kind].commit()
 
 
 @instruction("cp.async.wait_group", "wgmma.wait_group")
 def wait(machine: Machine, op: Instruction) -> Step:
-    queue, remaining = machine.queues[op.opcode.split(".")[0]], int(op.operands[0])
-    return lambda mask: queue.wait(remaining)
+    kind, remaining = op.opcode.split(".")[0], int(op.operands[0])
+    return lambda mask: machine.walk.queues[kind].wait(remaining)
 
 
 @instruction("cp.async.ca", "cp.async.cg")
@@ -68,7 +68,7 @@ def copy(machine: Machine, op: Instruction) -> Step:
                 data[whole] = machine.tensors.read(threads[whole], at[whole], size)
             machine.shared.bytes[machine.shared.index(to, size)] = data
 
-        machine.queues["cp"].issue(work)
+        machine.walk.queues["cp"].issue(work)
 
     return step
 
@@ -171,18 +171,21 @@ def expect_bytes(machine: Machine, op: Instruction) -> Step:
 
 @instruction("mbarrier.try_wait.parity")
 def wait_for_barrier(machine: Machine, op: Instruction) -> Step:
-    """Whether the phase of a parity is over. No other thread runs meanwhile: what is not, never will be."""
+    """Whether the phase of a parity is over. Where it is not, other teams run before the next question."""
     done = machine.write(op.operands[0], np.bool_)
+    answers = []
 
-    def wait(key: int, parity: int) -> None:
+    def ask(key: int, parity: int) -> None:
         _complete(machine, key)
-        if _barrier(machine, key).phase == parity & 1:
-            raise EmulationError(f"waits for ever at barrier {key}")
+        answers.append(_barrier(machine, key).phase != parity & 1)
 
-    step = _barrier_step(machine, op, wait)
+    ask_each = _barrier_step(machine, op, ask)
 
-    def wait_all(mask: np.ndarray) -> None:
-        step(mask)
-        np.copyto(done, True, where=mask)
+    def step(mask: np.ndarray) -> None:
+        answers.clear()
+        ask_each(mask)
+        done[mask] = answers
+        if not all(answers):
+            machine.walk.held = Held.WAITS
 
-    return wait_all
+    return step

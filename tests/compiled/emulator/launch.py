@@ -16,11 +16,22 @@ from qar_kernels.triton.machine_code import SHARED_LIMIT, compile_launch
 from qar_kernels.triton.runner import Recorded
 
 
-def emulate(recorded: Recorded, arch: str, late: bool, edit: Callable[[str], str] | None = None) -> Machine:
+def emulate(
+    recorded: Recorded,
+    arch: str,
+    late: bool = False,
+    apart: bool = False,
+    edit: Callable[[str], str] | None = None,
+) -> Machine:
     """Run it on its tensors; returns the machine, with what it has counted.
 
-    ``late``: asynchronous copies and products happen when they are waited for, else when they are issued.
-    ``edit`` changes the code first, to see that a fault is seen.
+    Args:
+        recorded: the launch.
+        arch: such as ``"sm_90"``.
+        late: asynchronous copies and products happen when they are waited for, else when they are issued.
+        apart: warps (``wgmma``'s groups of four, where there are such) run one after the other, the last one
+            first, each until it must wait for the others; else all threads go in step.
+        edit: changes the code first, to see that a fault is seen.
 
     Raises:
         EmulationError: an address outside the tensors, a misaligned access, a barrier that never opens.
@@ -32,6 +43,7 @@ def emulate(recorded: Recorded, arch: str, late: bool, edit: Callable[[str], str
         )
     ptx = compiled.asm["ptx"]
     program = Program.parse(edit(ptx) if edit else ptx)
+    team = (128 if "wgmma" in ptx else 32) if apart else program.threads
     boxes = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     arguments, tensors, maps = [], [], []
     for argument in recorded.args:
@@ -48,7 +60,7 @@ def emulate(recorded: Recorded, arch: str, late: bool, edit: Callable[[str], str
     arguments += [0] * (len(program.parameters) - len(arguments))  # scratch memory, which nobody uses
     memory = Global()
     memory.add(tensors)
-    machine = Machine(program, compiled.metadata.shared, arguments, memory, maps, late)
+    machine = Machine(program, compiled.metadata.shared, arguments, memory, maps, late, team)
     machine.run(recorded.grid)
     return machine
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from enum import Enum
 
 import numpy as np
 
@@ -37,18 +38,20 @@ class Machine:
         tensors: global memory, see :class:`emulator.memory.Global`.
         maps: tensor maps of the launch.
         late: whether asynchronous copies and products happen when they are waited for, not when issued.
-        queues: copies and products under way.
-        walk: where the threads are.
+        team: threads that go in step: the block, or a part of it.
+        walk: of the team that runs now.
     """
 
-    def __init__(self, program: Program, shared_bytes: int, arguments: list, tensors, maps: list, late: bool):
+    def __init__(
+        self, program: Program, shared_bytes: int, arguments: list, tensors, maps: list, late: bool, team: int
+    ):
         self.program, self.threads = program, program.threads
         self.shared, self.tensors, self.maps, self.late = Shared(shared_bytes), tensors, maps, late
         self.arguments = arguments
-        self.queues = {"cp": Groups(late), "wgmma": Groups(late)}
+        self.team = team
         self.registers = {name: np.zeros(self.threads, np.uint32) for name in _SPECIAL}
         self.registers["%tid.x"][:] = np.arange(self.threads)
-        self.walk = Walk(self.threads)
+        self.walk: Walk | None = None
         self.steps = [self._prepare(op) for op in program.instructions]
         self.guards = [op.guard and self.read(op.guard, np.bool_) for op in program.instructions]
 
@@ -60,7 +63,8 @@ class Machine:
             self.registers["%ctaid.x"][:], self.registers["%ctaid.y"][:] = block % columns, block // columns
             self.shared.clear()
             self._run_block()
-            self._check_idle()
+            if self.shared.copies or self.shared.barriers:
+                raise EmulationError(f"{self.program.name} ended with bulk copies or barriers alive")
 
     def read(self, operand: str, dtype: type) -> np.ndarray | np.generic:
         """What an operand holds now and at every later step, as ``dtype``: a view, or a constant."""
@@ -101,16 +105,6 @@ class Machine:
         base, _, offset = operand.strip("[] ").partition("+")
         return self.read(base.strip(), dtype), int(offset or 0)
 
-    def _check_idle(self) -> None:
-        """A block may not end while copies or products are under way, or barriers live."""
-        shared = self.shared
-        under_way = len(shared.copies) + sum(queue.under_way() for queue in self.queues.values())
-        if under_way or shared.barriers:
-            raise EmulationError(
-                f"{self.program.name} ended with {under_way} copies or products under way and "
-                f"{len(shared.barriers)} barriers"
-            )
-
     def _prepare(self, op: Instruction) -> Step:
         parts = op.opcode.split(".")
         for length in range(len(parts), 0, -1):
@@ -119,13 +113,30 @@ class Machine:
         raise EmulationError(f"{self.program.name}, line {op.line}: unknown instruction {op.opcode}")
 
     def _run_block(self) -> None:
-        walk = self.walk = Walk(self.threads)
+        """Teams in turns, each as far as it gets, the last one first."""
+        members = np.arange(self.threads) // self.team
+        walks = [Walk(members == team, self.late) for team in range(members[-1], -1, -1)]
+        waits = 0  # rounds in which every team did nothing but wait
+        while walks:
+            for self.walk in walks:
+                self._run_team(self.walk)
+            walks = [walk for walk in walks if walk.held != Held.LEFT]
+            if all(walk.held == Held.BARRIER for walk in walks):
+                for walk in walks:
+                    walk.held = None
+            waits = waits + 1 if walks and all(walk.held == Held.WAITS for walk in walks) else 0
+            if waits > 1:
+                raise EmulationError(f"{self.program.name} waits for ever")
+
+    def _run_team(self, walk: "Walk") -> None:
+        if walk.held == Held.BARRIER:
+            return
+        walk.held = None
         try:
-            while True:
+            while walk.held is None:
                 op, guard = self.program.instructions[walk.at], self.guards[walk.at]
                 self.steps[walk.at](walk.active if guard is None else walk.active & (guard ^ op.negated))
-                if not walk.advance():
-                    return
+                walk.advance()
         except EmulationError as error:
             line = self.program.instructions[walk.at].line
             raise EmulationError(f"{self.program.name}, line {line}: {error}") from error
@@ -160,18 +171,30 @@ class Groups:
         return len(self.open) + sum(map(len, self.committed))
 
 
+class Held(Enum):
+    """Why a team does not go on."""
+
+    BARRIER = 1  # until all teams are there
+    WAITS = 2  # for bytes: it asks again when it is its turn
+    LEFT = 3  # the program
+
+
 class Walk:
-    """Where the threads of a block are. Those at the earliest instruction go on, the others wait.
+    """Where the threads of a team are. Those at the earliest instruction go on, the others wait.
 
     Attributes:
         at: the instruction.
         active: the threads that are there.
         parked: threads that are at other instructions.
+        held: why none goes on.
+        queues: copies and products under way.
     """
 
-    def __init__(self, threads: int):
-        self.at, self.active = 0, np.ones(threads, bool)
+    def __init__(self, threads: np.ndarray, late: bool):
+        self.at, self.active = 0, threads
         self.parked: dict[int, np.ndarray] = {}
+        self.held: Held | None = None
+        self.queues = {"cp": Groups(late), "wgmma": Groups(late)}
 
     def send(self, threads: np.ndarray, target: int | None) -> None:
         """Active threads to another instruction, or (None) out of the program."""
@@ -179,17 +202,24 @@ class Walk:
         if target is not None and threads.any():
             self.parked[target] = self.parked.get(target, False) | threads
 
-    def advance(self) -> bool:
-        """To the next instruction where a thread is; false if none is left."""
+    def advance(self) -> None:
+        """To the next instruction where a thread is."""
         self.at += 1
         if self.parked or not self.active.any():
             if self.active.any():
                 self.parked[self.at] = self.parked.get(self.at, False) | self.active
             if not self.parked:
-                return False
+                self.leave()
+                return
             self.at = min(self.parked)
             self.active = self.parked.pop(self.at)
-        return True
+
+    def leave(self) -> None:
+        """The last thread is gone; nothing may be under way."""
+        self.held = Held.LEFT
+        if any(queue.under_way() for queue in self.queues.values()):
+            self.at -= 1
+            raise EmulationError("ended with copies or products under way")
 
 
 @instruction("bra")
@@ -207,11 +237,12 @@ def leave(machine: Machine, op: Instruction) -> Step:
 
 @instruction("bar.sync")
 def barrier(machine: Machine, op: Instruction) -> Step:
-    """All threads that have not left are here."""
+    """Until all threads that have not left are here."""
 
     def step(mask: np.ndarray) -> None:
         if machine.walk.parked:
-            raise EmulationError("a barrier that not all threads have reached")
+            raise EmulationError("a barrier that not all threads of a team have reached")
+        machine.walk.held = Held.BARRIER
 
     return step
 

@@ -67,7 +67,7 @@ def group_product(machine: Machine, op: Instruction) -> Step:
         for first in np.flatnonzero(mask[::_GROUP]) * _GROUP:
             threads = slice(first, first + _GROUP)
             descriptors = [_uniform(value, machine, threads) for value in (left[0], right, accumulates)]
-            machine.queues["wgmma"].issue(partial(multiply, threads, *descriptors))
+            machine.walk.queues["wgmma"].issue(partial(multiply, threads, *descriptors))
 
     def multiply(threads: slice, a_at: int, b_at: int, adds: bool) -> None:
         if a_in_registers:
