@@ -10,6 +10,7 @@ from emulator.memory import EmulationError, Shared
 from emulator.program import Instruction, Program
 
 WARP = 32
+_PATIENCE = 100  # a copy is done when it is asked for: whoever asks so often asks for one that nobody issues
 Step = Callable[[np.ndarray], None]  # what an instruction does for the threads of a mask
 _CLASSES = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64}
 _SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%nctaid.x", "%nctaid.y")
@@ -116,7 +117,7 @@ class Machine:
         """Teams in turns, each as far as it gets, the last one first."""
         members = np.arange(self.threads) // self.team
         walks = [Walk(members == team, self.late) for team in range(members[-1], -1, -1)]
-        waits = 0  # rounds in which every team did nothing but wait
+        waits = 0  # rounds that ended with no team that could go on
         while walks:
             for self.walk in walks:
                 self._run_team(self.walk)
@@ -124,8 +125,8 @@ class Machine:
             if all(walk.held == Held.BARRIER for walk in walks):
                 for walk in walks:
                     walk.held = None
-            waits = waits + 1 if walks and all(walk.held == Held.WAITS for walk in walks) else 0
-            if waits > 1:
+            waits = waits + 1 if walks and all(walk.held for walk in walks) else 0
+            if waits > _PATIENCE:
                 raise EmulationError(f"{self.program.name} waits for ever")
 
     def _run_team(self, walk: "Walk") -> None:
