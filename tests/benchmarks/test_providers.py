@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import kernels, libraries
+from benchmarks import footprint, kernels, libraries
 from benchmarks.__main__ import main
 from benchmarks.calibrate import _base_gate_up
 from benchmarks.inputs import Inputs
@@ -124,6 +124,27 @@ def test_a_cell_that_cannot_be_built_costs_no_other_and_is_not_tried_again(tmp_p
     assert refused["provider"] == "*"
     again = Session("cpu", session.out, minutes=0, resume=load(session.out))
     assert again.run([broken, sound]) == []
+
+
+@pytest.mark.parametrize("profiler", ["refuses", "sees nothing"])
+def test_on_a_card_a_profiler_without_rights_costs_the_count_of_launches_only(monkeypatch, profiler):
+    for name, value in {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 100,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 164)
+
+    def events(calls, profiled):
+        if profiler == "refuses":
+            raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+        return {name: [] for name in calls}
+
+    monkeypatch.setattr(footprint, "_events_inside", events)
+    calls = []
+    found = footprint.footprints({"ours": lambda: calls.append(1)}, "cuda")
+    assert found == {"ours": footprint.Footprint(peak_bytes=64, launches=None)} and calls == [1]
 
 
 def test_the_calibration_launches_what_it_times():
