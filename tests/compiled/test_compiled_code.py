@@ -66,7 +66,7 @@ def ids(rows, experts=4):
     return torch.randint(-1, experts, (rows,), generator=draw).tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"late": True}, {"apart": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"late": True}, {"late": True, "apart": True}], ids=str)
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize(("rows", "dtype"), [(37, BF16), (150, FP16)])
 def test_towers(chip, rows, dtype, tower, options):
