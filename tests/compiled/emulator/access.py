@@ -19,14 +19,9 @@ def _shape(op: Instruction) -> tuple[np.dtype, int]:
 
 def _addresses(machine: Machine, operand: str, opcode: str) -> tuple[Global | Shared, Callable]:
     """The memory of an access, and the addresses of given threads."""
-    is_global = ".global" in opcode
-    dtype = np.uint64 if is_global else np.uint32
-    base, offset = machine.address(operand, dtype)
-
-    def of(threads: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(base, machine.threads)[threads] + dtype(offset)
-
-    return machine.tensors if is_global else machine.shared, of
+    if ".global" in opcode:
+        return machine.tensors, machine.addresses(operand, np.uint64)
+    return machine.shared, machine.addresses(operand, np.uint32)
 
 
 @instruction("ld.global", "ld.shared")
@@ -57,7 +52,7 @@ def store(machine: Machine, op: Instruction) -> Step:
     def step(mask: np.ndarray) -> None:
         threads = np.flatnonzero(mask)
         if threads.size:
-            columns = [np.broadcast_to(source, machine.threads)[threads].astype(dtype) for source in sources]
+            columns = [source[threads].astype(dtype) for source in sources]
             memory.store(threads, addresses(threads), np.stack(columns, axis=1).view(np.uint8))
 
     return step
@@ -111,7 +106,7 @@ def shuffle(machine: Machine, op: Instruction) -> Step:
     def step(mask: np.ndarray) -> None:
         check_converged(mask)
         own = np.arange(machine.threads)
-        values = source[own // WARP * WARP + np.broadcast_to(lane, machine.threads) % WARP]
+        values = source[own // WARP * WARP + lane % WARP]
         np.copyto(target, values, where=mask)
 
     return step

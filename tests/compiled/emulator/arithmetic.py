@@ -69,7 +69,7 @@ def _pack(machine: Machine, op: Instruction, kind: str) -> Step:
         targets = [machine.write(name, part) for name in parts]
 
         def step(mask: np.ndarray) -> None:
-            pieces = np.broadcast_to(whole, machine.threads).copy().view(part).reshape(machine.threads, -1)
+            pieces = np.ascontiguousarray(whole).view(part).reshape(machine.threads, -1)
             for index, register in enumerate(targets):
                 np.copyto(register, pieces[:, index], where=mask)
 
@@ -77,7 +77,7 @@ def _pack(machine: Machine, op: Instruction, kind: str) -> Step:
     register, sources = machine.write(target, TYPES[kind]), [machine.read(name, part) for name in parts]
 
     def step(mask: np.ndarray) -> None:
-        pieces = np.stack(np.broadcast_arrays(*sources, machine.registers["%tid.x"])[:-1], axis=1)
+        pieces = np.stack(sources, axis=1)
         np.copyto(register, np.ascontiguousarray(pieces).view(TYPES[kind])[:, 0], where=mask)
 
     return step

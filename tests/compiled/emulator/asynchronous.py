@@ -45,18 +45,14 @@ def wait(machine: Machine, op: Instruction) -> Step:
 @instruction("cp.async.ca", "cp.async.cg")
 def copy(machine: Machine, op: Instruction) -> Step:
     """``size`` bytes to shared memory, zeros behind the first ``source_size``."""
-    (into, into_offset), (source, offset) = (
-        machine.address(text, dtype)
-        for text, dtype in zip(op.operands[:2], (np.uint32, np.uint64), strict=True)
-    )
+    into = machine.addresses(op.operands[0], np.uint32)
+    source = machine.addresses(op.operands[1], np.uint64)
     size = int(op.operands[2], 0)
-    sizes = machine.read(op.operands[3], np.uint32) if len(op.operands) > 3 else np.uint32(size)
+    sizes = machine.read((*op.operands, op.operands[2])[3], np.uint32)
 
     def step(mask: np.ndarray) -> None:
         threads = np.flatnonzero(mask)
-        to = np.broadcast_to(into, machine.threads)[threads] + np.uint32(into_offset)
-        at = np.broadcast_to(source, machine.threads)[threads] + np.uint64(offset)
-        count = np.broadcast_to(sizes, machine.threads)[threads]
+        to, at, count = into(threads), source(threads), sizes[threads]
         if not np.isin(count, (0, size)).all():
             raise EmulationError("cp.async of a part")
         check_aligned(to, size)
@@ -88,10 +84,7 @@ def copy_box(machine: Machine, op: Instruction) -> Step:
 
     def step(mask: np.ndarray) -> None:
         for thread in np.flatnonzero(mask):
-            to, x, y, key, number = (
-                int(np.broadcast_to(value, machine.threads)[thread])
-                for value in (into, column, row, barrier, chosen)
-            )
+            to, x, y, key, number = (int(value[thread]) for value in (into, column, row, barrier, chosen))
             if to % 128 or key not in machine.shared.barriers:
                 raise EmulationError(f"bulk copy to {to} with barrier {key}")
             machine.shared.copies.append((key, partial(_copy, machine, machine.maps[number], to, x, y, key)))
@@ -128,7 +121,7 @@ def _barrier_step(machine: Machine, op: Instruction, function: Callable) -> Step
 
     def step(mask: np.ndarray) -> None:
         for thread in np.flatnonzero(mask):
-            function(*(int(np.broadcast_to(each, machine.threads)[thread]) for each in (address, value)))
+            function(int(address[thread]), int(value[thread]))
 
     return step
 

@@ -67,19 +67,25 @@ class Machine:
             if self.shared.copies or self.shared.barriers:
                 raise EmulationError(f"{self.program.name} ended with bulk copies or barriers alive")
 
-    def read(self, operand: str, dtype: type) -> np.ndarray | np.generic:
-        """What an operand holds now and at every later step, as ``dtype``: a view, or a constant."""
+    def read(self, operand: str, dtype: type) -> np.ndarray:
+        """What an operand holds, now and at every later step: an element for each thread, as ``dtype``."""
         if operand == "global_smem":
-            return dtype(self.shared.START)
+            return np.full(self.threads, self.shared.START, dtype)
         if parameter := re.fullmatch(r"\w+_param_(\d+)", operand):
-            return _constant(self.arguments[int(parameter.group(1))], dtype)
+            return self._constant(self.arguments[int(parameter.group(1))], dtype)
         if operand.startswith("0f"):
-            return _constant(int(operand[2:], 16), dtype)
+            return self._constant(int(operand[2:], 16), dtype)
         if re.fullmatch(r"-?\d\w*", operand):
-            return _constant(int(operand.rstrip("U"), 0), dtype)
+            return self._constant(int(operand.rstrip("U"), 0), dtype)
         register = self.register(operand)
         # conversions and stores may name a wider register: its low bits
         return register.view(dtype)[:: max(1, register.itemsize // np.dtype(dtype).itemsize)]
+
+    def _constant(self, value: int, dtype: type) -> np.ndarray:
+        """The low bits of an integer, read as ``dtype``."""
+        size = np.dtype(dtype).itemsize
+        bits = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+        return np.frombuffer(bits * self.threads, dtype)
 
     def write(self, name: str, dtype: type) -> np.ndarray:
         """A register as ``dtype``, to be written to; ``_`` is nowhere."""
@@ -101,10 +107,11 @@ class Machine:
         """The registers of ``{a, b}``, or the one."""
         return [name.strip() for name in operand.strip("{} ").split(",")]
 
-    def address(self, operand: str, dtype: type) -> tuple[np.ndarray | np.generic, int]:
-        """Base and offset of ``[base + offset]``."""
+    def addresses(self, operand: str, dtype: type) -> Callable[[np.ndarray], np.ndarray]:
+        """Of given threads, what ``[base + offset]`` is."""
         base, _, offset = operand.strip("[] ").partition("+")
-        return self.read(base.strip(), dtype), int(offset or 0)
+        register, offset = self.read(base.strip(), dtype), dtype(int(offset or 0))
+        return lambda threads: register[threads] + offset
 
     def _prepare(self, op: Instruction) -> Step:
         parts = op.opcode.split(".")
@@ -246,9 +253,3 @@ def barrier(machine: Machine, op: Instruction) -> Step:
         machine.walk.held = Held.BARRIER
 
     return step
-
-
-def _constant(value: int, dtype: type) -> np.generic:
-    """The low bits of an integer, read as ``dtype``."""
-    size = np.dtype(dtype).itemsize
-    return np.frombuffer((value & (1 << 8 * size) - 1).to_bytes(size, "little"), dtype)[0]

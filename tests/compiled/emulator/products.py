@@ -66,7 +66,7 @@ def group_product(machine: Machine, op: Instruction) -> Step:
         # descriptors are read when the product is issued, the factors when it runs
         for first in np.flatnonzero(mask[::_GROUP]) * _GROUP:
             threads = slice(first, first + _GROUP)
-            descriptors = [_uniform(value, machine, threads) for value in (left[0], right, accumulates)]
+            descriptors = [_uniform(value[threads]) for value in (left[0], right, accumulates)]
             machine.walk.queues["wgmma"].issue(partial(multiply, threads, *descriptors))
 
     def multiply(threads: slice, a_at: int, b_at: int, adds: bool) -> None:
@@ -83,10 +83,9 @@ def group_product(machine: Machine, op: Instruction) -> Step:
     return step
 
 
-def _uniform(value: np.ndarray, machine: Machine, threads: slice) -> int:
+def _uniform(values: np.ndarray) -> int:
     """Of all threads of a group: the one value, or of registers anything."""
-    values = np.broadcast_to(value, machine.threads)[threads]
-    if value.dtype != np.uint32 and (values != values[0]).any():
+    if values.dtype != np.uint32 and (values != values[0]).any():
         raise EmulationError("threads of a group that disagree about a product")
     return int(values[0])
 
