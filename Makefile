@@ -33,10 +33,12 @@ test: lint
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/compiled
 	$(BIN)/python -m pytest
 
+# most of the time goes into compiling some 400 kernels; PARALLEL= where pytest-xdist is not at hand
+PARALLEL ?= -n 8
 HAS_CARD := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 test-gpu: $(READY)
-	@if $(HAS_CARD); then TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu -rs; \
+	@if $(HAS_CARD); then TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu -rs $(PARALLEL); \
 	else echo "no CUDA device on this machine: nothing was tested"; fi
 
 # both write benchmarks/results/MACHINE-DATE.json as they go and begin no cell after the minutes given

@@ -26,11 +26,11 @@ _HEAD = '''"""What was measured of the two Triton paths. Written by ``benchmarks
 from __future__ import annotations
 
 # Cells {"device", "H", "I", "T", "Q", "R", "dtype", "pass", "fused_over_grouped"}, named as in a result file
-# of the benchmarks ("pass" is "fwd" or "fwd+bwd"); the last is a ratio of median times, under 1 the fused
-# path wins. The device is torch.cuda.get_device_name's.
+# of the benchmarks ("pass" is "fwd" or "fwd+bwd"; "A" only where the base has adapters); the last is a ratio
+# of median times, under 1 the fused path wins. The device is torch.cuda.get_device_name's.
 MEASUREMENTS: list[dict] = [
 '''
-_KEYS = ("H", "I", "T", "Q", "R", "dtype", "pass")
+_KEYS = ("H", "I", "T", "Q", "R", "dtype", "pass", "A")
 
 
 def dispatch_cells(result: dict) -> list[dict]:
@@ -41,7 +41,7 @@ def dispatch_cells(result: dict) -> list[dict]:
         if device and {_FUSED, _GROUPED} <= set(providers):
             fused, grouped = providers[_FUSED], providers[_GROUPED]
             ratio = round(fused["ms"]["p50"] / grouped["ms"]["p50"], 4)
-            shape = {name: fused[name] for name in _KEYS}
+            shape = {name: fused[name] for name in _KEYS if name in fused}
             found.append({"device": device, **shape, "fused_over_grouped": ratio})
     return found
 

@@ -18,7 +18,7 @@ _MIN_CELLS = 4  # of a heat map
 
 def figures(result: dict) -> Iterator[tuple[str, str]]:
     """``(name, SVG)`` of every figure that the rows have the points for."""
-    rows = result["rows"]
+    rows = [row for row in result["rows"] if "A" not in row]  # adapters: cells beside the matrix
     for run in ("fwd", "fwd+bwd"):
         yield from _heat_maps([r for r in rows if r["op"] == "fused_mlp" and r["pass"] == run], run)
         yield from _owned([r for r in rows if r["op"] == "expert_mlp" and r["pass"] == run], run)

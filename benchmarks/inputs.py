@@ -5,13 +5,14 @@ T rows, Q queriers present, H hidden, I intermediate, R expert rank, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.shapes import Cell
-from qar_kernels import Segments, reference
+from qar_kernels import Adapter, LoRA, Segments, reference
+from qar_kernels.lora import NO_LORA
 from qar_kernels.row_sparse import Three
 
 
@@ -27,6 +28,7 @@ class Inputs:
         experts: gate, up ``(E, R, H)`` and down ``(E, H, R)``; need gradients in training.
         present: the Q expert ids, in the order of their sequences of ``T / Q`` rows each.
         segments: the same for the kernels.
+        lora: adapters of the base; need gradients in training.
     """
 
     cell: Cell
@@ -36,6 +38,7 @@ class Inputs:
     experts: Three
     present: list[int]
     segments: Segments
+    lora: LoRA = NO_LORA
 
     @classmethod
     def draw(cls, cell: Cell, device: str, training: bool, seed: int = 0) -> Inputs:
@@ -52,6 +55,12 @@ class Inputs:
         experts = tuple(
             normal(*shape, fan_in=shape[-1], grad=training) for shape in ((e, r, h), (e, r, h), (e, h, r))
         )
+
+        def adapter(inputs: int, outputs: int) -> Adapter:
+            a = normal(cell.A, inputs, fan_in=inputs, grad=training)
+            return Adapter(a, normal(outputs, cell.A, fan_in=cell.A, grad=training), scale=0.5)
+
+        lora = LoRA(adapter(h, i), adapter(h, i), adapter(i, h)) if cell.A else NO_LORA
         present = torch.randperm(e)[: cell.Q]
         return cls(
             cell,
@@ -61,6 +70,7 @@ class Inputs:
             experts=experts,
             present=present.tolist(),
             segments=Segments.from_sequences(present.to(device), cell.T // cell.Q),
+            lora=lora,
         )
 
     @property
@@ -72,7 +82,8 @@ class Inputs:
 def base_answer(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """The base MLP alone: ``y`` and, in training, ``d_x``."""
     x = inputs.x.detach().to(dtype).requires_grad_(inputs.training)
-    return _with_gradients(inputs, _base(inputs, x), {"d_x": x})
+    lora = _cast(inputs.lora, dtype)
+    return _with_gradients(inputs, _base(inputs, x, lora), {"d_x": x, **_factors(lora)})
 
 
 def expert_answer(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -83,15 +94,32 @@ def expert_answer(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
         w.detach()[inputs.present].to(dtype).requires_grad_(inputs.training) for w in inputs.experts
     )
     ids = torch.arange(inputs.cell.Q, device=x.device).repeat_interleave(inputs.cell.T // inputs.cell.Q)
-    y = _base(inputs, x) + reference.expert_mlp(x, gate, up, down, Segments.from_ids(ids))
+    lora = _cast(inputs.lora, dtype)
+    y = _base(inputs, x, lora) + reference.expert_mlp(x, gate, up, down, Segments.from_ids(ids))
     wanted = {"d_x": x, "d_expert_gate": gate, "d_expert_up": up, "d_expert_down": down}
-    return _with_gradients(inputs, y, wanted)
+    return _with_gradients(inputs, y, {**wanted, **_factors(lora)})
 
 
-def _base(inputs: Inputs, x: Tensor) -> Tensor:
+def _base(inputs: Inputs, x: Tensor, lora: LoRA) -> Tensor:
     if inputs.base is None:
         return torch.zeros_like(x)
-    return reference.swiglu_mlp(x, *(w.to(x.dtype) for w in inputs.base))
+    return reference.swiglu_mlp(x, *(w.to(x.dtype) for w in inputs.base), lora)
+
+
+def _cast(lora: LoRA, dtype: torch.dtype) -> LoRA:
+    """Adapters of their own in another dtype, with gradients where these have any."""
+
+    def cast(adapter: Adapter | None) -> Adapter | None:
+        if adapter is None:
+            return None
+        a, b = (w.detach().to(dtype).requires_grad_(w.requires_grad) for w in (adapter.a, adapter.b))
+        return replace(adapter, a=a, b=b)
+
+    return LoRA(*map(cast, (lora.gate, lora.up, lora.down)))
+
+
+def _factors(lora: LoRA) -> dict[str, Tensor]:
+    return {f"d_lora_{index}": factor for index, factor in enumerate(lora.factors)}
 
 
 def _with_gradients(inputs: Inputs, y: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ _CPU_MODELS, _CPU_RANKS = ("SmolLM2-135M", "Qwen2.5-0.5B"), (8, 64)
 GRAPH_ROWS = 256  # up to here decoding is the use, and servers replay graphs
 # A T x Q subset for the other ranks and models while there is time for no more.
 _SAMPLE = {(1, 1), (16, 16), (256, 64), (4096, 64), (16384, 256)}
+# With adapters on the base, as fine-tuning has them: where the paths may change places.
+_ADAPTED, _ADAPTER_RANK = ((4096, 8), (256, 8), (1024, 8), (16384, 64), (4096, 256)), 16
 
 
 def mlp_job(rank: int, op: str, cell: Cell, device: str, training: bool, budget_s: float = 0.3) -> Job:
@@ -58,6 +60,9 @@ def gpu_jobs() -> Iterator[Job]:
                 for training in (False, True):
                     early = 10 + training if main else 30 if (cell.T, cell.Q) in _SAMPLE else 40
                     yield mlp_job(early, "fused_mlp", cell, "cuda", training, budget_s=0.06)
+    for rows, queriers in _ADAPTED:
+        cell = Cell(rows, queriers, max(QUERIERS), _MAIN_RANK, *MODELS[_MAIN_MODEL], A=_ADAPTER_RANK)
+        yield mlp_job(12, "fused_mlp", cell, "cuda", training=True, budget_s=0.06)
 
 
 def cpu_jobs() -> Iterator[Job]:
@@ -95,6 +100,7 @@ def quick_jobs(device: str) -> Iterator[Job]:
     dtype = "float32" if device == "cpu" else "bfloat16"
     for op, cell in (
         ("fused_mlp", Cell(32, 4, 6, 16, 64, 128, dtype)),
+        ("fused_mlp", Cell(32, 4, 6, 16, 64, 128, dtype, A=8)),
         ("expert_mlp", Cell(32, 4, 50, 16, 64, 0, dtype)),
     ):
         for training in (False, True):

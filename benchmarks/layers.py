@@ -17,6 +17,7 @@ from benchmarks.models import embedded, model_shape, plain_model, prompts, subje
 from benchmarks.runner import Step
 from benchmarks.session import Job, Refuse, attempt
 from benchmarks.shapes import Cell
+from qar_models.modeling import CACHE
 
 PROVIDERS = ("base", "ours", "ours_replace", "loop")
 Batch = dict[str, Tensor]
@@ -37,12 +38,12 @@ def decode(model: PreTrainedModel, batch: Batch, cell: Cell) -> Callable[[], obj
     """One more token for each sequence, behind a cache of S tokens that is cut back afterwards."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**batch, past_key_values=cache, use_cache=True)
+        model(**batch, **{CACHE: cache}, use_cache=True)
     following = batch | {"input_ids": batch["input_ids"][:, -1:]}
 
     @torch.no_grad()
     def call() -> Tensor:
-        logits = model(**following, past_key_values=cache, use_cache=True).logits
+        logits = model(**following, **{CACHE: cache}, use_cache=True).logits
         cache.crop(-1)
         return logits
 

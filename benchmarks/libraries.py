@@ -58,7 +58,7 @@ def _grouped(inputs: Inputs, experts: tuple[Tensor, ...], ends: Tensor) -> Tenso
 
 if find_spec("liger_kernel"):
 
-    @provider(devices=("cuda",))
+    @provider(devices=("cuda",), adapts=False)
     def liger_loop(inputs: Inputs) -> Trial:
         """Liger's SwiGLU (what its ``LigerSwiGLUMLP`` runs) for the base, then for each sequence's expert."""
         from liger_kernel.ops import LigerSiLUMulFunction
@@ -90,7 +90,7 @@ class _MLP(nn.Module):
 
 if find_spec("peft"):
 
-    @provider(trains=False, graph=False, fits=lambda cell: cell.Q <= _ADAPTERS)
+    @provider(trains=False, graph=False, adapts=False, fits=lambda cell: cell.Q <= _ADAPTERS)
     def peft_mixed(inputs: Inputs) -> Trial:
         """PEFT's mixed-adapter batch (inference): a LoRA of :func:`lora_rank` for every querier.
 

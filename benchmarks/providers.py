@@ -54,6 +54,7 @@ class Provider:
         infers: whether it differs from another provider without a backward pass.
         graph: whether a CUDA graph can capture it: nothing is read or looked up on the host.
         no_base: whether it can do without a base MLP.
+        adapts: whether its base may have adapters.
         fits: whether a cell is within its means.
     """
 
@@ -63,6 +64,7 @@ class Provider:
     infers: bool = True
     graph: bool = True
     no_base: bool = False
+    adapts: bool = True
     fits: Callable[[Cell], bool] = lambda cell: True
 
     def applies(self, cell: Cell, device: str, training: bool) -> bool:
@@ -71,6 +73,7 @@ class Provider:
             device in self.devices
             and (self.trains if training else self.infers)
             and (self.no_base or cell.I > 0)
+            and (self.adapts or cell.A is None)
             and self.fits(cell)
         )
 
@@ -90,10 +93,10 @@ def provider(**limits: object) -> Callable[[Callable[[Inputs], Trial]], Callable
 
 
 def base_mlp(inputs: Inputs) -> Tensor:
-    """Two GEMMs, silu and product, one GEMM; zeros where the cell has no base MLP."""
+    """Two GEMMs, silu and product, one GEMM, and its adapters; zeros where the cell has no base MLP."""
     if inputs.base is None:
         return torch.zeros_like(inputs.x)
-    return torch_backend.swiglu_mlp(inputs.x, *inputs.base)
+    return torch_backend.swiglu_mlp(inputs.x, *inputs.base, inputs.lora)
 
 
 @provider()
@@ -102,7 +105,7 @@ def base(inputs: Inputs) -> Trial:
     return Trial(lambda: base_mlp(inputs), answer=base_answer)
 
 
-@provider()
+@provider(adapts=False)
 def base_compiled(inputs: Inputs) -> Trial:
     """B0 under ``torch.compile``."""
     return Trial(lambda: _compiled(inputs.x, *inputs.base), answer=base_answer)
@@ -115,7 +118,8 @@ def _ours(inputs: Inputs, **options: object) -> Trial:
     def forward() -> Tensor:
         if inputs.base is None:
             return expert_mlp(inputs.x, *inputs.experts, inputs.segments, **options)
-        return fused_mlp(inputs.x, *inputs.base, *inputs.experts, inputs.segments, **options)
+        weights = *inputs.base, *inputs.experts
+        return fused_mlp(inputs.x, *weights, inputs.segments, lora=inputs.lora, **options)
 
     return Trial(forward, [[weight] for weight in inputs.experts])
 

@@ -12,6 +12,7 @@ ms                 ``{"p20", "p50", "p80"}`` of one call
 peak_bytes         memory held during the call above what was held before it; null where not measured
 ratio_to_base      p50 over the p50 of the op's baseline in the same cell; null where that has none
 S, L (optional)    context in tokens, decoder layers, of models
+A (optional)       rank of LoRA adapters on the base's three projections
 launches (opt.)    kernels launched (card), operators called (CPU)
 =================  ===============================================================================
 
@@ -45,7 +46,7 @@ OPS = {
 }
 PASSES = ("fwd", "fwd+bwd")
 SHAPE = ("T", "Q", "E", "R", "H", "I")
-PLACE = ("S", "L")
+PLACE = ("S", "L", "A")
 _REQUIRED = {"op", "provider", "pass", *SHAPE, "dtype", "ms", "peak_bytes", "ratio_to_base"}
 _OPTIONAL = {*PLACE, "launches"}
 _REFUSED = {"op", "provider", "pass", *SHAPE, "dtype", "reason"}

@@ -14,7 +14,7 @@ MODELS = {
     "SmolLM2-135M": (576, 1536),
 }
 # The matrix of the GPU suite (design: T x Q at R 64 for the first model; ranks and models around it).
-ROWS = (1, 16, 256, 4096, 16384)
+ROWS = (1, 16, 64, 256, 4096, 16384)
 QUERIERS = (1, 8, 16, 64, 256)
 RANKS = (16, 64, 128)
 
@@ -33,6 +33,7 @@ class Cell:
         dtype: of activations and weights.
         S: context: tokens of each sequence that are in the cache or go through the call; None for an MLP.
         L: decoder layers; None for an MLP.
+        A: rank of LoRA adapters on the base's three projections; None where there are none.
     """
 
     T: int
@@ -44,6 +45,7 @@ class Cell:
     dtype: str = "bfloat16"
     S: int | None = None
     L: int | None = None
+    A: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.Q <= min(self.T, self.E):

@@ -60,7 +60,8 @@ def place(row: dict) -> str:
     """A cell in words."""
     context = f", S {row['S']}, L {row['L']}" if "S" in row else ""
     inter = f", I {row['I']}" if row["I"] else ""
-    return f"T {row['T']}, Q {row['Q']} of {row['E']}, R {row['R']}, H {row['H']}{inter}{context}"
+    lora = f", LoRA {row['A']}" if "A" in row else ""
+    return f"T {row['T']}, Q {row['Q']} of {row['E']}, R {row['R']}, H {row['H']}{inter}{context}{lora}"
 
 
 def number(ratio: float) -> str:

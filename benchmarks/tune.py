@@ -64,33 +64,40 @@ def neighbours(gemm: Gemm) -> Iterator[Gemm]:
             yield replace(gemm, stages=stages)
 
 
-def prepare(inputs: Inputs, config: str) -> tuple[Call, dict[str, Outputs]]:
-    """The shipped call, and for every kernel what it computes under a call with other block sizes."""
+def prepare(inputs: Inputs, config: str, tower: str) -> tuple[Call, dict[str, Outputs]]:
+    """The shipped call, and for every kernel what it computes under a call with other block sizes.
+
+    ``tower``: "fused", or "expert", which adds to what a base left.
+    """
     x, d_y, segments = inputs.x, inputs.d_y, inputs.segments
     blocks = CONFIGS[config]
     plan = segments.tile_plan(blocks.block_rows, blocks.block_expert)
-    none = LoraOperands.none(x)
-    call = Call(
-        "fused", Weights(*inputs.base), Weights(*inputs.experts), segments.perm, plan, 1.0, blocks, none
-    )
+    weights = Weights(*(inputs.base if tower == "fused" else inputs.experts)), Weights(*inputs.experts)
+    call = Call(tower, *weights, segments.perm, plan, 1.0, blocks, LoraOperands.none(x))
     base, expert = launch.gate_up(call, x, x, save=True)
     d_base, d_expert = launch.d_hidden(call, d_y, d_y, base, expert, keep_h=False)
+    base_y = None if tower == "fused" else d_y
 
     def gate_up(call: Call) -> tuple[Tensor, ...]:
         found, found_expert = launch.gate_up(call, x, x, save=True)
-        return *found[:3], *found_expert[:3]
+        return _filled(*found[:3], *found_expert[:3])
 
     def d_hidden(call: Call) -> tuple[Tensor, ...]:
         found, found_expert = launch.d_hidden(call, d_y, d_y, base, expert, keep_h=False)
-        return *found[:2], *found_expert[:3]
+        return _filled(*found[:2], *found_expert[:3])
 
     return call, {
         "gate_up": gate_up,
-        "down": lambda call: launch.down(call, base.h, expert.h, x, None)[:1],
+        "down": lambda call: _filled(*launch.down(call, base.h, expert.h, x, base_y)),
         "d_hidden": d_hidden,
-        "d_x": lambda call: launch.d_input(call, d_base, d_expert, x)[:1],
+        "d_x": lambda call: _filled(*launch.d_input(call, d_base, d_expert, x)),
         "weight_grad": lambda call: tuple(launch.expert_weight_grads(call, x, d_y, d_expert)),
     }
+
+
+def _filled(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Those that the tower has."""
+    return tuple(tensor for tensor in tensors if tensor.numel())
 
 
 def search(
@@ -143,22 +150,28 @@ def _distance(got: Tensor, right: Tensor) -> float:
 
 
 def rows_of(args: argparse.Namespace, device: str) -> Iterator[dict]:
-    """One result per number of rows, kernel and configuration, printed as it is found."""
+    """One result per number of rows, tower, kernel and configuration, printed as it is found."""
     clock, deadline = clock_of(device), time.monotonic()
-    share = 60 * args.minutes / len(args.rows) / len(args.kernels)
+    work = [(rows, *tower) for rows in args.rows for tower in _towers(rows, args.dtype, device)]
+    share = 60 * args.minutes / len(work) / len(args.kernels)
     hidden, inter = MODELS[args.model]
-    for rows in args.rows:
+    for rows, tower, config in work:
         queriers = min(args.queriers, rows)
         cell = Cell(rows, queriers, queriers, args.rank, hidden, inter, args.dtype)
-        inputs = Inputs.draw(cell, device, training=False)
-        config = select_config(inputs.x.device, inputs.x.dtype, rows, "fused")
-        call, kernels = prepare(inputs, config)
+        call, kernels = prepare(Inputs.draw(cell, device, training=False), config, tower)
         for kernel in args.kernels:
             deadline += share
             for tried in search(kernel, kernels[kernel], call, clock, deadline):
                 sys.stdout.write(_line(rows, config, kernel, tried) + "\n")
                 sys.stdout.flush()
                 yield {"config": config, "kernel": kernel, **asdict(cell), **asdict(tried)}
+
+
+def _towers(rows: int, dtype: str, device: str) -> list[tuple[str, str]]:
+    """Base with experts, and the experts beside a library's base where they have their own block sizes."""
+    kind = torch.device(device), getattr(torch, dtype), rows
+    names = {select_config(*kind, tower): tower for tower in ("expert", "fused")}
+    return [(tower, name) for name, tower in reversed(names.items())]
 
 
 def _line(rows: int, config: str, kernel: str, tried: Tried) -> str:

@@ -40,22 +40,24 @@ class Reference:
 
 
 def run_pass(trial: Trial, inputs: Inputs) -> tuple[Tensor, ...]:
-    """What is timed: y and, in training, the gradients of x and of every leaf of the experts."""
+    """What is timed: y and, in training, the gradients of x, of the adapters and of the experts' leaves."""
     if not inputs.training:
         with torch.no_grad():
             return (trial.forward(),)
     y = trial.forward()
     leaves = [leaf for weight in trial.experts for leaf in weight]
-    return y, *torch.autograd.grad(y, [inputs.x, *leaves], inputs.d_y)
+    return y, *torch.autograd.grad(y, [inputs.x, *inputs.lora.factors, *leaves], inputs.d_y)
 
 
 def results(trial: Trial, inputs: Inputs) -> dict[str, Tensor]:
-    """``y`` and, in training, ``d_x`` and the present experts' gradients ``(Q, ...)``."""
+    """``y`` and, in training, gradients of x, the adapters and the present experts ``(Q, ...)``."""
     y, *grads = run_pass(trial, inputs)
     found = {"y": y.detach()}
     if not inputs.training:
         return found
     found["d_x"], *rest = grads
+    for index in range(len(inputs.lora.factors)):
+        found[f"d_lora_{index}"], *rest = rest
     for name, leaves in zip(("gate", "up", "down"), trial.experts, strict=False):
         mine, rest = rest[: len(leaves)], rest[len(leaves) :]
         stacked = leaves[0].dim() == 3

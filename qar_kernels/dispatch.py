@@ -75,9 +75,8 @@ def choose_path(device: torch.device, shape: Shape) -> str:
 
 
 def _measured(device: str, shape: Shape) -> str | None:
-    if shape.adapted:  # no cell of the table has adapters
-        return None
-    steps = _steps(device, shape.hidden, shape.intermediate, shape.rank, shape.dtype, shape.training)
+    sizes = shape.hidden, shape.intermediate, shape.rank
+    steps = _steps(device, *sizes, shape.dtype, shape.training, shape.adapted)
     return look_up(look_up(steps, shape.segments), shape.rows)
 
 

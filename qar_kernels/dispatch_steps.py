@@ -28,16 +28,24 @@ def look_up(steps: Steps | None, size: int) -> Any:
 
 
 def measured_steps(
-    table: list[dict], device: str, hidden: int, intermediate: int, rank: int, dtype: str, training: bool
+    table: list[dict],
+    device: str,
+    hidden: int,
+    intermediate: int,
+    rank: int,
+    dtype: str,
+    training: bool,
+    adapted: bool,
 ) -> Steps | None:
     """``look_up(look_up(steps, Q), T)`` is the faster path, or None if nothing near was measured.
 
-    Cells count whose device, H, I, dtype and pass are the same. Among them the nearest R decides, then the
-    nearest Q, both within a factor of two, then the nearest T within one of four.
+    Cells count whose device, H, I, dtype and pass are the same, and that have adapters or not as is asked.
+    Among them the nearest R decides, then the nearest Q, both within a factor of two, then the nearest T
+    within one of four.
     """
     kind = (device, hidden, intermediate, dtype, "fwd+bwd" if training else "fwd")
     keys = ("device", "H", "I", "dtype", "pass")
-    cells = [cell for cell in table if tuple(cell[key] for key in keys) == kind]
+    cells = [cell for cell in table if tuple(cell[key] for key in keys) == kind and ("A" in cell) == adapted]
     by_rank = {r: _by_segments(some) for r, some in _partition(cells, "R")}
     return look_up(_nearest(by_rank, _REACH), rank)
 

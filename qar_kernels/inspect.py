@@ -115,15 +115,15 @@ def _compile(arch: str, case: Case, wanted: list[int], complete: bool) -> list[R
     return rows
 
 
-_FORM = "{:26} {:11} {:12} {:6} {:4} {:>4} {:>4} {:>4} {:>7} {:24} {:>4} {:>6}  {}"
+_FORM = "{:26} {:11} {:12} {:6} {:4} {:>4} {:>4} {:>4} {:>7} {:>4} {:24} {:>4} {:>6}  {}"
 
 
 def _line(row: Row) -> str:
     case, code = row.case, row.code
     return _FORM.format(
         row.kernel, case.shape, case.config, case.tower, case.dtype, case.rank, case.lora_rank,
-        code.registers, code.shared_bytes, " ".join(code.mma) or "-", code.tma_loads, code.spills,
-        "; ".join(row.faults()),
+        code.registers, code.shared_bytes, code.resident, " ".join(code.mma) or "-", code.tma_loads,
+        code.spills, "; ".join(row.faults()),
     ).rstrip()  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("no shipped configuration is all of that")
     rows = []
     if not args.json:
-        head = ("kernel", "shape", "config", "tower", "type", "R", "LoRA", "regs", "shared", "matrix")
+        head = ("kernel", "shape", "config", "tower", "type", "R", "LoRA", "regs", "shared", "fit", "matrix")
         sys.stdout.write(_FORM.format(*head, "TMA", "spills", "fault").rstrip() + "\n")
     for row in table(args.arch, cases, complete, args.jobs):
         rows.append(row)

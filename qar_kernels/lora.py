@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -64,5 +65,11 @@ def project(x: Tensor, weight: Tensor, adapter: Adapter | None) -> Tensor:
 
 
 def add_update(y: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
-    """``y`` (T, out) plus the adapter's update for ``x`` (T, in), in the dtype of ``y``."""
-    return y if adapter is None else (y + F.linear(adapter.low(x), adapter.b)).to(y.dtype)
+    """``y`` (T, out) plus the adapter's update for ``x`` (T, in), in the dtype of ``y``.
+
+    The product adds by itself, in the dtype of ``y`` as in the kernels: the update never exists, and fp32
+    adapters of a 16-bit base need no fp32 pass over (T, out).
+    """
+    if adapter is None:
+        return y
+    return torch.addmm(y, adapter.low(x).to(y.dtype), adapter.b.to(y.dtype).t())

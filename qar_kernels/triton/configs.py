@@ -43,8 +43,6 @@ class LaunchConfig:
         gate_up, down, d_hidden, d_x, weight_grad: the five kernels.
         tma: read dense operands through tensor descriptors.
         max_splits: parts that the K loops of ``down`` and ``d_x`` may have where tiles are too few.
-        programs: of a persistent kernel per multiprocessor: several where tiles wait for memory most of their
-            time, and are small enough to be there together.
     """
 
     block_rows: int
@@ -57,7 +55,6 @@ class LaunchConfig:
     weight_grad: Gemm
     tma: bool = False
     max_splits: int = 1
-    programs: int = 1
 
 
 CONFIGS = {
@@ -89,12 +86,11 @@ CONFIGS = {
         block_rows=128,
         block_expert=64,
         group=8,
-        gate_up=Gemm(64, 64, warps=8, stages=3),
+        gate_up=Gemm(64, 128, warps=8, stages=4),
         down=Gemm(128, 64, warps=4, stages=2),
-        d_hidden=Gemm(64, 64, warps=8, stages=3),
+        d_hidden=Gemm(64, 128, warps=8, stages=4),
         d_x=Gemm(128, 64, warps=4, stages=2),
         weight_grad=Gemm(64, 64, warps=4, stages=3),
-        programs=4,
     ),
     "sm80_large": LaunchConfig(
         block_rows=128,
@@ -127,7 +123,6 @@ CONFIGS = {
         d_hidden=Gemm(64, 64, warps=8, stages=3),
         d_x=Gemm(64, 64, warps=4, stages=2),
         weight_grad=Gemm(64, 64, warps=8, stages=3),
-        programs=4,
     ),
     "fp32": LaunchConfig(
         block_rows=64,

@@ -49,24 +49,15 @@ def _grouped_down_tile(
     inside = rows < tl.load(offsets_ptr + segment + 1)
     target = tl.load(perm_ptr + rows, mask=inside, other=0)
     acc = tl.zeros((BLOCK, BLOCK_N), tl.float32)
+    if ADD:  # asked for before the experts' operands are waited for
+        base_y = load_rows(base_y_ptr, target, inside, col, H, BLOCK_N)
     if tl.load(experts_ptr + segment) >= 0:
         acc = _segment_down(
-            acc,
-            h_ptr,
-            down_ptr,
-            offsets_ptr,
-            experts_ptr,
-            segment,
-            rows,
-            col,
-            H,
-            RANK,
-            RANK_PAD,
-            BLOCK_N,
-            PRECISION,
-        )
+            acc, h_ptr, down_ptr, offsets_ptr, experts_ptr, segment, rows, col,
+            H, RANK, RANK_PAD, BLOCK_N, PRECISION,
+        )  # fmt: skip
     if ADD:
-        acc += load_rows(base_y_ptr, target, inside, col, H, BLOCK_N).to(tl.float32)
+        acc += base_y.to(tl.float32)
     store_rows(y_ptr, acc, target, inside, col, H, BLOCK_N)
 
 
@@ -102,7 +93,7 @@ def _row_tile_down(
         if SPLITS == 1 or slot == SPLITS:
             first = tl.load(first_segment_ptr + row_tile)
             last = tl.load(last_segment_ptr + row_tile)
-            for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD)):
+            for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD, BLOCK_N)):
                 acc = _segment_down(
                     acc, expert_h_ptr, expert_down_ptr, offsets_ptr, experts_ptr, segment, rows, col,
                     H, RANK, RANK_PAD, BLOCK_N, PRECISION,

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 
 from qar_kernels.triton.kernels_lora import add_low_rank, drop
-from qar_kernels.triton.tiles import grouped_order, load_dense, load_rows, split_columns, store_rows, swiglu
+from qar_kernels.triton.tiles import (
+    expert_step,
+    grouped_order,
+    load_dense,
+    load_rows,
+    split_columns,
+    store_rows,
+    swiglu,
+)
 
 
 @triton.jit
@@ -36,10 +44,11 @@ def _expert_gate_up_tile(
     up_ptr += expert * RANK * H
     a = tl.zeros((BLOCK, RANK_PAD), tl.float32)
     u = tl.zeros((BLOCK, RANK_PAD), tl.float32)
-    for k in range(0, H, BLOCK_K):
-        x = load_rows(x_ptr, source, in_segment, k, H, BLOCK_K)
-        a = tl.dot(x, load_rows(gate_ptr, rank, in_rank, k, H, BLOCK_K).T, a, input_precision=PRECISION)
-        u = tl.dot(x, load_rows(up_ptr, rank, in_rank, k, H, BLOCK_K).T, u, input_precision=PRECISION)
+    step: tl.constexpr = expert_step(RANK_PAD, BLOCK_K)
+    for k in range(0, H, step):
+        x = load_rows(x_ptr, source, in_segment, k, H, step)
+        a = tl.dot(x, load_rows(gate_ptr, rank, in_rank, k, H, step).T, a, input_precision=PRECISION)
+        u = tl.dot(x, load_rows(up_ptr, rank, in_rank, k, H, step).T, u, input_precision=PRECISION)
     # The scale goes into h in fp32, before it is rounded: the down GEMM then has one accumulator.
     store_rows(h_ptr, swiglu(a, u) * scale, row, in_segment, 0, RANK, RANK_PAD)
     if SAVE:

@@ -28,6 +28,9 @@ from qar_kernels.triton.runner import cdiv, run_kernel
 
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
+# Tiles of segments are small and wait for memory most of their time: several are on a multiprocessor at once,
+# and the hardware deals out more as they end. Not one a tile: the host's bound on tiles can be far too high.
+_SEGMENT_PROGRAMS = 32
 _RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded instead of run
 
 
@@ -202,7 +205,7 @@ def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) ->
     grads = Weights(*(torch.zeros_like(weight) for weight in call.experts))
     tiles = 2 * (call.plan.experts.shape[0] - 1) * cdiv(hidden, gemm.block_n)
     run_kernel(
-        expert_weight_grad_kernel, _grid(call, x, tiles),
+        expert_weight_grad_kernel, (min(tiles, _programs(x, _SEGMENT_PROGRAMS)),),
         x, d_y, d_expert.a, d_expert.u, d_expert.h, *grads,
         call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count,
         H=hidden, RANK=call.rank, RANK_PAD=_rank_pad(call.rank),
@@ -264,7 +267,13 @@ def _row_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
 
 
 def _grid(call: Call, x: Tensor, tiles: int) -> tuple[int]:
-    return (min(tiles, call.config.programs * _multiprocessors(x)),)
+    return (min(tiles, _programs(x, _SEGMENT_PROGRAMS if call.tower == "expert" else 1)),)
+
+
+def _programs(x: Tensor, per_multiprocessor: int) -> int:
+    if x.device.type == "cpu":
+        return _INTERPRETER_PROGRAMS
+    return per_multiprocessor * _multiprocessors(x)
 
 
 def _multiprocessors(x: Tensor) -> int:

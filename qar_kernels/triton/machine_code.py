@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qar_kernels.triton.runner import Recorded
@@ -25,10 +24,11 @@ from qar_kernels.triton.runner import Recorded
 _SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 SHARED_LIMIT = {arch: kib * 1024 for arch, kib in _SHARED_KIB.items()}
 ARCHITECTURES = {arch: int(arch.removeprefix("sm_")) for arch in _SHARED_KIB}
-_TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
-    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
-}  # fmt: skip
+# Of a multiprocessor, from the same table: shared memory in KiB (a block takes one more than it asks for) and
+# threads. Registers are handed out to warps, 256 at a time.
+_TOTAL_SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
+_THREADS = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
+_REGISTERS, _BLOCKS, _WARP = 65536, 32, 32  # blocks: 16 to 32, and never what binds
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class MachineCode:
     Attributes:
         registers: per thread.
         shared_bytes: of one block.
+        resident: blocks that a multiprocessor holds at a time.
         mma: matrix instructions with their shapes: HGMMA (sm_90), HMMA (sm_80), UTCHMMA (sm_100).
         tma_loads: bulk copies from global to shared memory.
         spills: loads from and stores to local memory.
@@ -47,6 +48,7 @@ class MachineCode:
 
     registers: int
     shared_bytes: int
+    resident: int
     mma: list[str]
     tma_loads: int
     spills: int
@@ -55,19 +57,35 @@ class MachineCode:
 
 def specialisation(recorded: Recorded) -> tuple:
     """Everything the compiled code depends on: launches with equal ones share a kernel."""
-    return recorded.kernel.__name__, *_signature(recorded).items(), *recorded.meta.items()
+    return recorded.kernel.__name__, *map(_kind, recorded.args), *recorded.meta.items()
 
 
 def compile_launch(recorded: Recorded, arch: str) -> triton.compiler.CompiledKernel:
-    """The kernel as the just-in-time compiler would build it for these arguments."""
-    meta = dict(recorded.meta)
-    options = {name: meta.pop(name) for name in ("num_warps", "num_stages")}
-    signature = _signature(recorded) | dict.fromkeys(meta, "constexpr")
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, arg in enumerate(recorded.args) if isinstance(arg, Tensor)
-    }
-    source = ASTSource(recorded.kernel, signature, constexprs=meta, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[arch], 32), options=options)
+    """The kernel as a launch on that chip would compile it, and then find it in Triton's cache."""
+    before, driver._active = (
+        driver._active,
+        _Chip(ARCHITECTURES[arch]),
+    )  # reset_active() would look for a card
+    try:
+        return recorded.kernel.warmup(*recorded.args, grid=recorded.grid, **recorded.meta)
+    finally:
+        driver._active = before
+
+
+@dataclass(frozen=True)
+class _Chip:
+    """What Triton's just-in-time compiler asks a driver for; each architecture is a device of its own."""
+
+    arch: int
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, warp_size=32)
+
+    def get_current_device(self) -> int:
+        return -self.arch  # no card's index: Triton keeps compiled kernels by it
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
 
 
 def read(compiled: triton.compiler.CompiledKernel) -> MachineCode:
@@ -78,13 +96,27 @@ def read(compiled: triton.compiler.CompiledKernel) -> MachineCode:
         text = subprocess.run(
             [_disassembler(), "-sass", "-res-usage", cubin.name], check=True, capture_output=True, text=True
         ).stdout
+    registers = int(re.search(r"REG:(\d+)", text).group(1))
+    metadata = compiled.metadata
     return MachineCode(
-        registers=int(re.search(r"REG:(\d+)", text).group(1)),
-        shared_bytes=compiled.metadata.shared,
+        registers=registers,
+        shared_bytes=metadata.shared,
+        resident=resident(f"sm_{metadata.target.arch}", registers, metadata.num_warps, metadata.shared),
         mma=sorted(set(re.findall(r"\b(?:HG|H|UTC\w*)MMA(?:\.\d\w*)?", text))),
         tma_loads=len(re.findall(r"\bUTMALDG\b", text)),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", text)),
         serialised=is_serialised(text),
+    )
+
+
+def resident(arch: str, registers: int, warps: int, shared_bytes: int) -> int:
+    """Blocks that a multiprocessor holds at a time; 0 where not even one fits."""
+    of_a_warp = -(-registers * _WARP // 256) * 256
+    return min(
+        _BLOCKS,
+        _THREADS[arch] // (_WARP * warps),
+        _REGISTERS // (of_a_warp * warps),
+        _TOTAL_SHARED_KIB[arch] * 1024 // (shared_bytes + 1024),
     )
 
 
@@ -100,14 +132,7 @@ def _disassembler() -> Path:
     return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def _signature(recorded: Recorded) -> dict[str, str]:
-    names = recorded.kernel.arg_names[: len(recorded.args)]
-    return dict(zip(names, map(_type_of, recorded.args), strict=True))
-
-
-def _type_of(arg: object) -> str:
+def _kind(arg: object) -> tuple:
     if isinstance(arg, TensorDescriptor):
-        return f"tensordesc<{_TYPES[arg.base.dtype]}{list(arg.block_shape)}>"
-    if isinstance(arg, Tensor):
-        return "*" + _TYPES[arg.dtype]
-    return "fp32" if isinstance(arg, float) else "i32"
+        return arg.base.dtype, *arg.block_shape
+    return (arg.dtype if isinstance(arg, Tensor) else type(arg),)

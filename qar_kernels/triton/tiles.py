@@ -88,9 +88,21 @@ def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.constexpr_function
-def segment_stages(rank_pad):
-    """Pipeline stages of the loop over segments: at R 128 two would need 393 KB of shared memory."""
-    return 1 if rank_pad > 64 else 2
+def segment_stages(rank_pad, block_n):
+    """Pipeline stages of the loop over segments, where an expert's tile is found through two other loads.
+
+    At R 128 two stages would need 393 KB of shared memory, and so would eight with tiles of 256 columns.
+    Eight ask for four experts' tiles at once: a decode step is short, and each would be waited for alone.
+    """
+    if rank_pad > 64:
+        return 1
+    return 8 if rank_pad * block_n <= 4096 else 2
+
+
+@triton.constexpr_function
+def expert_step(rank_pad, block_k):
+    """Depth per step of a whole rank: at R 128 four stages of 128 would need 328 KB of shared memory."""
+    return min(block_k, 8192 // rank_pad)
 
 
 @triton.constexpr_function

@@ -30,10 +30,10 @@ def others():
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("inter", [64, 0])
+@pytest.mark.parametrize("changed", [{}, {"I": 0}, {"A": 8}])
 @pytest.mark.parametrize("name", others())
-def test_providers_are_right(name, inter, training):
-    cell = dataclasses.replace(CELL, I=inter)
+def test_providers_are_right(name, changed, training):
+    cell = dataclasses.replace(CELL, **changed)
     if not PROVIDERS[name].applies(cell, "cpu", training):
         pytest.skip("takes no part")
     inputs = Inputs.draw(cell, "cpu", training)
@@ -41,10 +41,11 @@ def test_providers_are_right(name, inter, training):
 
 
 @pytest.mark.parametrize("path", ["fused", "grouped"])
+@pytest.mark.parametrize("adapters", [None, 8])
 @pytest.mark.parametrize("training", [False, True])
-def test_forced_paths_are_right_and_leave_the_environment_alone(monkeypatch, path, training):
+def test_forced_paths_are_right_and_leave_the_environment_alone(monkeypatch, path, adapters, training):
     monkeypatch.setenv("QAR_KERNELS_PATH", "before")
-    inputs = Inputs.draw(CELL, "cpu", training)
+    inputs = Inputs.draw(dataclasses.replace(CELL, A=adapters), "cpu", training)
     Reference(inputs).check(PROVIDERS[f"ours_{path}"].prepare(inputs))
     assert os.environ["QAR_KERNELS_PATH"] == "before"
 

@@ -36,9 +36,9 @@ def result(*rows):
     return {"machine": machine, "versions": {"torch": "2.13.0"}, "rows": list(rows)}
 
 
-def sound():
+def sound(**place):
     rows = [
-        row(provider, p50, base=1.0, run=run, T=t)
+        row(provider, p50, base=1.0, run=run, T=t, **place)
         for run in ("fwd", "fwd+bwd")
         for t in (16, 64, 256, 4096)
         for provider, p50 in {
@@ -154,15 +154,18 @@ def test_dispatch_cells_are_what_dispatch_reads(tmp_path):
     namespace = {}
     exec(dispatch_cells.source(cells), namespace)
     assert namespace["MEASUREMENTS"] == cells
-    steps = measured_steps(cells, "A card", 4096, 14336, 64, "bfloat16", True)
-    assert look_up(look_up(steps, 8), 300) == "fused"
+    kind = "A card", 4096, 14336, 64, "bfloat16", True
+    assert look_up(look_up(measured_steps(cells, *kind, False), 8), 300) == "fused"
+    adapted = dispatch_cells.dispatch_cells(sound(A=16))
+    assert look_up(look_up(measured_steps(adapted, *kind, True), 8), 300) == "fused"
+    assert measured_steps(adapted, *kind, False) is measured_steps(cells, *kind, True) is None
     path, table = tmp_path / "result.json", tmp_path / "table.py"
     path.write_text(json.dumps(sound()))
     dispatch_cells.main([str(path), "--out", str(table)])
     assert table.read_text() == dispatch_cells.source(cells)
     for tidy in (["check"], ["format", "--check"]):
         subprocess.run([sys.executable, "-m", "ruff", *tidy, str(table)], check=True, cwd=ROOT)
-    assert measured_steps(cells, "A card", 4096, 14336, 16, "bfloat16", True) is None
+    assert measured_steps(cells, "A card", 4096, 14336, 16, "bfloat16", True, False) is None
 
 
 def test_report_writes_pages_and_figures(tmp_path, capsys):

@@ -10,6 +10,7 @@ from benchmarks import tune
 from benchmarks.clocks import ProcessClock
 from benchmarks.inputs import Inputs
 from benchmarks.shapes import Cell
+from qar_kernels.triton import configs
 from qar_kernels.triton.configs import Gemm
 from train.errors import UserError
 
@@ -54,10 +55,11 @@ def test_the_search_goes_on_from_the_fastest(monkeypatch):
     assert late == tried[:1]
 
 
+@pytest.mark.parametrize("tower", ["fused", "expert"])
 @pytest.mark.parametrize("kernel", tune.KERNELS)
-def test_every_kernel_gives_the_same_under_other_block_sizes(kernel):
+def test_every_kernel_gives_the_same_under_other_block_sizes(kernel, tower):
     inputs = Inputs.draw(Cell(24, 3, 5, 16, 32, 64, "float32"), "cpu", training=False)
-    call, kernels = tune.prepare(inputs, "tiny")
+    call, kernels = tune.prepare(inputs, "tiny", tower)
     gemm = replace(getattr(call.config, kernel), block_n=16)
     outputs = kernels[kernel]
     expected = outputs(call)
@@ -65,6 +67,13 @@ def test_every_kernel_gives_the_same_under_other_block_sizes(kernel):
     assert tried.ratio is not None, tried.reason
     wrong = (expected[0] + 0.1, *expected[1:])
     assert "results differ" in tune._try(kernel, gemm, outputs, call, wrong, ProcessClock(), 0.0).reason
+
+
+def test_both_towers_are_tuned_where_their_configurations_differ(monkeypatch):
+    monkeypatch.setattr(configs, "_capability", lambda device: (9, 0))
+    both = [("fused", "sm90_large"), ("expert", "sm90_experts")]
+    assert tune._towers(4096, "bfloat16", "cuda") == both
+    assert tune._towers(16, "bfloat16", "cuda") == [("fused", "sm90_decode")]
 
 
 def test_without_a_card_one_line_says_so():

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,7 @@ def test_the_optimizer_of_rows(monkeypatch, dtype):
 
 
 SANITIZER = shutil.which("compute-sanitizer")
+PROBE = [sys.executable, "-c", "import torch; torch.ones(8, device='cuda').sum().item()"]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -230,5 +232,8 @@ def test_sanitizer(tool):
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "9"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]  # PyTorch probes the driver with calls that may fail
-    result = subprocess.run([*command, *script], capture_output=True, text=True, timeout=600)
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=300)
+    if run([*command, *PROBE]).returncode:
+        pytest.skip("compute-sanitizer does not work on this machine")  # some virtual ones let no tool attach
+    result = run([*command, *script])
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

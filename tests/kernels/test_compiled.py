@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from qar_kernels.inspect import NO_PRODUCTS
 from qar_kernels.triton import shipped
 from qar_kernels.triton.configs import CONFIGS
-from qar_kernels.triton.machine_code import is_serialised, specialisation
+from qar_kernels.triton.machine_code import is_serialised, resident, specialisation
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 ARCHS = sorted(SHARED_LIMIT)
@@ -114,6 +115,29 @@ def test_adapters_meet_a_split_and_an_undivided_k_loop():
     cases = [case for case in shipped.representative("sm_90") if case.lora_rank]
     launches = [launch for case in cases for launch in shipped.training_step(case)]
     assert {launch.meta["SPLITS"] for launch in launches if launch.kernel.__name__ == "down_kernel"} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "expected"),
+    [(80, 8, 73728, 3), (150, 4, 24576, 3), (32, 1, 0, 32), (255, 8, 0, 1), (64, 8, 240_000, 0)],
+)
+def test_blocks_that_a_multiprocessor_holds(registers, warps, shared, expected):
+    assert resident("sm_90", registers, warps, shared) == expected
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_fits_on_a_multiprocessor(arch):
+    assert all(row["resident"] >= 1 for row in rows(arch))
+
+
+def test_tiles_of_segments_have_many_programs_but_not_one_a_tile():
+    """The host's bound is a segment a row: a kernel that launched as many programs would mostly end them."""
+    case = shipped.Case("sm90_experts", "Llama-3-8B", 64, "bf16", "expert")
+    grids = {launch.kernel.__name__: launch.grid[0] for launch in shipped.training_step(case)}
+    for name in ("down_kernel", "d_x_kernel", "expert_weight_grad_kernel"):
+        assert 132 < grids[name] <= 32 * 132
+    fused = replace(case, config="sm90_large", tower="fused")
+    assert max(launch.grid[0] for launch in shipped.training_step(fused)[:2]) == 132
 
 
 def test_roofline():

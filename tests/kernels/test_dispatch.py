@@ -30,12 +30,13 @@ def cell(ratio, shape=SHAPE, device=CARD):
         "R": shape.rank,
         "H": shape.hidden,
         "I": shape.intermediate,
+        **({"A": 16} if shape.adapted else {}),
         "fused_over_grouped": ratio,
     }
 
 
 def measured_path(table, device, shape):
-    kind = (shape.hidden, shape.intermediate, shape.rank, shape.dtype, shape.training)
+    kind = (shape.hidden, shape.intermediate, shape.rank, shape.dtype, shape.training, shape.adapted)
     return look_up(look_up(measured_steps(table, device, *kind), shape.segments), shape.rows)
 
 
@@ -49,6 +50,7 @@ shapes = st.builds(
     rank=st.sampled_from([8, 64, 128]),
     dtype=st.sampled_from(["bfloat16", "float16"]),
     training=st.booleans(),
+    adapted=st.booleans(),
 )
 
 
@@ -78,7 +80,14 @@ def test_steps_are_the_nearest_cell_in_every_size(wins, rows):
 
 @pytest.mark.parametrize(
     "other",
-    [{"hidden": 3584}, {"intermediate": 512}, {"dtype": "float16"}, {"training": True}, {"rank": 8}],
+    [
+        {"hidden": 3584},
+        {"intermediate": 512},
+        {"dtype": "float16"},
+        {"training": True},
+        {"rank": 8},
+        {"adapted": True},
+    ],
 )
 def test_a_cell_speaks_only_for_its_kind(other):
     assert measured_path([cell(1.1)], CARD, replace(SHAPE, **other)) is None
