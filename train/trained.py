@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qar_models import QARConfig, apply_qar
@@ -173,8 +174,18 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
         peft = PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from error
+    _untie(model)
     merged = peft.merge_and_unload().to(default_device()).eval()
     return Trained(merged, tokenizer, config, about["responder"], qar.querier_names or ())
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give an adapted head, or embedding, a weight of its own: merged, the adapter would change the other too."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    adapted = [end.get_base_layer() for end in ends if isinstance(end, BaseTunerLayer)]
+    if adapted and model.config.tie_word_embeddings:
+        adapted[0].weight = nn.Parameter(adapted[0].weight.detach().clone())
+        model.config.tie_word_embeddings = False
 
 
 def read_about(folder: Path) -> dict[str, Any]:
