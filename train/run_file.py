@@ -53,6 +53,11 @@ def check_finished(config: TrainConfig, data: MQDialog) -> None:
         _compare(config, data, (*FREE, "ranks"))
 
 
+def training_windows(data: MQDialog) -> str:
+    """Changes with any text that is trained on."""
+    return hashlib.sha256(repr(data.train).encode()).hexdigest()[:16]
+
+
 def _compare(config: TrainConfig, data: MQDialog, free: tuple[str, ...]) -> None:
     folder = Path(config.output_dir)
     started, about = read_run(folder)
@@ -70,6 +75,6 @@ def _beside_config(data: MQDialog) -> dict[str, Any]:
         "responder": data.responder,
         "queriers": list(data.queriers),
         "num_clusters": data.num_clusters,
-        "training_windows": hashlib.sha256(repr(data.train).encode()).hexdigest()[:16],
+        "training_windows": training_windows(data),
         "ranks": ranks.world_size(),
     }

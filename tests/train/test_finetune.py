@@ -66,7 +66,7 @@ def test_an_adapter_of_one_end_of_a_tied_base_leaves_the_other(config, tiny_data
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.2)
-    save_trained(peft, config, tiny_data.responder, tmp_path / "trained")
+    save_trained(peft, config, tiny_data.responder, None, tmp_path / "trained")
     ids, asker = torch.arange(5)[None], torch.tensor([0])
     loaded = load_trained(tmp_path / "trained").model
     torch.testing.assert_close(loaded(ids, querier_ids=asker).logits, peft(ids, querier_ids=asker).logits)
