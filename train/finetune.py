@@ -187,6 +187,21 @@ def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> 
     return checkpoint
 
 
+def check_resumes(config: TrainConfig, data: MQDialog, base: str) -> None:
+    """``UserError`` where :func:`finetune` with ``resume`` would refuse what is in the output_dir.
+
+    ``base`` is the base model's :func:`~train.base_model.fingerprint`. Nothing is written.
+    """
+    output = Path(config.output_dir)
+    if _is_finished(output / TRAINED_FOLDER, config):
+        check_finished(config, data)
+    elif checkpoints.last_checkpoint(output):
+        check_continues(config, data)
+    else:
+        return
+    check_base(config, base)
+
+
 def _is_finished(folder: Path, config: TrainConfig) -> bool:
     as_stored = json.loads(json.dumps(config.to_dict()))
     return (folder / TRAINED).is_file() and read_about(folder)["config"] == as_stored

@@ -39,10 +39,11 @@ def check_continues(config: TrainConfig, data: MQDialog) -> None:
 
 
 def check_base(config: TrainConfig, base: str) -> None:
-    """``UserError`` if the run was started on a base model of other weights."""
-    if read_run(Path(config.output_dir))[1].get("base", base) != base:
+    """``UserError`` if the run was started on a base model of other weights; one without its file passes."""
+    folder = Path(config.output_dir)
+    if (folder / RUN).is_file() and read_run(folder)[1].get("base", base) != base:
         raise UserError(
-            f"{Path(config.output_dir) / RUN}: the run was started when '{config.model}' had other weights; "
+            f"{folder / RUN}: the run was started when '{config.model}' had other weights; "
             "another output_dir starts anew"
         )
 
