@@ -105,6 +105,20 @@ def test_directions_may_hold_emphasis_and_underscores(tmp_path):
     assert [turn.text for turn in scene.turns] == ["a", "b *so* it *is* _a_ or **this:** _b_"]
 
 
+@pytest.mark.parametrize("name", ["A > B", "A >"])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("show.jsonl", '{"scene": "1", "speaker": "%s", "text": "a"}'),
+        ("show.md", "**%s:** a"),
+        ("show.csv", "scene,speaker,text\n1,%s,a"),
+    ],
+)
+def test_a_name_that_reads_as_a_pairs_is_refused(tmp_path, name, file, text):
+    with pytest.raises(UserError, match=rf"{file}: got the name '{name}', expected one without ' > '"):
+        read_transcript(write(tmp_path, text % name, file))
+
+
 def test_joining_many_lines_takes_no_longer_a_line(tmp_path):
     lines = ["A word."] * 20_000
     start = time.process_time()

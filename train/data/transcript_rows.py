@@ -20,6 +20,8 @@ from train.files import read_text
 
 Row = tuple[str, str, str]
 KEYS = ("scene", "speaker", "text")
+ARROW = " > "
+"""Between the two names of a pair (:mod:`train.data.responders`), and so in nobody's own name."""
 MARKDOWN = (".md", ".markdown")
 CSV = ".csv"
 HEADING = re.compile(r"#{1,6}[ \t]+(.+)")
@@ -30,6 +32,12 @@ DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|
 UNDERLINE = re.compile(r"=+")
 
 
+def check_name(name: str, where: str) -> None:
+    """``UserError`` for a name that would be read as two, also where another name stands behind it."""
+    if ARROW in f"{name} ":
+        raise UserError(f"{where}: got the name '{name}', expected one without '{ARROW}', which joins names")
+
+
 def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     """(scene, speaker, text) of every line of a transcript: Markdown or CSV by its suffix, else JSON lines.
 
@@ -38,8 +46,14 @@ def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         columns: of a CSV file, the column of the ``scene``, ``speaker`` or ``text`` if it has another name.
 
     Raises:
-        UserError: naming file and line for what cannot be read.
+        UserError: naming file and line for what cannot be read; for a name that :func:`check_name` refuses.
     """
+    for row in _rows(path, columns):
+        check_name(row[1], str(path))
+        yield row
+
+
+def _rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     text, suffix = read_text(path), path.suffix.lower()
     if suffix == CSV:
         return _csv_rows(path, text, columns)
