@@ -112,6 +112,20 @@ def test_chat_asks_where_the_model_is(pairs):
     assert model.devices == {Elsewhere.device}
 
 
+def test_what_cannot_be_asked_is_not_part_of_the_talk(pairs):
+    trained, _ = pairs
+    talking = dataclasses.replace(trained, model=Elsewhere())
+    chat = Chat(talking, trained.queriers[0], Console(file=StringIO()), max_new_tokens=2)
+    chat.handle("Well ?")
+    before = list(chat.history)
+    for refused in ("I wrote <|im_end|> there", "Well " * trained.config.max_tokens):
+        with pytest.raises(UserError):
+            chat.handle(refused)
+        assert chat.history == before
+    chat.handle("Well ?")
+    assert len(chat.history) == 4
+
+
 OWN = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<over>{% endfor %}"
 OWN += "{% if add_generation_prompt %}assistant:{% endif %}"
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.chat import render_chat
 from train.data.layout import Example
-from train.data.rendering import MARKS, Rendered, has_marks, render_marked
+from train.data.rendering import MARKS, Rendered, has_marks, render_marked, special_tokens
 from train.data.transcript import Turn
 from train.errors import UserError
 
@@ -74,8 +74,10 @@ def encode(
     ``style`` "auto" is the tokenizer's chat template if it has one, else the reference's format that its
     special tokens belong to, else plain "Name: text" lines. ``max_turns`` of 2 leaves the query and the
     reply. Every reply in the window is learnt. Raises ``TooLongError`` if the last reply alone (in a chat:
-    and its query) exceeds ``max_tokens``, ``UserError`` for a tokenizer that cannot write the style.
+    and its query) exceeds ``max_tokens``, ``UserError`` for a tokenizer that cannot write the style, or that
+    reads a mark in the text.
     """
+    _check_plain(example.turns, example.context, tokenizer, f"example '{example.id}'")
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, example.responder, names_in_prompt)
     room = _Room(example.responder, render, lambda rendered: len(rendered.ids), max_tokens, max_turns)
@@ -134,6 +136,7 @@ def encode_prompt(
     """
     if not turns or turns[-1].speaker == responder:
         raise UserError(f"a prompt must end with a turn of somebody who asks {responder}")
+    _check_plain(turns, context, tokenizer, "the prompt")
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, responder, names_in_prompt)
     with_reply = (*turns, Turn(responder, "."))
@@ -164,6 +167,14 @@ def resolve_style(tokenizer: PreTrainedTokenizerBase, style: Style) -> str:
     if tokenizer.chat_template:
         return "chat"
     return next((name for name in ("llama3", "qwen") if has_marks(name, tokenizer)), "plain")
+
+
+def _check_plain(turns: Sequence[Turn], context: str, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """A special token that is spelled out in a text would be a real one, and end a turn in its middle."""
+    texts = [context, *(text for turn in turns for text in (turn.speaker, turn.text))]
+    for token in sorted(special_tokens(tokenizer)):
+        if any(token in text for text in texts):
+            raise UserError(f"{where}: its text holds '{token}', which is a mark of the tokenizer, not words")
 
 
 def _renderer(
