@@ -8,6 +8,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 IGNORE = -100
 MAX_TOKENS = 592
+TRIED_AT_ONCE = 32
+"""Queries back to which a window is written without a look at fewer of them; windows of data have no more."""
 Style = Literal["auto", "chat", "llama3", "qwen", "plain"]
 Render = Callable[[Sequence[Turn], str], Rendered]
 
@@ -225,13 +228,26 @@ class _Room:
     def _longest(
         self, turns: Sequence[Turn], starts: Iterable[int], context: str, dropped: int = 0
     ) -> _Fitted | None:
-        for start in starts:
-            if turns[start].speaker == self.responder and start < len(turns) - 1:
-                continue
+        """``turns`` from the first of ``starts`` on that leaves them short enough: fewer turns, fewer tokens.
+
+        Writing turns takes time with the square of their number, so the newest are tried first.
+        """
+
+        @cache
+        def since(start: int) -> _Fitted | None:
             rendered = self.render(turns[start:], context)
-            if self.length(rendered) <= self.max_tokens:
-                return _Fitted(rendered, start, dropped)
-        return None
+            return _Fitted(rendered, start, dropped) if self.length(rendered) <= self.max_tokens else None
+
+        last = len(turns) - 1
+        starts = [start for start in starts if turns[start].speaker != self.responder or start == last]
+        count = TRIED_AT_ONCE
+        while count < len(starts) and since(starts[-count]):
+            count *= 2
+        starts = starts[-count:]
+        if starts and since(starts[0]):  # nearly always
+            return since(starts[0])
+        first = bisect_left(starts, True, key=lambda start: since(start) is not None)
+        return since(starts[first]) if first < len(starts) else None
 
     def _cut_context(self, turns: Sequence[Turn], context: str) -> _Fitted | None:
         """As much of the start of ``context`` as fits beside the query and the reply."""
