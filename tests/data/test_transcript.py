@@ -22,12 +22,20 @@ def write(folder, text, name):
         ('\n{"scene": "1", "speaker": 3, "text": "a"}', ":2: key 'speaker'"),
         ('{"scene": "1", "speaker": " ", "text": "a"}', ":1: key 'speaker' is empty"),
         ("[1]", ":1: expected an object"),
+        ("\n" + 100_000 * "[", ":2: not JSON of a turn"),
+        (r'{"scene": "1", "speaker": "A", "text": "so \ud83d"}', r":1: key 'text' holds half .*'\\ud83d'"),
+        (r'{"scene": "1", "speaker": "\ude00", "text": "a"}', ":1: key 'speaker' holds half a character"),
         ("", "the file is empty"),
     ],
 )
 def test_damaged_transcript_names_the_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read_transcript(write(tmp_path, text, "show.jsonl"))
+
+
+def test_an_escaped_character_is_read(tmp_path):
+    text = r'{"scene": "1", "speaker": "A", "text": "so \ud83d\ude00"}'
+    assert read_transcript(write(tmp_path, text, "show.jsonl"))[0].turns == (Turn("A", "so \U0001f600"),)
 
 
 def test_transcript(tmp_path):

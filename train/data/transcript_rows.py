@@ -30,6 +30,8 @@ MARKED_SPEECH = re.compile(rf"(?:[>+-]|\*(?=\s)|\d+[.)])\s*{SPEECH.pattern}")
 RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
 DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_")
 UNDERLINE = re.compile(r"=+")
+HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")
+"""A surrogate without its other one: JSON can escape it, no file can hold it."""
 
 
 def check_name(name: str, where: str) -> None:
@@ -129,11 +131,15 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}:{number}: not JSON of a turn (brackets too deep)") from error
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: expected an object with the keys {', '.join(KEYS)}")
     for key in KEYS:
         if not isinstance(row.get(key), str):
             raise UserError(f"{path}:{number}: key '{key}' is missing or not a string")
+        if half := HALF_A_CHARACTER.search(row[key]):
+            raise UserError(f"{path}:{number}: key '{key}' holds half a character ({half[0]!a})")
     if not row["speaker"].strip():
         raise UserError(f"{path}:{number}: key 'speaker' is empty")
     return row
