@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=positive_int, default=64)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    sys.stdin.reconfigure(errors="replace")  # a byte that is no text is a slip, too
     transformers.logging.disable_progress_bar()
     console = Console()
     chat = Chat(load_trained(arguments.model), arguments.querier, console, arguments.max_new_tokens)
