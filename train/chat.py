@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -52,9 +53,9 @@ class Chat:
             self._answer(line.strip())
 
     def _answer(self, query: str) -> None:
-        self.history.append(Turn(self.querier, query))
+        asked = [*self.history, Turn(self.querier, query)]
         tokenizer = self.trained.tokenizer
-        prompt = prompt_as(self.trained, self.history, self.querier)
+        prompt = prompt_as(self.trained, asked, self.querier)  # what it refuses was not said
         responder = roles(self.trained, self.querier)[1]
         self.console.print(Text.assemble((responder, "bold"), ": "), end="")
         model, asking = self.trained.model, querier_id(self.trained.queriers, self.querier)
@@ -70,7 +71,7 @@ class Chat:
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
         reply = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
-        self.history.append(Turn(self.trained.responder, reply))
+        self.history = [*asked, Turn(self.trained.responder, reply)]
 
     def _answer_all(self) -> None:
         asked = [index for index, turn in enumerate(self.history) if turn.speaker != self.trained.responder]
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=positive_int, default=64)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    sys.stdin.reconfigure(errors="replace")  # a byte that is no text is a slip, too
     transformers.logging.disable_progress_bar()
     console = Console()
     chat = Chat(load_trained(arguments.model), arguments.querier, console, arguments.max_new_tokens)

@@ -30,15 +30,20 @@ class RunData:
 def load_data(config: TrainConfig) -> RunData:
     """The run's windows.
 
-    The validation part depends on the data alone, not on the run's seed: runs of several seeds share it.
+    The validation part depends on the data alone, not on the run's seed: runs of several seeds share it. What
+    stands before a training window is drawn from the other ones, and from the validation part too only where
+    windows are scored.
 
     Raises:
         UserError: what is wrong with the files, naming file, record and key.
     """
-    data = with_context(load_dialogues(Path(config.data)), config)
-    valid: list[Example] = []
+    dialogues = load_dialogues(Path(config.data))
+    data, valid = dialogues, []
     if config.validation:
-        data, valid = split_validation(data, config.validation)
+        data, valid = split_validation(dialogues, config.validation)
+    scored = with_context(dataclasses.replace(dialogues, dev=[*valid, *data.dev]), config).dev
+    train = with_context(dataclasses.replace(data, dev=[]), config).train
+    data, valid = dataclasses.replace(data, train=train, dev=scored[len(valid) :]), scored[: len(valid)]
     if config.windows == "covering":
         data = dataclasses.replace(data, train=covering(data.train))
     return RunData(data, valid)

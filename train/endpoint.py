@@ -8,6 +8,7 @@ import json
 import logging
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 REFUSED = (401, 403, 404)
 """HTTP errors that every question would meet; any other is of this one question."""
 LONGEST_WAIT = 60.0
+LONGEST_TRY = 86_400.0
+"""Seconds, a day: a socket does not take any number."""
 
 
 class NoAnswer(Exception):
@@ -52,12 +55,18 @@ class Endpoint:
     max_tokens: int = 256
 
     def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://")):
-            raise UserError(f"endpoint: got '{self.base_url}', expected an address with http:// or https://")
+        if not _is_address(self.base_url):
+            raise UserError(
+                f"endpoint: got '{self.base_url}', expected an address such as http://localhost:8000/v1"
+            )
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
             raise UserError("key: holds characters that no header may have, perhaps a line's end")
-        if self.tries < 1 or self.timeout <= 0:
-            raise UserError(f"tries and timeout: got {self.tries} and {self.timeout}, expected more than 0")
+        if self.tries < 1:
+            raise UserError(f"tries: got {self.tries}, expected at least 1")
+        if not 0 < self.timeout <= LONGEST_TRY:  # nor where it is not a number
+            raise UserError(
+                f"timeout: got {self.timeout}, expected seconds above 0 and at most {LONGEST_TRY:g}"
+            )
 
     def ask(self, messages: Sequence[Message]) -> str:
         """The text of the answer, at temperature 0.
@@ -94,6 +103,16 @@ class Endpoint:
             raise (UserError if error.code in REFUSED else NoAnswer)(message) from error
         except (OSError, http.client.HTTPException) as error:
             raise _Passing(str(error) or type(error).__name__) from error
+
+
+def _is_address(url: str) -> bool:
+    """Whether a request can be made of it; to urllib what cannot be looks like an endpoint that is down."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        has_place = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half a bracket
+        return False
+    return has_place and url.isascii() and url.isprintable() and " " not in url
 
 
 class _Passing(Exception):

@@ -28,7 +28,7 @@ from train.files import check_file, write_atomic
 from train.generate import known_querier, querier_id, responders
 from train.heldout import BATCH_SIZE, held_out_windows, score
 from train.metrics import Record, compare, summarise, swap_summary
-from train.run_file import RUN, check_finished
+from train.run_file import RUN, check_finished, training_windows
 from train.trained import Trained, load_trained, read_about
 
 GENERATED, MAX_NEW_TOKENS = 128, 48
@@ -74,7 +74,7 @@ def evaluate(
     config = trained.config.replace(data=str(data or trained.config.data), output_dir=str(beside))
     if data is None:
         own = load_data(config).data
-        _check_trained_on(config, own)
+        _check_trained_on(trained, config, own)
     else:
         own = load_data(config.replace(validation=0.0)).data
     held_out = held_out_windows(config, _as_known(trained, own), batch_size)
@@ -92,10 +92,15 @@ def evaluate(
     }
 
 
-def _check_trained_on(config: TrainConfig, data: MQDialog) -> None:
-    """Data built anew may hold out what the model was trained on."""
+def _check_trained_on(trained: Trained, config: TrainConfig, data: MQDialog) -> None:
+    """Data built anew may hold out what the model was trained on.
+
+    The run says so if the model still lies in it, and the model itself unless it is an older one.
+    """
     try:
         check_finished(config, data)
+        if trained.training_windows not in (None, training_windows(data)):
+            raise UserError("its training windows are others")
     except UserError as error:
         raise UserError(
             f"{config.data}: not what the model was trained on ({error}); --data {config.data} scores it all "

@@ -39,7 +39,7 @@ from train.files import write_atomic
 from train.layers import upper_part
 from train.packing import PackingCollator, use_packed_attention
 from train.report.run_page import write_run_page
-from train.run_file import check_base, check_continues, check_finished, write_run
+from train.run_file import check_base, check_continues, check_finished, training_windows, write_run
 from train.trained import TRAINED, build, first_trained_layer, read_about, save_trained
 from train.trainer import QARTrainer
 from train.validation import KeepBest, discard_best
@@ -104,13 +104,13 @@ def _train(config: TrainConfig, resume: bool) -> None:
             "%s: stopped at step %d; --resume continues", config.output_dir, trainer.state.global_step
         )
         raise KeyboardInterrupt
-    _write_results(prepared, config, found.data.responder, trainer.state.log_history, keep)
+    _write_results(prepared, config, found.data, trainer.state.log_history, keep)
 
 
 def _write_results(
     prepared: Prepared,
     config: TrainConfig,
-    responder: str,
+    data: MQDialog,
     history: list[dict[str, float]],
     keep: KeepBest | None,
 ) -> None:
@@ -122,7 +122,8 @@ def _write_results(
         if ranks.is_main():
             write_atomic(output / LOG, json.dumps(history, indent=1))
             write_run_page(history, config.to_dict(), output)
-            save_trained(prepared.peft, config, responder, output / TRAINED_FOLDER)
+            windows = training_windows(data)
+            save_trained(prepared.peft, config, data.responder, windows, output / TRAINED_FOLDER)
     ranks.wait()
 
 
@@ -184,6 +185,21 @@ def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> 
         check_continues(config, data)
     checkpoints.make_room(output, checkpoint)
     return checkpoint
+
+
+def check_resumes(config: TrainConfig, data: MQDialog, base: str) -> None:
+    """``UserError`` where :func:`finetune` with ``resume`` would refuse what is in the output_dir.
+
+    ``base`` is the base model's :func:`~train.base_model.fingerprint`. Nothing is written.
+    """
+    output = Path(config.output_dir)
+    if _is_finished(output / TRAINED_FOLDER, config):
+        check_finished(config, data)
+    elif checkpoints.last_checkpoint(output):
+        check_continues(config, data)
+    else:
+        return
+    check_base(config, base)
 
 
 def _is_finished(folder: Path, config: TrainConfig) -> bool:

@@ -30,7 +30,7 @@ from train.data.layout import Example
 from train.data.responders import load_dialogues
 from train.endpoint import Cached, Endpoint, Message, NoAnswer
 from train.errors import UserError
-from train.files import load_json, write_atomic
+from train.files import check_file, load_json, write_atomic
 from train.metrics import Record
 
 logger = logging.getLogger(__name__)
@@ -216,16 +216,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/judge/judgement.json"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    pairs = make_pairs(
-        load_records(arguments.a), load_records(arguments.b), load_dialogues(arguments.data).dev
-    )
+    for path in (arguments.cache, arguments.out):
+        check_file(path)
     endpoint = Endpoint(
         arguments.endpoint, arguments.model, _key(arguments.key_variable), timeout=arguments.timeout
+    )
+    pairs = make_pairs(
+        load_records(arguments.a), load_records(arguments.b), load_dialogues(arguments.data).dev
     )
     result = judge_all(pairs, Cached(endpoint, arguments.cache))
     sides = {"a": str(arguments.a), "b": str(arguments.b), "judge": arguments.model}
     write_atomic(arguments.out, json.dumps(sides | result, indent=1, ensure_ascii=False) + "\n")
-    rate = "not measured" if result["win_rate"] is None else f"{100 * result['win_rate']:.1f} %"
+    if result["win_rate"] is None:
+        raise UserError(
+            f"{arguments.out}: none of {result['pairs']} pairs could be judged, there is no win rate"
+        )
+    rate = f"{100 * result['win_rate']:.1f} %"
     counts = ", ".join(f"{result[name]} {name}" for name in ("wins_a", "wins_b", "ties", "failed"))
     Console().print(f"win rate of a: {rate} ({counts}); {arguments.out}")
 

@@ -39,10 +39,11 @@ def check_continues(config: TrainConfig, data: MQDialog) -> None:
 
 
 def check_base(config: TrainConfig, base: str) -> None:
-    """``UserError`` if the run was started on a base model of other weights."""
-    if read_run(Path(config.output_dir))[1].get("base", base) != base:
+    """``UserError`` if the run was started on a base model of other weights; one without its file passes."""
+    folder = Path(config.output_dir)
+    if (folder / RUN).is_file() and read_run(folder)[1].get("base", base) != base:
         raise UserError(
-            f"{Path(config.output_dir) / RUN}: the run was started when '{config.model}' had other weights; "
+            f"{folder / RUN}: the run was started when '{config.model}' had other weights; "
             "another output_dir starts anew"
         )
 
@@ -51,6 +52,11 @@ def check_finished(config: TrainConfig, data: MQDialog) -> None:
     """The same for a finished run, which any number of ranks may ask for; one without its file passes."""
     if (Path(config.output_dir) / RUN).is_file():
         _compare(config, data, (*FREE, "ranks"))
+
+
+def training_windows(data: MQDialog) -> str:
+    """Changes with any text that is trained on."""
+    return hashlib.sha256(repr(data.train).encode()).hexdigest()[:16]
 
 
 def _compare(config: TrainConfig, data: MQDialog, free: tuple[str, ...]) -> None:
@@ -70,6 +76,6 @@ def _beside_config(data: MQDialog) -> dict[str, Any]:
         "responder": data.responder,
         "queriers": list(data.queriers),
         "num_clusters": data.num_clusters,
-        "training_windows": hashlib.sha256(repr(data.train).encode()).hexdigest()[:16],
+        "training_windows": training_windows(data),
         "ranks": ranks.world_size(),
     }

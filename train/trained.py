@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qar_models import QARConfig, apply_qar
@@ -38,6 +39,8 @@ class Trained:
     config: TrainConfig
     responder: str
     queriers: tuple[str, ...]
+    training_windows: str | None = None
+    """Of the data, :func:`train.run_file.training_windows`; None where an older folder does not say."""
 
 
 def is_querier_part(name: str) -> bool:
@@ -104,13 +107,15 @@ def first_trained_layer(config: TrainConfig, num_layers: int) -> int:
     return num_layers - trained
 
 
-def save_trained(peft: PeftModel, config: TrainConfig, responder: str, folder: Path) -> None:
+def save_trained(
+    peft: PeftModel, config: TrainConfig, responder: str, training_windows: str | None, folder: Path
+) -> None:
     """Write the trained parts, atomically."""
     with build_directory(folder) as building:
         # the embeddings are not trained; asking would look the base model up again
         peft.save_pretrained(building, save_embedding_layers=False)
         (building / "README.md").unlink(missing_ok=True)
-        _write_experts(peft.get_base_model(), config, responder, building)
+        _write_experts(peft.get_base_model(), config, responder, training_windows, building)
 
 
 def save_with_adapter_of(source: Path, trained: Trained, folder: Path) -> None:
@@ -118,14 +123,17 @@ def save_with_adapter_of(source: Path, trained: Trained, folder: Path) -> None:
     with build_directory(folder) as building:
         for path in source.glob("adapter_*"):
             shutil.copy2(path, building)
-        _write_experts(trained.model, trained.config, trained.responder, building)
+        _write_experts(trained.model, trained.config, trained.responder, trained.training_windows, building)
 
 
-def _write_experts(model: PreTrainedModel, config: TrainConfig, responder: str, folder: Path) -> None:
+def _write_experts(
+    model: PreTrainedModel, config: TrainConfig, responder: str, training_windows: str | None, folder: Path
+) -> None:
     save_file(_expert_state(model), folder / EXPERTS)
     about = {
         "config": config.to_dict(),
         "responder": responder,
+        "training_windows": training_windows,
         "qar": model.qar.to_dict(),
         "base": fingerprint(model, DTYPES[config.dtype]),
         "base_folder": str(Path(config.model).resolve()) if Path(config.model).is_dir() else None,
@@ -173,8 +181,19 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
         peft = PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from error
+    _untie(model)
     merged = peft.merge_and_unload().to(default_device()).eval()
-    return Trained(merged, tokenizer, config, about["responder"], qar.querier_names or ())
+    queriers, windows = qar.querier_names or (), about.get("training_windows")
+    return Trained(merged, tokenizer, config, about["responder"], queriers, windows)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """An adapted head, or embedding, gets a weight of its own: merged, the adapter would change both."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    adapted = [end.get_base_layer() for end in ends if isinstance(end, BaseTunerLayer)]
+    if adapted and model.config.tie_word_embeddings:
+        adapted[0].weight = nn.Parameter(adapted[0].weight.detach().clone())
+        model.config.tie_word_embeddings = False
 
 
 def read_about(folder: Path) -> dict[str, Any]:

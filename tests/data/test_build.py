@@ -92,6 +92,16 @@ def test_several_responders(command, transcript, busy, choice):
     assert set(both.queriers) == {"Ann > Doc", "Bob > Doc", "Cat > Doc", "A > Nurse", "B > Nurse"}
 
 
+def test_somebody_whom_no_folder_can_be_named_by_is_left_out(command, transcript, busy, caplog, capsys):
+    transcript.write_text(transcript.read_text().replace('"Nurse"', '"🐙"'))
+    assert "Doc: 3 queriers" in command(*LOW, "--all-responders")
+    assert "left out, with no letters or digits to name a folder by: 🐙" in caplog.text
+    transcript.write_text(transcript.read_text().replace('"Doc"', '"🦊"'))
+    with pytest.raises(SystemExit, match="2"):
+        command(*LOW, "--all-responders", "--show", "both")
+    assert "🦊, 🐙: no letters or digits to name a folder by" in capsys.readouterr().err
+
+
 def test_speakers_are_listed(command, transcript, busy):
     shown = command(*LOW, "--list-speakers")
     assert "2 responders" in shown and "Doc" in shown and "Nurse" in shown and "Ann" not in shown

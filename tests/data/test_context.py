@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
+import time
 
 import pytest
 
 from train.data.encode import IGNORE, encode, encode_all, encode_prompt
+from train.data.transcript import Turn
 
 CONTEXT = "Peace Peace Peace Peace Peace Hal"
 
@@ -66,6 +68,17 @@ def test_only_the_last_turns_are_kept(told, tokenizer, style, max_turns):
 
 def test_more_turns_than_there_are_change_nothing(told, tokenizer, style):
     assert encode(told, tokenizer, style=style, max_turns=99) == encode(told, tokenizer, style=style)
+
+
+def test_of_a_long_history_the_newest_turns_that_fit_are_found_without_writing_it_all(tokenizer, style):
+    history = [Turn(speaker, "Noon, Hal.") for _ in range(500) for speaker in ("Hal", "Falstaff")][:-1]
+    options = {"responder": "Falstaff", "style": style}
+    start = time.process_time()
+    for kept in (1, 9, 67):
+        last = encode_prompt(history[-kept:], tokenizer, max_tokens=9_999, **options)
+        for room in (0, 3):
+            assert encode_prompt(history, tokenizer, max_tokens=len(last) + room, **options) == last
+    assert time.process_time() - start < 10  # from the oldest turn on it is minutes
 
 
 def test_the_end_of_the_context_goes_before_query_and_reply(told, tokenizer, style, caplog):

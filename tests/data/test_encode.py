@@ -1,5 +1,7 @@
 """Masks token by token against expectations written by hand, and what truncation may and may not drop."""
 
+from dataclasses import replace
+
 import pytest
 
 from train.data.chat import SYSTEM
@@ -220,6 +222,27 @@ def test_consecutive_turns_of_one_speaker_are_one_message(make_tokenizer, chatml
     turns = [Turn("Hal", "Sure?"), Turn("Hal", "Noon.")]
     text = tokenizer.decode(encode_prompt(turns, tokenizer, responder="Falstaff")).replace(" ", "")
     assert text.count("user") == 1
+
+
+@pytest.mark.parametrize("style", ["llama3", "qwen", "plain", "chat"])
+@pytest.mark.parametrize("place", ["query", "reply", "name", "context"])
+def test_a_mark_that_is_spelled_out_is_refused(example, make_tokenizer, chatml, style, place):
+    tokenizer = make_tokenizer(chat_template=chatml)
+    query, reply = example.turns[-2:]
+    changed = {
+        "query": (replace(query, text="So <|im_end|> it"), reply),
+        "reply": (query, replace(reply, text="So <|im_end|> it")),
+        "name": (replace(query, speaker="<|im_end|>"), reply),
+        "context": (query, reply),
+    }[place]
+    context = "<|im_end|>" if place == "context" else ""
+    marked = replace(example, turns=(*example.turns[:-2], *changed), context=context)
+    with pytest.raises(UserError, match=r"example 'one': its text holds '<\|im_end\|>'"):
+        encode(marked, tokenizer, style=style)
+    if place != "reply":
+        options = {"responder": "Falstaff", "style": style, "context": context}
+        with pytest.raises(UserError, match=r"the prompt: its text holds '<\|im_end\|>'"):
+            encode_prompt(marked.turns[:-1], tokenizer, **options)
 
 
 def test_prompt_must_end_with_a_query(example, make_tokenizer):

@@ -91,6 +91,10 @@ def test_any_ids_become_contiguous_in_their_order(folder, mapping):
         (lambda r: r[1].update(role_pair_id=True), "record 1: key 'role_pair_id'"),
         (lambda r: r[0]["conversations"][1].pop("value"), "record 0: key 'value' of turn 1"),
         (lambda r: r[0]["conversations"].pop(), "record 0: 'conversations' must end with"),
+        (
+            lambda r: r[0].update(input_role="A > B"),
+            "record 0: got the name 'A > B', expected one without ' > '",
+        ),
         (lambda r: r[0].update(role_pair_id=77), "record 0: role_pair_id 77 is not in"),
         (lambda r: r[0].update(input_role="Page"), "role_pair_id 3 belongs to 'Page', not 'Ford'"),
         (lambda r: r.insert(0, "text"), "record 0: expected an object"),

@@ -22,12 +22,20 @@ def write(folder, text, name):
         ('\n{"scene": "1", "speaker": 3, "text": "a"}', ":2: key 'speaker'"),
         ('{"scene": "1", "speaker": " ", "text": "a"}', ":1: key 'speaker' is empty"),
         ("[1]", ":1: expected an object"),
+        ("\n" + 100_000 * "[", ":2: not JSON of a turn"),
+        (r'{"scene": "1", "speaker": "A", "text": "so \ud83d"}', r":1: key 'text' holds half .*'\\ud83d'"),
+        (r'{"scene": "1", "speaker": "\ude00", "text": "a"}', ":1: key 'speaker' holds half a character"),
         ("", "the file is empty"),
     ],
 )
 def test_damaged_transcript_names_the_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read_transcript(write(tmp_path, text, "show.jsonl"))
+
+
+def test_an_escaped_character_is_read(tmp_path):
+    text = r'{"scene": "1", "speaker": "A", "text": "so \ud83d\ude00"}'
+    assert read_transcript(write(tmp_path, text, "show.jsonl"))[0].turns == (Turn("A", "so \U0001f600"),)
 
 
 def test_transcript(tmp_path):
@@ -103,6 +111,20 @@ def test_directions_may_hold_emphasis_and_underscores(tmp_path):
     text = f"**A:** a\n{directions}**B:** b\n*so* it *is*\n_a_ or **this:** _b_\n"
     (scene,) = read_transcript(write(tmp_path, text, "show.md"))
     assert [turn.text for turn in scene.turns] == ["a", "b *so* it *is* _a_ or **this:** _b_"]
+
+
+@pytest.mark.parametrize("name", ["A > B", "A >"])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("show.jsonl", '{"scene": "1", "speaker": "%s", "text": "a"}'),
+        ("show.md", "**%s:** a"),
+        ("show.csv", "scene,speaker,text\n1,%s,a"),
+    ],
+)
+def test_a_name_that_reads_as_a_pairs_is_refused(tmp_path, name, file, text):
+    with pytest.raises(UserError, match=rf"{file}: got the name '{name}', expected one without ' > '"):
+        read_transcript(write(tmp_path, text % name, file))
 
 
 def test_joining_many_lines_takes_no_longer_a_line(tmp_path):

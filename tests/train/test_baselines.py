@@ -8,9 +8,12 @@ import pytest
 import yaml
 
 from train.baselines import few_shot, load_profiles, querier_profile, role_profile
+from train.config import TrainConfig
 from train.data.layout import Example, MQDialog
-from train.data.responders import merge
+from train.data.mqdialog import write_mqdialog
+from train.data.responders import load_dialogues, merge
 from train.data.transcript import Turn
+from train.dataset import load_data
 from train.errors import UserError
 
 PROFILES = {"Bob": "Bob is a cook.", "Ann": "Ann is a sailor.", "Cy": "Cy is a clerk."}
@@ -78,6 +81,20 @@ def test_shots_come_from_the_training_part_of_the_same_responder(data):
     assert "Aye" not in shown.dev[0].context and "sailed" not in shown.dev[0].context
     assert shown.dev[1].context.count("Dee:") == 1
     assert querier_profile(both, PROFILES).dev[0].context.startswith("You are talking with Ann.")
+
+
+def test_training_windows_are_shown_nothing_of_the_validation_part(data, tmp_path):
+    train = [window(f"d{n}_part0", f"Where is ship {n}?", f"Answer {n}.", n % 2) for n in range(8)]
+    write_mqdialog(dataclasses.replace(data, train=train), tmp_path, "show")
+    config = TrainConfig(data=str(tmp_path), output_dir="", validation=0.3, context="few_shot")
+    found = load_data(config)
+    replies = [example.reply for example in found.valid]
+    assert len(replies) == 2
+    assert not any(reply in example.context for reply in replies for example in found.data.train)
+    assert all(example.context for example in (*found.data.train, *found.valid))
+    plain = load_dialogues(tmp_path)
+    assert found.data.dev == few_shot(plain).dev  # what is scored is shown all that was there to learn
+    assert {e.id: e for e in found.valid}.items() <= {e.id: e for e in few_shot(plain).train}.items()
 
 
 def test_shots_of_text_without_spaces(data):

@@ -15,10 +15,13 @@ from train import heldout
 from train import trained as modules
 from train.cli import run
 from train.comparison import Comparison
+from train.consolidate import consolidate
 from train.data.mqdialog import write_mqdialog
 from train.errors import UserError
 from train.evaluate import evaluate
 from train.finetune import finetune
+from train.onboard import onboard
+from train.trained import TRAINED, load_trained
 
 
 @pytest.fixture
@@ -116,6 +119,33 @@ def test_data_that_were_built_anew_are_refused(trained, config, tiny_data, tmp_p
     few = dataclasses.replace(tiny_data, train=tiny_data.train[::8])  # too few to spare a validation part
     write_mqdialog(few, tmp_path / "few", "planted")
     assert evaluate(trained, tmp_path / "few", generated=1, max_new_tokens=4)["records"]
+
+
+@pytest.mark.parametrize("kept_by", ["copy", "consolidate", "onboard"])
+def test_a_model_away_from_its_run_knows_its_windows(
+    trained, config, tiny_data, tmp_path, monkeypatch, kept_by
+):
+    monkeypatch.chdir(tmp_path)
+    away = tmp_path / "away"
+    if kept_by == "copy":
+        shutil.copytree(trained, away)
+    elif kept_by == "consolidate":
+        consolidate(trained.parent, away)
+    else:
+        newcomer = [dataclasses.replace(e, querier="Zoe", querier_id=0) for e in tiny_data.train[:2]]
+        data = dataclasses.replace(tiny_data, queriers=["Zoe"], train=newcomer, dev=newcomer)
+        write_mqdialog(data, tmp_path / "new", "planted")
+        onboard(trained, tmp_path / "new", "Zoe", away, epochs=0.5)
+    assert evaluate(away, generated=1, max_new_tokens=4)["records"]
+    shutil.rmtree(config.data)
+    first, rest = tiny_data.train[:2], tiny_data.train[2:]
+    turned = dataclasses.replace(tiny_data, train=rest + tiny_data.dev, dev=first)
+    write_mqdialog(turned, Path(config.data), "planted")
+    with pytest.raises(UserError, match="not what the model was trained on"):
+        evaluate(away, generated=1)
+    about = json.loads((away / TRAINED).read_text())
+    (away / TRAINED).write_text(json.dumps({key: about[key] for key in about if key != "training_windows"}))
+    assert load_trained(away).training_windows is None  # an older folder
 
 
 def test_scores_are_kept_where_two_models_do_not_compare(trained, config, tiny_data, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from train.data.encode import encode_all
 from train.data.mqdialog import write_mqdialog
@@ -73,6 +74,27 @@ def test_cells_survive_a_stop_and_end_in_a_table(plan, tmp_path, monkeypatch):
     assert results["swap"]["qar"]["rougeL_true"] == pytest.approx(results["methods"]["qar"]["rougeL"])
     assert "| qar - ft |" in (tmp_path / "tiny.md").read_text()
     assert (tmp_path / "tiny.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_what_cannot_go_on_is_refused_before_anything_is_written(plan, config, tmp_path):
+    base = shutil.copytree(config.model, tmp_path / "base")
+
+    def start(*overrides):
+        experiment = load_experiment(plan, ["seeds=[0]", "pairs=[]", f"train.model={base}", *overrides])
+        command.run_experiment(experiment, tmp_path / "experiment", "tiny")
+
+    start()
+    files = [path for path in (tmp_path / "experiment").rglob("*") if path.is_file()]
+    written = {path: path.read_bytes() for path in files}
+    with pytest.raises(UserError, match=r"ft-seed0.*started with epochs=1\.0, got 2\.0"):
+        start("train.epochs=2")
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].neg()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    windows.base_of.cache_clear()  # a process reads its base once
+    with pytest.raises(UserError, match=r"ft-seed0.*had other weights"):
+        start()
+    assert all(path.read_bytes() == content for path, content in written.items())
 
 
 def test_a_cell_of_other_settings_is_not_taken(plan):

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from train import finetune as module
+from train.base_model import load_base
 from train.callbacks import StopOnInterrupt
 from train.checkpoints import last_checkpoint
 from train.cli import run
 from train.data.encode import IGNORE
 from train.errors import UserError
 from train.finetune import finetune
-from train.trained import EXPERTS, TRAINED, load_trained
+from train.trained import EXPERTS, TRAINED, build, load_trained, save_trained
 from train.trainer import WEIGHTS
 
 
@@ -54,6 +55,21 @@ def test_trained_model_loads_and_experts_answer_differently(config, tiny_data):
     out = trained.model(ids, querier_ids=torch.tensor([0, 1])).logits
     assert not torch.allclose(out[0], out[1])
     assert trained.queriers == tuple(tiny_data.queriers)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "model.embed_tokens"])
+def test_an_adapter_of_one_end_of_a_tied_base_leaves_the_other(config, tiny_data, tmp_path, target):
+    config = config.replace(lora_targets=("q_proj", target), trainable_layers=None, lora_dropout=0.0)
+    base, _ = load_base(config.model)
+    peft = build(base, config, tuple(tiny_data.queriers), 1)
+    torch.manual_seed(0)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.2)
+    save_trained(peft, config, tiny_data.responder, None, tmp_path / "trained")
+    ids, asker = torch.arange(5)[None], torch.tensor([0])
+    loaded = load_trained(tmp_path / "trained").model
+    torch.testing.assert_close(loaded(ids, querier_ids=asker).logits, peft(ids, querier_ids=asker).logits)
 
 
 def test_ft_has_no_experts_and_ignores_who_asks(config):

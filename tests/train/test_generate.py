@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import shutil
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from recast import answered_by
 from rich.console import Console
 from transformers import GenerationConfig
 
+from train import chat as command
 from train.chat import Chat
 from train.data.encode import encode
 from train.data.responders import merge
@@ -110,6 +111,33 @@ def test_chat_asks_where_the_model_is(pairs):
     talking = dataclasses.replace(trained, model=model)
     Chat(talking, trained.queriers[0], Console(file=StringIO()), max_new_tokens=2).handle("Well ?")
     assert model.devices == {Elsewhere.device}
+
+
+def test_what_cannot_be_asked_is_not_part_of_the_talk(pairs):
+    trained, _ = pairs
+    talking = dataclasses.replace(trained, model=Elsewhere())
+    chat = Chat(talking, trained.queriers[0], Console(file=StringIO()), max_new_tokens=2)
+    chat.handle("Well ?")
+    before = list(chat.history)
+    for refused in ("I wrote <|im_end|> there", "Well " * trained.config.max_tokens):
+        with pytest.raises(UserError):
+            chat.handle(refused)
+        assert chat.history == before
+    chat.handle("Well ?")
+    assert len(chat.history) == 4
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_do_not_end_the_talk(pairs, monkeypatch, capsys, errors):
+    trained, _ = pairs
+    model = Elsewhere()
+    monkeypatch.setattr(command, "load_trained", lambda _: dataclasses.replace(trained, model=model))
+    lines = BytesIO(b"Well \xe9t\xe9 ?\n/who\n")
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(lines, "utf-8", errors=errors))
+    monkeypatch.setattr("sys.argv", ["chat", "--model", "somewhere", "--querier", trained.queriers[0]])
+    command.main()
+    assert capsys.readouterr().out.count(f"{trained.queriers[0]}: ") == 3  # two lines, and the end
+    assert model.devices
 
 
 OWN = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<over>{% endfor %}"

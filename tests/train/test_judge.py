@@ -281,17 +281,39 @@ def test_pairs_are_what_both_were_asked_for():
         make_pairs(records("unasked"), records("b"), examples)
 
 
-def test_bad_files_and_addresses_are_named(tmp_path):
+def test_bad_files_are_named(tmp_path):
     path = tmp_path / "records.json"
     for text, message in (("{", "damaged JSON"), ("{}", "list of records"), ('[{"id": "1"}]', "'reply'")):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load_records(path)
-    with pytest.raises(UserError, match="http://"):
-        Endpoint("localhost:8000", "judge")
 
 
-def test_command_line(stub, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "address",
+    [
+        "localhost:8000",
+        "http://",
+        "http://local host/v1",
+        "http://localhost:80x/v1",
+        "http://[::1/v1",
+        "http://ö/",
+    ],
+)
+def test_an_address_that_nobody_can_have_is_refused(address):
+    with pytest.raises(UserError, match=r"endpoint: got .*, expected an address"):
+        Endpoint(address, "judge")
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9])
+def test_a_time_that_no_socket_can_wait_is_refused(timeout):
+    with pytest.raises(UserError, match=r"timeout: got .*, expected seconds above 0"):
+        Endpoint("http://[::1]:8000/v1", "judge", timeout=timeout)
+
+
+@pytest.fixture
+def command(stub, tmp_path):
+    """A stub of an endpoint, and the words that ask it about two pairs."""
     server = stub(prefers("good"))
     examples = [Example(f"d{number}_part0", pair().example.turns, "Bob", "Ann", 0, 0) for number in range(2)]
     write_mqdialog(MQDialog("Bob", ["Ann"], 1, examples[:1], examples), tmp_path / "data", "show")
@@ -299,7 +321,32 @@ def test_command_line(stub, tmp_path, monkeypatch, capsys):
         (tmp_path / f"{side}.json").write_text(json.dumps({"records": records(reply, reply)}))
     places = {"a": "a.json", "b": "b.json", "data": "data", "cache": "cache.jsonl", "out": "out.json"}
     command = [part for name, place in places.items() for part in (f"--{name}", str(tmp_path / place))]
-    command = ["judge", *command, "--endpoint", server.url, "--model", "judge"]
+    return server, ["judge", *command, "--endpoint", server.url, "--model", "judge"]
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_asked(
+    command, option, tmp_path, monkeypatch
+):
+    server, words = command
+    monkeypatch.setattr(sys, "argv", [*words, option, str(tmp_path)])
+    with pytest.raises(UserError, match="is a folder, expected a file"):
+        main()
+    assert not server.requests
+
+
+def test_where_nothing_could_be_judged_the_command_fails(command, tmp_path, monkeypatch, capsys):
+    server, words = command
+    server.reply = lambda question: "Well, it depends."
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="2"):
+        run(main)
+    assert "none of 2 pairs could be judged" in capsys.readouterr().err.splitlines()[-1]
+    assert json.loads((tmp_path / "out.json").read_text())["failed"] == 2
+
+
+def test_command_line(command, tmp_path, monkeypatch, capsys):
+    server, command = command
     monkeypatch.setattr(sys, "argv", command)
     main()
     assert "win rate of a: 100.0 %" in capsys.readouterr().out

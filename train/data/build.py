@@ -8,6 +8,7 @@ python -m train.data.build --show plays --responder Anybody --querier Hamlet --q
 """
 
 import argparse
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from train.cli import positive_int, run
+from train.data.layout import short_name
 from train.data.mqdialog import load_mqdialog
 from train.data.planted import RESPONDER as PLANTED_RESPONDER
 from train.data.prepare import PLANTED, PLAYS, PrepareConfig, prepare, read_scenes
@@ -23,6 +25,8 @@ from train.data.summary import overview_table, pairs_table, speakers_table, summ
 from train.data.transcript_rows import KEYS
 from train.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def build(config: PrepareConfig, responders: list[str], console: Console) -> None:
     """Prepare the folder of each of ``responders`` (empty: all who qualify) and show what is in them."""
@@ -30,13 +34,24 @@ def build(config: PrepareConfig, responders: list[str], console: Console) -> Non
         folders = [prepare(replace(config, responder=name)) for name in responders or [PLANTED_RESPONDER]]
     else:
         scenes = read_scenes(config)
-        names = responders or qualified(scenes, config.minimums)
+        names = responders or _with_folders(qualified(scenes, config.minimums))
         _require_own_folders(config, names)
         progress = track(names, "responders", console=Console(stderr=True), disable=len(names) == 1)
         folders = [prepare(replace(config, responder=name), scenes) for name in progress]
     data = [load_mqdialog(folder) for folder in folders]
     console.print(summary_table(data[0]) if len(data) == 1 else overview_table(data))
     console.print(str(folders[0] if len(folders) == 1 else folders[0].parent), soft_wrap=True)
+
+
+def _with_folders(names: list[str]) -> list[str]:
+    """``names`` without those that no folder can be called by; ``UserError`` where that is all of them."""
+    found = [name for name in names if short_name(name)]
+    unnamed = ", ".join(name for name in names if not short_name(name))
+    if not found:
+        raise UserError(f"responders {unnamed}: no letters or digits to name a folder by")
+    if unnamed:
+        logger.warning("left out, with no letters or digits to name a folder by: %s", unnamed)
+    return found
 
 
 def _require_own_folders(config: PrepareConfig, names: list[str]) -> None:

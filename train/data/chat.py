@@ -12,7 +12,7 @@ from itertools import groupby
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from train.data.rendering import Rendered
+from train.data.rendering import Rendered, special_tokens
 from train.data.transcript import Turn
 from train.errors import UserError
 
@@ -108,10 +108,9 @@ def _apply(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _end_of_mark(after: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """Length of the end mark at the start of ``after``, the template's text that follows a reply."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     found = [
         (after.index(token), after.index(token) + len(token))
-        for token in special | set(tokenizer.all_special_tokens)
+        for token in special_tokens(tokenizer)
         if token in after
     ]
     if not found:

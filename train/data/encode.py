@@ -8,13 +8,14 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from train.data.chat import render_chat
 from train.data.layout import Example
-from train.data.rendering import MARKS, Rendered, has_marks, render_marked
+from train.data.rendering import MARKS, Rendered, has_marks, render_marked, special_tokens
 from train.data.transcript import Turn
 from train.errors import UserError
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 IGNORE = -100
 MAX_TOKENS = 592
+TRIED_AT_ONCE = 32
+"""Queries back to which a window is written without a look at fewer of them; windows of data have no more."""
 Style = Literal["auto", "chat", "llama3", "qwen", "plain"]
 Render = Callable[[Sequence[Turn], str], Rendered]
 
@@ -74,8 +77,10 @@ def encode(
     ``style`` "auto" is the tokenizer's chat template if it has one, else the reference's format that its
     special tokens belong to, else plain "Name: text" lines. ``max_turns`` of 2 leaves the query and the
     reply. Every reply in the window is learnt. Raises ``TooLongError`` if the last reply alone (in a chat:
-    and its query) exceeds ``max_tokens``, ``UserError`` for a tokenizer that cannot write the style.
+    and its query) exceeds ``max_tokens``, ``UserError`` for a tokenizer that cannot write the style, or that
+    reads a mark in the text.
     """
+    _check_plain(example.turns, example.context, tokenizer, f"example '{example.id}'")
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, example.responder, names_in_prompt)
     room = _Room(example.responder, render, lambda rendered: len(rendered.ids), max_tokens, max_turns)
@@ -134,6 +139,7 @@ def encode_prompt(
     """
     if not turns or turns[-1].speaker == responder:
         raise UserError(f"a prompt must end with a turn of somebody who asks {responder}")
+    _check_plain(turns, context, tokenizer, "the prompt")
     style = resolve_style(tokenizer, style)
     render = _renderer(tokenizer, style, responder, names_in_prompt)
     with_reply = (*turns, Turn(responder, "."))
@@ -164,6 +170,14 @@ def resolve_style(tokenizer: PreTrainedTokenizerBase, style: Style) -> str:
     if tokenizer.chat_template:
         return "chat"
     return next((name for name in ("llama3", "qwen") if has_marks(name, tokenizer)), "plain")
+
+
+def _check_plain(turns: Sequence[Turn], context: str, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """A special token that is spelled out in a text would be a real one, and end a turn in its middle."""
+    texts = [context, *(text for turn in turns for text in (turn.speaker, turn.text))]
+    for token in sorted(special_tokens(tokenizer)):
+        if any(token in text for text in texts):
+            raise UserError(f"{where}: its text holds '{token}', which is a mark of the tokenizer, not words")
 
 
 def _renderer(
@@ -214,13 +228,26 @@ class _Room:
     def _longest(
         self, turns: Sequence[Turn], starts: Iterable[int], context: str, dropped: int = 0
     ) -> _Fitted | None:
-        for start in starts:
-            if turns[start].speaker == self.responder and start < len(turns) - 1:
-                continue
+        """``turns`` from the first of ``starts`` on that leaves them short enough: fewer turns, fewer tokens.
+
+        Writing turns takes time with the square of their number, so the newest are tried first.
+        """
+
+        @cache
+        def since(start: int) -> _Fitted | None:
             rendered = self.render(turns[start:], context)
-            if self.length(rendered) <= self.max_tokens:
-                return _Fitted(rendered, start, dropped)
-        return None
+            return _Fitted(rendered, start, dropped) if self.length(rendered) <= self.max_tokens else None
+
+        last = len(turns) - 1
+        starts = [start for start in starts if turns[start].speaker != self.responder or start == last]
+        count = TRIED_AT_ONCE
+        while count < len(starts) and since(starts[-count]):
+            count *= 2
+        starts = starts[-count:]
+        if starts and since(starts[0]):  # nearly always
+            return since(starts[0])
+        first = bisect_left(starts, True, key=lambda start: since(start) is not None)
+        return since(starts[first]) if first < len(starts) else None
 
     def _cut_context(self, turns: Sequence[Turn], context: str) -> _Fitted | None:
         """As much of the start of ``context`` as fits beside the query and the reply."""

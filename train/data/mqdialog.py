@@ -13,6 +13,7 @@ from typing import Any
 
 from train.data.layout import FIRST_PAIR_ID, PAIR_IDS, SPLITS, Example, MQDialog, short_name
 from train.data.transcript import Turn, merge_turns
+from train.data.transcript_rows import check_name
 from train.errors import UserError
 from train.files import load_json, write_atomic
 
@@ -62,8 +63,8 @@ def load_mqdialog(folder: Path) -> MQDialog:
     Neighbouring turns of one speaker are one; windows that are then without a query are left out.
 
     Raises ``UserError``: no such folder (lists what is there), damaged JSON (file, line), a missing or wrong
-    key (file, index, key), a pair id unknown to ``role_pair_id.json``, two responders, an empty split, one id
-    twice in a querier's half.
+    key (file, index, key), a name that reads as a pair's, a pair id unknown to ``role_pair_id.json``, two
+    responders, an empty split, one id twice in a querier's half.
     """
     folder = Path(folder)
     if not (folder / PAIR_IDS).is_file():
@@ -141,6 +142,8 @@ def _check(where: str, record: Any) -> dict:
         for key in ("from", "value"):
             if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
                 raise UserError(f"{where}: key '{key}' of turn {index} is missing or not a string")
+    for key in ("target_role", "input_role"):
+        check_name(record[key], where)
     if not turns or turns[-1]["from"] != record["target_role"]:
         raise UserError(f"{where}: 'conversations' must end with a reply of {record['target_role']}")
     said = merge_turns([Turn(turn["from"], turn["value"]) for turn in turns])

@@ -60,6 +60,12 @@ def _is_token(mark: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return found is not None and (found != tokenizer.unk_token_id or mark == tokenizer.unk_token)
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """What the tokenizer reads as a mark wherever it stands in a text."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return (added | set(tokenizer.all_special_tokens)) - {""}
+
+
 def render_marked(
     turns: Sequence[Turn],
     responder: str,

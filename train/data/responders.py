@@ -11,9 +11,8 @@ from pathlib import Path
 
 from train.data.layout import PAIR_IDS, Example, MQDialog
 from train.data.mqdialog import load_mqdialog
+from train.data.transcript_rows import ARROW
 from train.errors import UserError
-
-ARROW = " > "
 
 
 def load_dialogues(folder: Path) -> MQDialog:

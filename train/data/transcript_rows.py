@@ -20,6 +20,8 @@ from train.files import read_text
 
 Row = tuple[str, str, str]
 KEYS = ("scene", "speaker", "text")
+ARROW = " > "
+"""Between the two names of a pair (:mod:`train.data.responders`), and so in nobody's own name."""
 MARKDOWN = (".md", ".markdown")
 CSV = ".csv"
 HEADING = re.compile(r"#{1,6}[ \t]+(.+)")
@@ -28,6 +30,14 @@ MARKED_SPEECH = re.compile(rf"(?:[>+-]|\*(?=\s)|\d+[.)])\s*{SPEECH.pattern}")
 RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
 DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_")
 UNDERLINE = re.compile(r"=+")
+HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")
+"""A surrogate without its other one: JSON can escape it, no file can hold it."""
+
+
+def check_name(name: str, where: str) -> None:
+    """``UserError`` for a name that would be read as two, also where another name stands behind it."""
+    if ARROW in f"{name} ":
+        raise UserError(f"{where}: got the name '{name}', expected one without '{ARROW}', which joins names")
 
 
 def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
@@ -38,8 +48,14 @@ def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         columns: of a CSV file, the column of the ``scene``, ``speaker`` or ``text`` if it has another name.
 
     Raises:
-        UserError: naming file and line for what cannot be read.
+        UserError: naming file and line for what cannot be read; for a name that :func:`check_name` refuses.
     """
+    for row in _rows(path, columns):
+        check_name(row[1], str(path))
+        yield row
+
+
+def _rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     text, suffix = read_text(path), path.suffix.lower()
     if suffix == CSV:
         return _csv_rows(path, text, columns)
@@ -115,11 +131,15 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}:{number}: not JSON of a turn (brackets too deep)") from error
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: expected an object with the keys {', '.join(KEYS)}")
     for key in KEYS:
         if not isinstance(row.get(key), str):
             raise UserError(f"{path}:{number}: key '{key}' is missing or not a string")
+        if half := HALF_A_CHARACTER.search(row[key]):
+            raise UserError(f"{path}:{number}: key '{key}' holds half a character ({half[0]!a})")
     if not row["speaker"].strip():
         raise UserError(f"{path}:{number}: key 'speaker' is empty")
     return row

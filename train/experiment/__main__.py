@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from train.cli import run
-from train.experiment.cell import result_of, run_cell
+from train.experiment.cell import check_cell, result_of, run_cell
 from train.experiment.figure import figure
 from train.experiment.load import load_experiment
 from train.experiment.plan import Experiment
@@ -33,6 +33,8 @@ def run_experiment(experiment: Experiment, folder: Path, name: str) -> None:
     """Run the cells that have no result yet; table and figure are written anew after each."""
     experiment.prepare()
     cells = experiment.cells()
+    for cell in cells:  # before any result, or the table of all, is written over
+        check_cell(experiment, cell)
     for index, cell in enumerate(cells):
         console.rule(f"[bold]{cell.name} ({index + 1} of {len(cells)})", align="left")
         if result_of(experiment, cell) is None:

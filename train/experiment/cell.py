@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from train.config import TrainConfig
+from train.config import DTYPES, TrainConfig
 from train.data.layout import MQDialog
 from train.experiment.plan import Cell, Experiment
 from train.experiment.windows import base_of, cell_data, fingerprint
 from train.files import read_json, write_atomic
-from train.finetune import finetune
+from train.finetune import check_resumes, finetune
 from train.heldout import held_out_windows, score
 from train.trained import Trained, load_trained, untrained
 
@@ -32,6 +32,13 @@ def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
         stored.get(name, now) == now for name, now in _inputs(experiment, cell).items()
     )
     return stored if is_current else None
+
+
+def check_cell(experiment: Experiment, cell: Cell) -> None:
+    """``UserError`` where :func:`run_cell` would refuse what an earlier start left in the cell's folder."""
+    config = experiment.config(cell)
+    if cell.method.trained and result_of(experiment, cell) is None:
+        check_resumes(config, cell_data(experiment, cell), base_of(config.model, DTYPES[config.dtype]))
 
 
 def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def fingerprint(experiment: Experiment, cell: Cell) -> str:
 
 
 @cache
-def base_of(model: str) -> str:
-    """Changes with the base model's weights."""
-    return weights_fingerprint(load_base(model)[0], torch.float32)
+def base_of(model: str, dtype: torch.dtype = torch.float32) -> str:
+    """Changes with the base model's weights as they are in ``dtype``."""
+    return weights_fingerprint(load_base(model)[0], dtype)
 
 
 def _shared(config: TrainConfig) -> TrainConfig:
