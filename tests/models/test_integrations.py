@@ -6,7 +6,9 @@ import threading
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from peft import LoraConfig, get_peft_model
 from tiny_models import (
+    FAMILIES,
     QUERIER_IDS,
     TOWERS,
     VOCAB,
@@ -28,7 +30,7 @@ from transformers import (
     pipeline,
 )
 
-from qar_models import QARLlamaForCausalLM
+from qar_models import QARLlamaForCausalLM, apply_qar
 from qar_models.base_mlp import fusable
 
 
@@ -192,6 +194,18 @@ def test_trainers_metrics_see_the_logits_alone(tmp_path):
     )
     trainer.evaluate()
     assert seen == [batch["labels"].shape]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_label_smoothing_of_the_trainer_looks_at_the_next_token(family, tmp_path):
+    plain, batch = plain_model(family), training_batch()
+    base = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, label_smoothing_factor=0.1)
+    expected = Trainer(plain, arguments).compute_loss(plain, dict(base))
+    peft = get_peft_model(apply_qar(plain_model(family), qar_config()), LoraConfig(target_modules=["q_proj"]))
+    for model in (apply_qar(plain_model(family), qar_config()), peft):
+        got = Trainer(model, arguments).compute_loss(model, dict(batch))
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("change", ["hook", "forward"])
