@@ -212,6 +212,18 @@ def test_foreign_classes_are_named_and_nothing_changes():
     assert type(base.config) is LlamaConfig
 
 
+@pytest.mark.parametrize("where", ["model", "model.layers.1", "model.norm"])
+def test_a_forward_method_of_ones_own_is_named_and_nothing_changes(where):
+    base, model = plain_model(), aware_model()
+    for whole, convert in ((base, lambda: apply_qar(base, qar_config())), (model, lambda: remove_qar(model))):
+        module, kind = whole.get_submodule(where), type(whole)
+        own = module.forward
+        module.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs)
+        with pytest.raises(TypeError, match=f"got a {type(module).__name__} in it, or a forward method"):
+            convert()
+        assert type(whole) is kind
+
+
 def test_an_mlp_of_another_class_runs_by_itself():
     class FasterMLP(torch.nn.Module):
         def __init__(self, mlp):
