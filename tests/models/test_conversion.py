@@ -241,6 +241,25 @@ def test_an_mlp_of_another_class_runs_by_itself():
     torch.testing.assert_close(model(**batch, querier_ids=QUERIER_IDS).logits, expected)
 
 
+@pytest.mark.parametrize("change", ["subclass", "patch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_mlp_that_computes_something_else_runs_by_itself(family, change, monkeypatch):
+    def doubled(self, x):
+        return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    model, batch = plain_model(family), left_padded_batch()
+    kind = type(model.model.layers[0].mlp)
+    if change == "patch":
+        monkeypatch.setattr(kind, "forward", doubled)
+    else:
+        for layer in model.model.layers:
+            layer.mlp.__class__ = type("DoubledMLP", (kind,), {"forward": doubled})
+    expected = model(**batch).logits
+    torch.testing.assert_close(
+        apply_qar(model, qar_config())(**batch, querier_ids=QUERIER_IDS).logits, expected
+    )
+
+
 def test_a_model_of_the_same_config_stays_plain():
     first = plain_model()
     second = FAMILIES["llama"][1](first.config)
