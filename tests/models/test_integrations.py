@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import (
     FAMILIES,
     QUERIER_IDS,
+    QUERIERS,
     TOWERS,
     VOCAB,
     aware_model,
@@ -99,6 +100,24 @@ def test_compiled_forward(tower):
     with torch.no_grad():
         got = compiled(**batch, querier_ids=QUERIER_IDS, use_cache=False).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+@pytest.mark.parametrize(("policy", "lowest"), [("error", 0), ("mean", -1)])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_traced_model_refuses_ids_too(tower, policy, lowest, how):
+    model, batch = aware_model(tower=tower, unknown_querier=policy), left_padded_batch(padding=0)
+    if how == "compiled":
+        traced = torch.compile(model, fullgraph=True, backend="aot_eager")
+    else:
+        inputs = {**batch, "querier_ids": QUERIER_IDS, "use_cache": False}
+        traced = torch.export.export(model, (), inputs, strict=False).module()
+    with torch.no_grad():
+        for wrong in (lowest - 1, QUERIERS):
+            traced(**batch, querier_ids=torch.tensor([lowest, 2, QUERIERS - 1]), use_cache=False)
+            with pytest.raises(RuntimeError, match=f"querier_ids: expected ids from {lowest} to 4"):
+                traced(**batch, querier_ids=torch.tensor([0, wrong, 2]), use_cache=False)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
