@@ -157,7 +157,13 @@ class QARForCausalLMMixin(MembershipMixin):
                 quarter of the time where the vocabulary is large and few tokens are labelled.
             num_items_in_batch: labelled tokens of the whole optimizer step; the losses are then that
                 step's share, so that their sum over micro-batches is the mean over tokens.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what was expected; for ``shift_labels``
+                too, which the base class takes beside ``labels``.
         """
+        if kwargs.get("shift_labels") is not None:
+            raise TypeError("shift_labels: got labels that are shifted already, expected them as 'labels'")
         querier_ids = as_ids(querier_ids)
         outputs: QARModelOutput = self.model(
             input_ids=input_ids,
