@@ -46,7 +46,11 @@ class QARModelOutput(BaseModelOutputWithPast):
 
 
 class DeferredNormMixin:
-    """A final norm that does nothing where the decoder calls it; :class:`QARModelMixin` applies it."""
+    """A final norm that does nothing where the decoder calls it; :class:`QARModelMixin` applies it.
+
+    Nor where others call it: what would tell them apart (a context variable) is lost where a compiled forward
+    pass falls back to eager code, which then would normalise twice.
+    """
 
     def forward(self, hidden_states: Tensor, now: bool = False) -> Tensor:
         """The identity, or ``now`` the norm itself."""
