@@ -76,8 +76,6 @@ class QARForCausalLMMixin(MembershipMixin):
             ValueError: if the checkpoint lacks experts or norms that its configuration asks for, or holds
                 others: it is of a plain model, or of another tower.
         """
-        if isinstance(kwargs.get("qar"), QARConfig):  # configurations hold JSON
-            kwargs["qar"] = kwargs["qar"].to_dict()
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem in ("missing", "unexpected"):
             keys = sorted(key for key in info[f"{problem}_keys"] if _ANSWERING.search(key))

@@ -27,13 +27,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from qar_models.causal_lm import QARForCausalLMMixin
+from qar_models.config import QARConfigMixin
 from qar_models.modeling import CACHE, DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
 
 IGNORED_AT_INFERENCE = [CACHE, "lm_loss", "contrastive_loss"]  # a list: they add to it
 """Outputs that are no predictions to transformers' Trainer."""
 
 
-class QARLlamaConfig(LlamaConfig):
+class QARLlamaConfig(QARConfigMixin, LlamaConfig):
     """:class:`LlamaConfig` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_llama"
@@ -61,7 +62,7 @@ class QARLlamaForCausalLM(QARForCausalLMMixin, LlamaForCausalLM):
     config_class = QARLlamaConfig
 
 
-class QARQwen2Config(Qwen2Config):
+class QARQwen2Config(QARConfigMixin, Qwen2Config):
     """:class:`Qwen2Config` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_qwen2"
@@ -89,7 +90,7 @@ class QARQwen2ForCausalLM(QARForCausalLMMixin, Qwen2ForCausalLM):
     config_class = QARQwen2Config
 
 
-class QARQwen3Config(Qwen3Config):
+class QARQwen3Config(QARConfigMixin, Qwen3Config):
     """:class:`Qwen3Config` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_qwen3"

@@ -1,6 +1,7 @@
 """Plain model <-> querier-aware model <-> disk, with and without adapters."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -269,11 +270,22 @@ def test_a_model_of_the_same_config_stays_plain():
     apply_qar(second, qar_config())
 
 
-def test_settings_may_be_given_anew_when_a_model_is_loaded(tmp_path):
-    model = aware_model()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_may_be_given_anew_when_a_model_is_loaded(family, tmp_path):
+    model = aware_model(family)
     model.save_pretrained(tmp_path)
     other = dataclasses.replace(model.qar, expert_scale=0.5)
-    assert type(model).from_pretrained(tmp_path, qar=other).qar == other
+    for kind in (type(model), AutoModelForCausalLM):
+        assert kind.from_pretrained(tmp_path, qar=other).qar == other
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_takes_the_settings_themselves(family):
+    model = aware_model(family)
+    kind, qar = type(model.config), dataclasses.replace(model.qar, num_queriers=2)
+    config = kind(**{**plain_model(family).config.to_dict(), "qar": qar})
+    assert json.loads(config.to_json_string(use_diff=False))["qar"] == qar.to_dict()
+    assert type(model)(config).qar == qar
 
 
 def test_a_contrastive_loss_that_is_turned_on_later_starts_as_after_apply_qar(tmp_path):
