@@ -68,7 +68,7 @@ def remove_qar(model: nn.Module) -> nn.Module:
     if decoder.trained_ids:
         base.train_only(None)
     for layer in decoder.layers:
-        del layer.experts, layer.towers_coincide
+        del layer.experts, layer.tower, layer.towers_coincide
         family.to_plain(layer)
     for name in ("norm_specific", "qar", "trained_ids", "tower_memo"):
         if hasattr(decoder, name):
@@ -112,6 +112,7 @@ def install(model: PreTrainedModel) -> None:
 
 def _install_layer(family: Family, layer: nn.Module, index: int, qar: QARConfig) -> None:
     family.to_aware(layer)
+    layer.tower = qar.tower
     layer.towers_coincide = qar.tower == "replace" and index <= qar.first_expert_layer
     layer.experts = None
     if index >= qar.first_expert_layer:
