@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from test_packing import assert_same, batches, trained
 from tiny_models import (
     QUERIER_IDS,
@@ -311,3 +311,10 @@ def test_lora_on_the_experts_themselves(tower, experts):
     trained.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     torch.testing.assert_close(model.merge_and_unload()(**batch).logits, trained.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_prefix_tuning_is_for_the_residual_tower():
+    prefix, batch = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), training_batch()
+    get_peft_model(aware_model(), prefix)(**batch).loss.backward()
+    with pytest.raises(ValueError, match=r"cache: got 2 heads in layer 1, expected 4, .*\(prefix tuning\)"):
+        get_peft_model(aware_model(tower="replace"), prefix)(**batch)
