@@ -104,7 +104,7 @@ def _content(ids: Tensor) -> list | tuple[object, int] | None:
 
 
 def _on_host(ids: Tensor) -> bool:
-    return ids.device.type == "cpu"
+    return ids.device.type == "cpu" and type(ids) is Tensor  # a fake tensor has no values
 
 
 def _is_capturing() -> bool:

@@ -5,8 +5,10 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from tiny_models import (
+    EXPERTS,
     QUERIER_IDS,
     TOWERS,
+    VOCAB,
     aware_model,
     left_padded_batch,
     plain_model,
@@ -14,6 +16,7 @@ from tiny_models import (
     randomize_experts,
     training_batch,
 )
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qar_kernels import Segments
 from qar_models import QARLlamaForCausalLM, apply_qar, remove_qar
@@ -111,6 +114,32 @@ def test_a_saved_model_may_be_offloaded_when_it_loads(tower, tmp_path):
     )
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
+def without_mask():  # whose values transformers reads
+    return {name: tensor for name, tensor in training_batch().items() if name != "attention_mask"}
+
+
+@pytest.mark.parametrize("where", ["meta", "cpu"])
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_model_without_data_has_shapes(tower, experts, where):
+    model = aware_model(tower=tower, experts=experts, unknown_querier="mean").to("meta").train()
+    batch = {name: tensor.to("meta") for name, tensor in without_mask().items()}
+    out = model(**{**batch, "querier_ids": QUERIER_IDS.to(where)})
+    out.loss.backward()
+    assert out.logits.is_meta and out.logits.shape == (3, 10, VOCAB)
+    bank = model.model.layers[1].experts.bank
+    assert [weight.grad.shape for weight in bank] == [weight.shape for weight in bank]
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("tower", TOWERS)
+def test_fake_tensors_have_shapes(tower, experts):
+    model = aware_model(tower=tower, experts=experts, unknown_querier="mean")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = model(**{name: mode.from_tensor(tensor) for name, tensor in without_mask().items()})
+    assert isinstance(out.logits, FakeTensor) and out.logits.shape == (3, 10, VOCAB)
 
 
 def test_layers_on_another_device_share_one_copy_of_the_segments():
