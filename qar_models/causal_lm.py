@@ -109,6 +109,14 @@ class QARForCausalLMMixin(MembershipMixin):
         with ids_that_stay():
             return super().generate(inputs, *args, **kwargs)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching (``generate_batch``) packs prompts and hands on no ``querier_ids``.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("generate_batch: continuous batching knows no queriers, expected generate")
+
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel, for dense gradients, must leave to average_row_gradients."""
