@@ -233,10 +233,15 @@ def _tensor(values: Sequence[int], name: str) -> Tensor:
         raise TypeError(f"{name}: got {type(values).__name__}, expected integers ({error})") from error
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether its values are there, and reading them waits for no device: not traced, no fake tensor."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
 def _checked_ids(expert_ids: IdsLike) -> tuple[Tensor, int | None]:
     """The ids as int64 and, where reading them costs no device sync, their largest value."""
     ids = _integers(expert_ids, "expert_ids")
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+    if not _readable(ids) or not ids.numel():
         return ids, None
     low, high = (int(v) for v in ids.aminmax())
     if low < -1:
@@ -250,7 +255,7 @@ def _check_bounds(bounds: Tensor, num_sequences: int, num_rows: int | None) -> N
             f"cu_seqlens: got {bounds.shape[0]} values for {num_sequences} sequences, "
             f"expected {num_sequences + 1}"
         )
-    if bounds.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _readable(bounds):
         return
     if int(bounds[0]) != 0 or bool((bounds.diff() < 0).any()):
         raise ValueError(f"cu_seqlens: got {bounds.tolist()}, expected non-decreasing values from 0")

@@ -58,8 +58,9 @@ def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether no trace and no tensor subclass has to see a registered operator."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether no trace, no tensor subclass and no tensor without data has to see a registered operator."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+    return plain and not torch.compiler.is_compiling()
 
 
 def _forward(

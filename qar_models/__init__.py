@@ -1,6 +1,7 @@
 """Querier-aware Llama, Qwen2 and Qwen3. Importing this registers them with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qar_kernels import __version__ as __version__
 from qar_models.config import QARConfig
@@ -22,6 +23,8 @@ from qar_models.upstream import load_upstream
 for _family in FAMILIES:
     AutoConfig.register(_family.aware[0].model_type, _family.aware[0])
     AutoModelForCausalLM.register(_family.aware[0], _family.for_causal_lm)
+    # Trainer's label smoothing shifts the labels only for classes that are named here
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_family.aware[0].model_type] = _family.for_causal_lm.__name__
 
 __all__ = [
     "QARConfig",

@@ -41,6 +41,9 @@ def fusable(mlp: nn.Module) -> BaseMLP | None:
         activation = getattr(mlp, "act_fn", None)  # classes that others put in place may have none
         if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
             raise _NotFusableError(f"the activation of {type(mlp).__name__} is not a SiLU in act_fn")
+        owner = type(mlp).forward.__module__  # a patched class tells too
+        if not owner.startswith("transformers.models."):
+            raise _NotFusableError(f"the forward method of {type(mlp).__name__} is of {owner}")
         _refuse_hooks(mlp)
         _refuse_hooks(activation)
         gate, up, down = (_read(projection) for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))

@@ -76,8 +76,6 @@ class QARForCausalLMMixin(MembershipMixin):
             ValueError: if the checkpoint lacks experts or norms that its configuration asks for, or holds
                 others: it is of a plain model, or of another tower.
         """
-        if isinstance(kwargs.get("qar"), QARConfig):  # configurations hold JSON
-            kwargs["qar"] = kwargs["qar"].to_dict()
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem in ("missing", "unexpected"):
             keys = sorted(key for key in info[f"{problem}_keys"] if _ANSWERING.search(key))
@@ -110,6 +108,14 @@ class QARForCausalLMMixin(MembershipMixin):
             kwargs["querier_ids"] = querier_ids
         with ids_that_stay():
             return super().generate(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching (``generate_batch``) packs prompts and hands on no ``querier_ids``.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("generate_batch: continuous batching knows no queriers, expected generate")
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -157,7 +163,13 @@ class QARForCausalLMMixin(MembershipMixin):
                 quarter of the time where the vocabulary is large and few tokens are labelled.
             num_items_in_batch: labelled tokens of the whole optimizer step; the losses are then that
                 step's share, so that their sum over micro-batches is the mean over tokens.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what was expected; for ``shift_labels``
+                too, which the base class takes beside ``labels``.
         """
+        if kwargs.get("shift_labels") is not None:
+            raise TypeError("shift_labels: got labels that are shifted already, expected them as 'labels'")
         querier_ids = as_ids(querier_ids)
         outputs: QARModelOutput = self.model(
             input_ids=input_ids,

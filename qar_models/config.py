@@ -171,3 +171,10 @@ class QARConfig:
         if "num_queriers" not in values:
             raise ValueError(f"QARConfig: got only {sorted(values)}, expected at least num_queriers")
         return cls(**values)
+
+
+class QARConfigMixin:
+    """A model configuration whose ``qar`` may be set as a :class:`QARConfig`, and is held as JSON is."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.to_dict() if isinstance(value, QARConfig) else value)

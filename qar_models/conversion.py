@@ -16,7 +16,7 @@ from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
 from qar_models.contrast_reference import ReferenceContrast
 from qar_models.experts import Experts
-from qar_models.families import Family, family_of
+from qar_models.families import Family, family_of, has_own_forward
 from qar_models.queriers import TowerMemo
 
 CONTRASTS = {"masked": QuerierContrast, "reference": ReferenceContrast}
@@ -33,9 +33,10 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
         The same object. With ``tower="residual"`` it computes exactly what it did before, until trained.
 
     Raises:
-        TypeError: if ``qar`` is no QARConfig, the family is not supported, or others' classes took the place
-            of its own.
-        ValueError: if the model is querier-aware already, or the settings do not fit it.
+        TypeError: if ``qar`` is no QARConfig, the family is not supported, or others' classes or forward
+            methods took the place of its own.
+        ValueError: if the model is querier-aware already, the settings do not fit it, or its decoder is
+            offloaded.
     """
     if not isinstance(qar, QARConfig):
         raise TypeError(f"qar: got a {type(qar).__name__}, expected a QARConfig")
@@ -44,12 +45,13 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
     if type(base) is family.for_causal_lm:
         raise ValueError(f"model: {type(base).__name__} is querier-aware already; call remove_qar first")
     _check_fits(base, qar)
-    _check_plain(base, family)
+    _check_classes(base, family.plain)
+    _check_not_offloaded(base)
     _own_config(model, base.config)
     family.to_aware(base.config)
     base.config.qar = qar.to_dict()
     base.config.architectures = [family.for_causal_lm.__name__]
-    base.__class__ = family.for_causal_lm
+    family.to_aware(base)
     install(base)
     _initialize(base)
     return model
@@ -61,11 +63,12 @@ def remove_qar(model: nn.Module) -> nn.Module:
     family = family_of(base)
     if type(base) is not family.for_causal_lm:
         raise ValueError(f"model: {type(base).__name__} is not querier-aware")
+    _check_classes(base, family.aware)
     decoder = base.model
     if decoder.trained_ids:
         base.train_only(None)
     for layer in decoder.layers:
-        del layer.experts, layer.towers_coincide
+        del layer.experts, layer.tower, layer.towers_coincide
         family.to_plain(layer)
     for name in ("norm_specific", "qar", "trained_ids", "tower_memo"):
         if hasattr(decoder, name):
@@ -109,6 +112,7 @@ def install(model: PreTrainedModel) -> None:
 
 def _install_layer(family: Family, layer: nn.Module, index: int, qar: QARConfig) -> None:
     family.to_aware(layer)
+    layer.tower = qar.tower
     layer.towers_coincide = qar.tower == "replace" and index <= qar.first_expert_layer
     layer.experts = None
     if index >= qar.first_expert_layer:
@@ -148,13 +152,24 @@ def _own_config(model: nn.Module, config: PreTrainedConfig) -> None:
             module.config = own
 
 
-def _check_plain(model: PreTrainedModel, family: Family) -> None:
-    for module in (model.model, model.model.norm, *model.model.layers):
-        if type(module) not in family.plain:
+def _check_classes(model: PreTrainedModel, kinds: tuple[type, ...]) -> None:
+    for module in (model, model.model, model.model.norm, *model.model.layers):
+        if type(module) not in kinds or has_own_forward(module):
             raise TypeError(
-                f"model: got a {type(module).__name__} in it, expected the classes of transformers; "
-                "what replaces them comes after apply_qar"
+                f"model: got a {type(module).__name__} in it, or a forward method, that is not its family's "
+                "own, expected none; what replaces them comes after apply_qar and goes before remove_qar"
             )
+
+
+def _check_not_offloaded(model: PreTrainedModel) -> None:
+    """What is added lies where its layer does; an offloaded layer would look for it in the checkpoint."""
+    norms = model.model.norm, *(layer.post_attention_layernorm for layer in model.model.layers)
+    hooked = any("_hf_hook" in module.__dict__ for module in model.modules())
+    if hooked and any(norm.weight.is_meta for norm in norms):
+        raise ValueError(
+            "model: got offloaded decoder layers (device_map), expected all on a device; convert the model "
+            "where it fits, save it, and load the saved folder with the device_map"
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

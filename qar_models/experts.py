@@ -46,8 +46,10 @@ class Experts(nn.Module):
     @property
     def sparse_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters whose gradients are row-sparse, by name."""
-        sparse = self.qar.expert_gradients == "sparse" and self.gate.requires_grad
-        return dict(zip(("gate", "up", "down"), self.bank, strict=True)) if sparse else {}
+        if self.qar.expert_gradients != "sparse":
+            return {}
+        named = zip(("gate", "up", "down"), self.bank, strict=True)
+        return {name: weight for name, weight in named if weight.requires_grad}
 
     def reset_parameters(self, std: float) -> None:
         """N(0, std); the residual tower's ``down`` starts at zero, so that the model starts as its base."""

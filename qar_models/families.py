@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -25,13 +27,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from qar_models.causal_lm import QARForCausalLMMixin
+from qar_models.config import QARConfigMixin
 from qar_models.modeling import CACHE, DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
 
 IGNORED_AT_INFERENCE = [CACHE, "lm_loss", "contrastive_loss"]  # a list: they add to it
 """Outputs that are no predictions to transformers' Trainer."""
 
 
-class QARLlamaConfig(LlamaConfig):
+class QARLlamaConfig(QARConfigMixin, LlamaConfig):
     """:class:`LlamaConfig` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_llama"
@@ -59,7 +62,7 @@ class QARLlamaForCausalLM(QARForCausalLMMixin, LlamaForCausalLM):
     config_class = QARLlamaConfig
 
 
-class QARQwen2Config(Qwen2Config):
+class QARQwen2Config(QARConfigMixin, Qwen2Config):
     """:class:`Qwen2Config` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_qwen2"
@@ -87,7 +90,7 @@ class QARQwen2ForCausalLM(QARForCausalLMMixin, Qwen2ForCausalLM):
     config_class = QARQwen2Config
 
 
-class QARQwen3Config(Qwen3Config):
+class QARQwen3Config(QARConfigMixin, Qwen3Config):
     """:class:`Qwen3Config` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_qwen3"
@@ -129,11 +132,26 @@ class Family:
 
     def to_aware(self, instance: PreTrainedConfig | nn.Module) -> None:
         """Turn one object of the family into its querier-aware subclass, in place."""
-        instance.__class__ = self.aware[self.plain.index(type(instance))]
+        _change_class(instance, self.aware[self.plain.index(type(instance))])
 
     def to_plain(self, instance: PreTrainedConfig | nn.Module) -> None:
         """The inverse of :meth:`to_aware`."""
-        instance.__class__ = self.plain[self.aware.index(type(instance))]
+        _change_class(instance, self.plain[self.aware.index(type(instance))])
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether ``module``, or a hook of accelerate around it, calls another ``forward`` than its class's."""
+    own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def _change_class(instance: PreTrainedConfig | nn.Module, kind: type) -> None:
+    instance.__class__ = kind
+    if "_old_forward" in instance.__dict__:  # bound by accelerate's hooks, which show its signature too
+        instance._old_forward = MethodType(kind.forward, instance)
+        functools.update_wrapper(instance.forward, instance._old_forward)
+    elif "forward" in instance.__dict__:  # left behind by hooks that were taken off
+        del instance.forward
 
 
 FAMILIES = (

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qar_models.base_mlp import BaseMLP, fusable
+from qar_models.config import Tower
 from qar_models.experts import Experts
 from qar_models.packing import (
     PACKED_ATTENTION,
@@ -46,7 +47,11 @@ class QARModelOutput(BaseModelOutputWithPast):
 
 
 class DeferredNormMixin:
-    """A final norm that does nothing where the decoder calls it; :class:`QARModelMixin` applies it."""
+    """A final norm that does nothing where the decoder calls it; :class:`QARModelMixin` applies it.
+
+    Nor where others call it: what would tell them apart (a context variable) is lost where a compiled forward
+    pass falls back to eager code, which then would normalise twice.
+    """
 
     def forward(self, hidden_states: Tensor, now: bool = False) -> Tensor:
         """The identity, or ``now`` the norm itself."""
@@ -56,7 +61,8 @@ class DeferredNormMixin:
 class QARDecoderLayerMixin:
     """A decoder layer whose MLP is joined by experts. Llama, Qwen2 and Qwen3 layers share this forward."""
 
-    experts: Experts | None
+    experts: Experts | None  # or what PEFT puts around them, which hides their settings
+    tower: Tower
     towers_coincide: bool  # replace tower, up to the first layer with experts: run the general rows only
 
     def forward(
@@ -92,7 +98,7 @@ class QARDecoderLayerMixin:
         if self.experts is None:
             return hidden_states + self.mlp(normed)
         towers = towers.to(normed.device)
-        if self.experts.qar.tower == "residual":
+        if self.tower == "residual":
             return hidden_states + self.experts(self._base(normed), normed, towers)
         if self.towers_coincide:  # the towers part here: one input, two outputs
             general, specific = self.experts(self._base(normed), normed, towers, normed)

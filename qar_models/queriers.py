@@ -104,7 +104,7 @@ def _content(ids: Tensor) -> list | tuple[object, int] | None:
 
 
 def _on_host(ids: Tensor) -> bool:
-    return ids.device.type == "cpu"
+    return ids.device.type == "cpu" and type(ids) is Tensor  # a fake tensor has no values
 
 
 def _is_capturing() -> bool:
@@ -168,11 +168,13 @@ def _checked_ids(querier_ids: Tensor | None, qar: QARConfig, shapes: list[tuple[
 
 
 def _check_values(ids: Tensor, qar: QARConfig) -> None:
-    if torch.compiler.is_compiling() or not ids.numel():
+    if not ids.numel():
         return
     lowest = 0 if qar.unknown_querier == "error" else -1
-    if not _on_host(ids):
-        torch._assert_async(((ids >= lowest) & (ids < qar.num_queriers)).all(), "querier_ids out of range")
+    if torch.compiler.is_compiling() or not _on_host(ids):
+        allowed = (ids >= lowest) & (ids < qar.num_queriers)
+        expected = f"querier_ids: expected ids from {lowest} to {qar.num_queriers - 1}"
+        torch._assert_async(allowed.all(), expected)
         return
     wrong = ids[(ids < lowest) | (ids >= qar.num_queriers)]
     if wrong.numel():

@@ -95,12 +95,28 @@ class TowerCache:
         return getattr(self.cache, name)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`transformers.Cache.update`, with both towers as two groups of heads."""
+        """As :meth:`transformers.Cache.update`, with both towers as two groups of heads.
+
+        Raises:
+            ValueError: where the cache holds keys and values of one tower.
+        """
         if keys.shape[0] == self.batch_size:
             return self.cache.update(keys, values, layer_idx, *args, **kwargs)
         paired = (self._pair(keys), self._pair(values))
+        self._check_heads(layer_idx, paired[0].shape[1])
         stored = self.cache.update(*paired, layer_idx, *args, **kwargs)
         return tuple(state.reshape(2 * self.batch_size, -1, *state.shape[2:]) for state in stored)
 
     def _pair(self, states: Tensor) -> Tensor:
         return states.reshape(self.batch_size, -1, *states.shape[2:])
+
+    def _check_heads(self, layer_idx: int, expected: int) -> None:
+        layers = self.cache.layers
+        held = layers[layer_idx].keys if layer_idx < len(layers) else None
+        if (
+            held is not None and held.dim() == 4 and held.shape[1] != expected
+        ):  # an empty one has one dimension
+            raise ValueError(
+                f"cache: got {held.shape[1]} heads in layer {layer_idx}, expected {expected}, those of both "
+                "towers; tower='replace' takes no keys and values from elsewhere (prefix tuning)"
+            )

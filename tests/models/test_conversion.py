@@ -1,6 +1,7 @@
 """Plain model <-> querier-aware model <-> disk, with and without adapters."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -212,6 +213,18 @@ def test_foreign_classes_are_named_and_nothing_changes():
     assert type(base.config) is LlamaConfig
 
 
+@pytest.mark.parametrize("where", ["model", "model.layers.1", "model.norm"])
+def test_a_forward_method_of_ones_own_is_named_and_nothing_changes(where):
+    base, model = plain_model(), aware_model()
+    for whole, convert in ((base, lambda: apply_qar(base, qar_config())), (model, lambda: remove_qar(model))):
+        module, kind = whole.get_submodule(where), type(whole)
+        own = module.forward
+        module.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs)
+        with pytest.raises(TypeError, match=f"got a {type(module).__name__} in it, or a forward method"):
+            convert()
+        assert type(whole) is kind
+
+
 def test_an_mlp_of_another_class_runs_by_itself():
     class FasterMLP(torch.nn.Module):
         def __init__(self, mlp):
@@ -229,6 +242,25 @@ def test_an_mlp_of_another_class_runs_by_itself():
     torch.testing.assert_close(model(**batch, querier_ids=QUERIER_IDS).logits, expected)
 
 
+@pytest.mark.parametrize("change", ["subclass", "patch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_mlp_that_computes_something_else_runs_by_itself(family, change, monkeypatch):
+    def doubled(self, x):
+        return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    model, batch = plain_model(family), left_padded_batch()
+    kind = type(model.model.layers[0].mlp)
+    if change == "patch":
+        monkeypatch.setattr(kind, "forward", doubled)
+    else:
+        for layer in model.model.layers:
+            layer.mlp.__class__ = type("DoubledMLP", (kind,), {"forward": doubled})
+    expected = model(**batch).logits
+    torch.testing.assert_close(
+        apply_qar(model, qar_config())(**batch, querier_ids=QUERIER_IDS).logits, expected
+    )
+
+
 def test_a_model_of_the_same_config_stays_plain():
     first = plain_model()
     second = FAMILIES["llama"][1](first.config)
@@ -238,11 +270,22 @@ def test_a_model_of_the_same_config_stays_plain():
     apply_qar(second, qar_config())
 
 
-def test_settings_may_be_given_anew_when_a_model_is_loaded(tmp_path):
-    model = aware_model()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_may_be_given_anew_when_a_model_is_loaded(family, tmp_path):
+    model = aware_model(family)
     model.save_pretrained(tmp_path)
     other = dataclasses.replace(model.qar, expert_scale=0.5)
-    assert type(model).from_pretrained(tmp_path, qar=other).qar == other
+    for kind in (type(model), AutoModelForCausalLM):
+        assert kind.from_pretrained(tmp_path, qar=other).qar == other
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_takes_the_settings_themselves(family):
+    model = aware_model(family)
+    kind, qar = type(model.config), dataclasses.replace(model.qar, num_queriers=2)
+    config = kind(**{**plain_model(family).config.to_dict(), "qar": qar})
+    assert json.loads(config.to_json_string(use_diff=False))["qar"] == qar.to_dict()
+    assert type(model)(config).qar == qar
 
 
 def test_a_contrastive_loss_that_is_turned_on_later_starts_as_after_apply_qar(tmp_path):

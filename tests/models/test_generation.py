@@ -167,3 +167,9 @@ def test_training_after_inference_mode_on_the_same_queriers():
     with torch.inference_mode():
         model(**batch)
     model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_continuous_batching_is_refused(experts):
+    with pytest.raises(NotImplementedError, match="generate_batch: continuous batching knows no queriers"):
+        aware_model(experts=experts).generate_batch(inputs=[[3, 4, 5], [6, 7]])

@@ -6,8 +6,11 @@ import threading
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from peft import LoraConfig, get_peft_model
 from tiny_models import (
+    FAMILIES,
     QUERIER_IDS,
+    QUERIERS,
     TOWERS,
     VOCAB,
     aware_model,
@@ -28,7 +31,7 @@ from transformers import (
     pipeline,
 )
 
-from qar_models import QARLlamaForCausalLM
+from qar_models import QARLlamaForCausalLM, apply_qar
 from qar_models.base_mlp import fusable
 
 
@@ -97,6 +100,24 @@ def test_compiled_forward(tower):
     with torch.no_grad():
         got = compiled(**batch, querier_ids=QUERIER_IDS, use_cache=False).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+@pytest.mark.parametrize(("policy", "lowest"), [("error", 0), ("mean", -1)])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_traced_model_refuses_ids_too(tower, policy, lowest, how):
+    model, batch = aware_model(tower=tower, unknown_querier=policy), left_padded_batch(padding=0)
+    if how == "compiled":
+        traced = torch.compile(model, fullgraph=True, backend="aot_eager")
+    else:
+        inputs = {**batch, "querier_ids": QUERIER_IDS, "use_cache": False}
+        traced = torch.export.export(model, (), inputs, strict=False).module()
+    with torch.no_grad():
+        for wrong in (lowest - 1, QUERIERS):
+            traced(**batch, querier_ids=torch.tensor([lowest, 2, QUERIERS - 1]), use_cache=False)
+            with pytest.raises(RuntimeError, match=f"querier_ids: expected ids from {lowest} to 4"):
+                traced(**batch, querier_ids=torch.tensor([0, wrong, 2]), use_cache=False)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -192,6 +213,18 @@ def test_trainers_metrics_see_the_logits_alone(tmp_path):
     )
     trainer.evaluate()
     assert seen == [batch["labels"].shape]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_label_smoothing_of_the_trainer_looks_at_the_next_token(family, tmp_path):
+    plain, batch = plain_model(family), training_batch()
+    base = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, label_smoothing_factor=0.1)
+    expected = Trainer(plain, arguments).compute_loss(plain, dict(base))
+    peft = get_peft_model(apply_qar(plain_model(family), qar_config()), LoraConfig(target_modules=["q_proj"]))
+    for model in (apply_qar(plain_model(family), qar_config()), peft):
+        got = Trainer(model, arguments).compute_loss(model, dict(batch))
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("change", ["hook", "forward"])

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from test_packing import assert_same, batches, trained
 from tiny_models import (
     QUERIER_IDS,
@@ -43,13 +43,17 @@ def adapted(tower="residual", dtype=torch.float32, config=None, expert_gradients
     config = config or LoraConfig(**{"r": 4, "target_modules": MLP, **lora})
     qar = qar_config(tower, expert_gradients=expert_gradients)
     model = apply_qar(get_peft_model(plain_model().to(dtype), config), qar)
+    randomize_adapters(model)
+    randomize_experts(model)
+    return model
+
+
+def randomize_adapters(model):
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.2)
-    randomize_experts(model)
-    return model
 
 
 @contextmanager
@@ -292,3 +296,25 @@ def test_plain_models_are_read_without_peft():
     model = aware_model()
     read = base_mlp.fusable(model.model.layers[0].mlp)
     assert read.weights[0] is model.model.layers[0].mlp.gate_proj.weight and read.lora is base_mlp.NO_LORA
+
+
+@pytest.mark.parametrize("experts", ["per_querier", "shared+per_querier"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_lora_on_the_experts_themselves(tower, experts):
+    targets = [f"experts.{name}" for name in ("gate", "up", "down")]
+    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets, lora_dropout=0.0)
+    model, batch = get_peft_model(aware_model(tower=tower, experts=experts), lora), training_batch()
+    untrained = model(**batch).logits
+    randomize_adapters(model)
+    trained = model(**batch)
+    assert (trained.logits - untrained).abs().max() > 0.01
+    trained.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    torch.testing.assert_close(model.merge_and_unload()(**batch).logits, trained.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_prefix_tuning_is_for_the_residual_tower():
+    prefix, batch = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), training_batch()
+    get_peft_model(aware_model(), prefix)(**batch).loss.backward()
+    with pytest.raises(ValueError, match=r"cache: got 2 heads in layer 1, expected 4, .*\(prefix tuning\)"):
+        get_peft_model(aware_model(tower="replace"), prefix)(**batch)

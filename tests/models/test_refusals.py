@@ -56,6 +56,7 @@ def test_unknown_querier_under_the_error_policy():
             r"cluster_ids: got \[0, 2, 1\], expected ids from 0 to 1",
         ),
         ({"cluster_ids": torch.tensor([0.0, 1.0, 1.0])}, TypeError, "cluster_ids: got dtype torch.float32"),
+        ({"shift_labels": torch.zeros(3, 10, dtype=torch.long)}, TypeError, "shift_labels: got labels that"),
         ({"logits_to_keep": 2}, ValueError, "logits_to_keep: got 2 positions"),
         ({"input_ids": None}, ValueError, "input_ids, inputs_embeds: expected exactly one"),
     ],

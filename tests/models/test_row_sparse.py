@@ -54,6 +54,18 @@ def test_gradients_are_the_dense_ones(tower, experts):
         assert torch.equal(gradient, expected[name]), name
 
 
+@pytest.mark.parametrize("policy", ["none", "mean"])
+@pytest.mark.parametrize("frozen", BANK)
+def test_weights_that_are_frozen_one_by_one(frozen, policy):
+    model = aware_model(expert_gradients="sparse", unknown_querier=policy).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(frozen))
+    found = gradients(model, batch_of(3, -1, 0))
+    sparse = {name for name, gradient in found.items() if gradient.is_sparse}
+    assert sparse == set(sparse_parameters(model)) == {name for name in found if name.endswith(BANK)}
+    assert len(sparse) == 4
+
+
 def test_unknown_queriers():
     for policy in ("none", "mean"):
         dense, sparse = pair(unknown_querier=policy)

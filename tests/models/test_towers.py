@@ -126,6 +126,13 @@ def test_hidden_states_and_attentions(tower):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_final_norm_normalises_when_told_to(family):
+    base, states = plain_model(family), 5 * torch.randn(2, 3, HIDDEN)
+    expected = base.model.norm(states)
+    assert torch.equal(aware_model(family, base=base).model.norm(states, now=True), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_inherited_details_survive(family):
     overrides = {"num_key_value_heads": 1, "tie_word_embeddings": True}
     if family == "llama":
