@@ -28,10 +28,11 @@ $(READY): constraints.txt pyproject.toml
 demo: $(READY)
 	$(BIN)/python -m train.demo --config train/configs/demo.yaml
 
-# the kernels twice: as compiled for cards, run by an emulator, and (with all else) in Triton's interpreter
+# the kernels twice: as compiled for cards, run by an emulator, and (with all else) in Triton's interpreter; a file's
+# tests stay together, for they share what they train or compile
 test: lint
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/compiled
-	$(BIN)/python -m pytest
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/compiled -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # most of the time goes into compiling some 400 kernels; PARALLEL= where pytest-xdist is not at hand
 PARALLEL ?= -n 8
