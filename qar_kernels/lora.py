@@ -67,9 +67,14 @@ def project(x: Tensor, weight: Tensor, adapter: Adapter | None) -> Tensor:
 def add_update(y: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
     """``y`` (T, out) plus the adapter's update for ``x`` (T, in), in the dtype of ``y``.
 
-    The product adds by itself, in the dtype of ``y`` as in the kernels: the update never exists, and fp32
-    adapters of a 16-bit base need no fp32 pass over (T, out).
+    Where dtypes agree the product adds by itself, and no pass over (T, out) is left. On accelerators they
+    always do, as in the kernels. A CPU keeps fp32 adapters as they are: few multiply 16-bit numbers faster.
     """
     if adapter is None:
         return y
-    return torch.addmm(y, adapter.low(x).to(y.dtype), adapter.b.to(y.dtype).t())
+    low, b = adapter.low(x), adapter.b
+    if y.device.type != "cpu":
+        low, b = low.to(y.dtype), b.to(y.dtype)
+    if low.dtype == b.dtype == y.dtype:
+        return torch.addmm(y, low, b.t())
+    return (y + F.linear(low, b)).to(y.dtype)

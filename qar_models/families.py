@@ -142,7 +142,15 @@ class Family:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether ``module``, or a hook of accelerate around it, calls another ``forward`` than its class's."""
     own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+    if own is None:
+        return False
+    known = type(module).forward
+    # accelerate takes off mixed precision together with the decorators that transformers has put around
+    while known is not getattr(own, "__func__", None):
+        known = getattr(known, "__wrapped__", None)
+        if known is None:
+            return True
+    return False
 
 
 def _change_class(instance: PreTrainedConfig | nn.Module, kind: type) -> None:

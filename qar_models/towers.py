@@ -113,9 +113,8 @@ class TowerCache:
     def _check_heads(self, layer_idx: int, expected: int) -> None:
         layers = self.cache.layers
         held = layers[layer_idx].keys if layer_idx < len(layers) else None
-        if (
-            held is not None and held.dim() == 4 and held.shape[1] != expected
-        ):  # an empty one has one dimension
+        # an empty one has one dimension
+        if held is not None and held.dim() == 4 and held.shape[1] != expected:
             raise ValueError(
                 f"cache: got {held.shape[1]} heads in layer {layer_idx}, expected {expected}, those of both "
                 "towers; tower='replace' takes no keys and values from elsewhere (prefix tuning)"

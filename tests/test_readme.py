@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.schema import load
+from qar_kernels import reference
 from train.experiment.table import interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +23,17 @@ def test_the_five_lines_of_use_run():
     exec(code, names)
     gradients = {name for name, weight in names["model"].named_parameters() if weight.grad is not None}
     assert "model.layers.0.experts.down" in gradients
+
+
+def test_the_call_of_the_kernels_runs():
+    code = re.search(
+        r"```python\n(.*?)```", (ROOT / "docs/kernels.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    names = {}
+    exec(code[1], names)
+    base = reference.swiglu_mlp(*(names[name] for name in ("x", "gate", "up", "down")))
+    difference = (names["y"] - base).norm(dim=1) / base.norm(dim=1)
+    assert (difference > 1e-3).tolist() == [True, True, False, True]
 
 
 def first_table() -> str:
@@ -69,10 +81,19 @@ def test_the_differences_of_answers_are_the_committed_ones():
 
 @pytest.mark.parametrize(
     "name",
-    ["wesnoth", "wesnoth_seeds", "wesnoth_one_turn", "wesnoth_chinese", "company", "company_splits", "plays"],
+    [
+        "wesnoth",
+        "wesnoth_seeds",
+        "wesnoth_one_turn",
+        "wesnoth_chinese",
+        "company",
+        "company_splits",
+        "plays",
+        "plays_all_replies",
+    ],
 )
 def test_the_summary_has_the_committed_intervals(name):
-    suffix = "" if name == "plays" else "_unnamed"
+    suffix = "" if name.startswith("plays") else "_unnamed"
     found = results(name)
     pairs = [found["paired"][f"qar{suffix}_vs_{other}{suffix}"] for other in ("ft", "control")]
     swap = found["swap"][f"qar{suffix}"]

@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,10 +188,11 @@ def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> 
     return checkpoint
 
 
-def check_resumes(config: TrainConfig, data: MQDialog, base: str) -> None:
+def check_resumes(config: TrainConfig, data: MQDialog, base: Callable[[], str]) -> None:
     """``UserError`` where :func:`finetune` with ``resume`` would refuse what is in the output_dir.
 
-    ``base`` is the base model's :func:`~train.base_model.fingerprint`. Nothing is written.
+    ``base`` gives the base model's :func:`~train.base_model.fingerprint`, and is asked only where there is
+    something to go on from. Nothing is written.
     """
     output = Path(config.output_dir)
     if _is_finished(output / TRAINED_FOLDER, config):
@@ -199,7 +201,7 @@ def check_resumes(config: TrainConfig, data: MQDialog, base: str) -> None:
         check_continues(config, data)
     else:
         return
-    check_base(config, base)
+    check_base(config, base())
 
 
 def _is_finished(folder: Path, config: TrainConfig) -> bool:

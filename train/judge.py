@@ -1,7 +1,8 @@
 """Which of two methods' replies fit the querier better, as a chat model judges them pair by pair.
 
-    python -m train.judge --a runs/x/qar/result.json --b runs/x/ft/result.json --data data/plays \
-        --endpoint http://localhost:8000/v1 --model MODEL [--key-variable OPENAI_API_KEY]
+    python -m train.judge --a RUNS/cells/qar-seed0/result.json --b RUNS/cells/ft-seed0/result.json \
+        --data RUNS/data/SHOW --endpoint http://localhost:8000/v1 --model MODEL \
+        [--key-variable OPENAI_API_KEY]
 
 Nothing else calls it. Each pair is judged twice, with positions swapped: a judge that does not stay with a
 reply when it moves has no opinion, so that is a tie. A pair whose judgement failed is counted as failed and

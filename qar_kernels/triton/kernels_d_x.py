@@ -111,7 +111,8 @@ def _row_tile_d_x(
         if SPLITS == 1 or slot == SPLITS:
             first = tl.load(first_segment_ptr + row_tile)
             last = tl.load(last_segment_ptr + row_tile)
-            for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD, BLOCK_N)):
+            bits: tl.constexpr = expert_gate_ptr.dtype.element_ty.primitive_bitwidth
+            for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD, BLOCK_N, bits)):
                 acc = _segment_d_x(
                     acc, expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr,
                     offsets_ptr, experts_ptr, segment, rows, col,

@@ -93,7 +93,8 @@ def _row_tile_down(
         if SPLITS == 1 or slot == SPLITS:
             first = tl.load(first_segment_ptr + row_tile)
             last = tl.load(last_segment_ptr + row_tile)
-            for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD, BLOCK_N)):
+            bits: tl.constexpr = expert_down_ptr.dtype.element_ty.primitive_bitwidth
+            for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD, BLOCK_N, bits)):
                 acc = _segment_down(
                     acc, expert_h_ptr, expert_down_ptr, offsets_ptr, experts_ptr, segment, rows, col,
                     H, RANK, RANK_PAD, BLOCK_N, PRECISION,

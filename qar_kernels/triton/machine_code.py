@@ -62,10 +62,8 @@ def specialisation(recorded: Recorded) -> tuple:
 
 def compile_launch(recorded: Recorded, arch: str) -> triton.compiler.CompiledKernel:
     """The kernel as a launch on that chip would compile it, and then find it in Triton's cache."""
-    before, driver._active = (
-        driver._active,
-        _Chip(ARCHITECTURES[arch]),
-    )  # reset_active() would look for a card
+    before = driver._active  # reset_active() would look for a card
+    driver._active = _Chip(ARCHITECTURES[arch])
     try:
         return recorded.kernel.warmup(*recorded.args, grid=recorded.grid, **recorded.meta)
     finally:

@@ -88,15 +88,15 @@ def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.constexpr_function
-def segment_stages(rank_pad, block_n):
+def segment_stages(rank_pad, block_n, bits):
     """Pipeline stages of the loop over segments, where an expert's tile is found through two other loads.
 
-    At R 128 two stages would need 393 KB of shared memory, and so would eight with tiles of 256 columns.
-    Eight ask for four experts' tiles at once: a decode step is short, and each would be waited for alone.
+    At R 128 two stages would need 393 KB of shared memory, and so would eight with tiles above 8 KB. Eight
+    ask for four experts' tiles at once: a decode step is short, and each would be waited for alone.
     """
     if rank_pad > 64:
         return 1
-    return 8 if rank_pad * block_n <= 4096 else 2
+    return 8 if rank_pad * block_n * bits <= 8 * 8192 else 2
 
 
 @triton.constexpr_function

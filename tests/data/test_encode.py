@@ -224,6 +224,14 @@ def test_consecutive_turns_of_one_speaker_are_one_message(make_tokenizer, chatml
     assert text.count("user") == 1
 
 
+@pytest.mark.parametrize("idle", ["pad_token", "unk_token"])
+def test_a_word_that_only_pads_is_a_word(example, make_tokenizer, idle):
+    tokenizer = make_tokenizer()
+    before = encode(example, tokenizer, style="plain")
+    setattr(tokenizer, idle, "sure")
+    assert "sure" in example.reply and encode(example, tokenizer, style="plain") == before
+
+
 @pytest.mark.parametrize("style", ["llama3", "qwen", "plain", "chat"])
 @pytest.mark.parametrize("place", ["query", "reply", "name", "context"])
 def test_a_mark_that_is_spelled_out_is_refused(example, make_tokenizer, chatml, style, place):

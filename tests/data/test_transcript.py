@@ -123,7 +123,7 @@ def test_directions_may_hold_emphasis_and_underscores(tmp_path):
     ],
 )
 def test_a_name_that_reads_as_a_pairs_is_refused(tmp_path, name, file, text):
-    with pytest.raises(UserError, match=rf"{file}: got the name '{name}', expected one without ' > '"):
+    with pytest.raises(UserError, match=rf"{file}:\d: got the name '{name}', expected one without ' > '"):
         read_transcript(write(tmp_path, text % name, file))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import MethodType
 
 import pytest
 import torch
@@ -223,6 +224,18 @@ def test_a_forward_method_of_ones_own_is_named_and_nothing_changes(where):
         with pytest.raises(TypeError, match=f"got a {type(module).__name__} in it, or a forward method"):
             convert()
         assert type(whole) is kind
+
+
+def test_a_forward_method_without_its_decorators_is_its_classs():
+    """What accelerate leaves when it takes off mixed precision."""
+    base, batch = plain_model(), left_padded_batch()
+    expected = base(**batch).logits
+    bare = type(base).forward.__wrapped__
+    base.forward = MethodType(bare, base)
+    apply_qar(base, qar_config())
+    assert torch.equal(base(**batch, querier_ids=QUERIER_IDS).logits, expected)
+    base.forward = MethodType(type(base).forward, base)
+    assert torch.equal(remove_qar(base)(**batch).logits, expected)
 
 
 def test_an_mlp_of_another_class_runs_by_itself():

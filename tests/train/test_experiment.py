@@ -91,7 +91,7 @@ def test_what_cannot_go_on_is_refused_before_anything_is_written(plan, config, t
     weights = load_file(base / "model.safetensors")
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].neg()
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    windows.base_of.cache_clear()  # a process reads its base once
+    windows._bases.cache_clear()  # a process reads its base once
     with pytest.raises(UserError, match=r"ft-seed0.*had other weights"):
         start()
     assert all(path.read_bytes() == content for path, content in written.items())

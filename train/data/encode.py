@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.chat import render_chat
 from train.data.layout import Example
-from train.data.rendering import MARKS, Rendered, has_marks, render_marked, special_tokens
+from train.data.rendering import MARKS, Rendered, has_marks, render_marked, structure_tokens
 from train.data.transcript import Turn
 from train.errors import UserError
 
@@ -175,7 +175,7 @@ def resolve_style(tokenizer: PreTrainedTokenizerBase, style: Style) -> str:
 def _check_plain(turns: Sequence[Turn], context: str, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """A special token that is spelled out in a text would be a real one, and end a turn in its middle."""
     texts = [context, *(text for turn in turns for text in (turn.speaker, turn.text))]
-    for token in sorted(special_tokens(tokenizer)):
+    for token in sorted(structure_tokens(tokenizer)):
         if any(token in text for text in texts):
             raise UserError(f"{where}: its text holds '{token}', which is a mark of the tokenizer, not words")
 

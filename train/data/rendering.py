@@ -66,6 +66,12 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return (added | set(tokenizer.all_special_tokens)) - {""}
 
 
+def structure_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Of these, without what only pads or stands for the unknown: that may be a word, and ends nothing."""
+    idle = {tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.bos_token, tokenizer.eos_token}
+    return special_tokens(tokenizer) - idle
+
+
 def render_marked(
     turns: Sequence[Turn],
     responder: str,

@@ -48,14 +48,8 @@ def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         columns: of a CSV file, the column of the ``scene``, ``speaker`` or ``text`` if it has another name.
 
     Raises:
-        UserError: naming file and line for what cannot be read; for a name that :func:`check_name` refuses.
+        UserError: naming file and line for what cannot be read, or a name that :func:`check_name` refuses.
     """
-    for row in _rows(path, columns):
-        check_name(row[1], str(path))
-        yield row
-
-
-def _rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     text, suffix = read_text(path), path.suffix.lower()
     if suffix == CSV:
         return _csv_rows(path, text, columns)
@@ -77,6 +71,7 @@ def _csv_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row
                 raise UserError(f"{path}:{table.line_num}: {count} fields than the header has")
             if not speaker.strip():
                 raise UserError(f"{path}:{table.line_num}: column '{names[1]}' is empty")
+            check_name(speaker.strip(), f"{path}:{table.line_num}")
             yield scene, speaker.strip(), " ".join(said.splitlines())
     except csv.Error as error:
         raise UserError(f"{path}: not CSV behind line {table.line_num} ({error})") from error
@@ -113,6 +108,7 @@ def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row
             scene, speaker = f"{number_of_scenes} {heading[1]}", None
         elif speech:
             speaker = speech[1]
+            check_name(speaker, f"{path}:{number}")
             yield scene, speaker, speech[2]
         elif line.startswith("**") or MARKED_SPEECH.match(line):
             raise UserError(f"{path}:{number}: broken speaker {line[:40]!r}, expected '**Name:** text'")
@@ -142,4 +138,5 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
             raise UserError(f"{path}:{number}: key '{key}' holds half a character ({half[0]!a})")
     if not row["speaker"].strip():
         raise UserError(f"{path}:{number}: key 'speaker' is empty")
+    check_name(row["speaker"].strip(), f"{path}:{number}")
     return row

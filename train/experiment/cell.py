@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def check_cell(experiment: Experiment, cell: Cell) -> None:
     """``UserError`` where :func:`run_cell` would refuse what an earlier start left in the cell's folder."""
     config = experiment.config(cell)
     if cell.method.trained and result_of(experiment, cell) is None:
-        check_resumes(config, cell_data(experiment, cell), base_of(config.model, DTYPES[config.dtype]))
+        base = partial(base_of, config.model, DTYPES[config.dtype])
+        check_resumes(config, cell_data(experiment, cell), base)
 
 
 def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:

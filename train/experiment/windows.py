@@ -10,7 +10,7 @@ import torch
 
 from train.base_model import fingerprint as weights_fingerprint
 from train.base_model import load_base, load_tokenizer
-from train.config import TrainConfig
+from train.config import DTYPES, TrainConfig
 from train.data.encode import encode_all
 from train.data.layout import MQDialog
 from train.dataset import load_data
@@ -42,10 +42,15 @@ def fingerprint(experiment: Experiment, cell: Cell) -> str:
     return hashlib.sha256(repr((data.train, data.dev)).encode()).hexdigest()
 
 
-@cache
 def base_of(model: str, dtype: torch.dtype = torch.float32) -> str:
     """Changes with the base model's weights as they are in ``dtype``."""
-    return weights_fingerprint(load_base(model)[0], dtype)
+    return _bases(model)[dtype]
+
+
+@cache
+def _bases(model: str) -> dict[torch.dtype, str]:
+    loaded, _ = load_base(model)
+    return {dtype: weights_fingerprint(loaded, dtype) for dtype in DTYPES.values()}
 
 
 def _shared(config: TrainConfig) -> TrainConfig:
