@@ -247,6 +247,7 @@ def test_the_papers_numbers_stand_beside():
     "name",
     [
         "plays",
+        "plays_all_replies",
         "company",
         "company_all_layers",
         "company_splits",
