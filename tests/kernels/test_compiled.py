@@ -14,7 +14,7 @@ from functools import cache
 import pytest
 
 from qar_kernels.inspect import NO_PRODUCTS
-from qar_kernels.triton import shipped
+from qar_kernels.triton import shipped, tiles
 from qar_kernels.triton.configs import CONFIGS
 from qar_kernels.triton.machine_code import is_serialised, resident, specialisation
 
@@ -123,6 +123,16 @@ def test_adapters_meet_a_split_and_an_undivided_k_loop():
 )
 def test_blocks_that_a_multiprocessor_holds(registers, warps, shared, expected):
     assert resident("sm_90", registers, warps, shared) == expected
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("rank", shipped.RANKS)
+def test_stages_of_segments_fit_beside_each_other(config, rank):
+    """Half as many tiles as stages are there at a time, of one projection in down, of two in d_x."""
+    bits = 32 if config == "fp32" else 16
+    for gemm, projections in ((CONFIGS[config].down, 1), (CONFIGS[config].d_x, 2)):
+        stages = tiles.segment_stages(max(16, rank), gemm.block_n, bits)
+        assert projections * stages // 2 * max(16, rank) * gemm.block_n * bits // 8 <= 64 * 1024
 
 
 @pytest.mark.parametrize("arch", ARCHS)
