@@ -38,12 +38,13 @@ def load_data(config: TrainConfig) -> RunData:
         UserError: what is wrong with the files, naming file, record and key.
     """
     dialogues = load_dialogues(Path(config.data))
-    data, valid = with_context(dialogues, config), []
     if config.validation:
         data, valid = split_validation(dialogues, config.validation)
         scored = with_context(dataclasses.replace(dialogues, dev=[*valid, *data.dev]), config).dev
         train = with_context(dataclasses.replace(data, dev=[]), config).train
         data, valid = dataclasses.replace(data, train=train, dev=scored[len(valid) :]), scored[: len(valid)]
+    else:
+        data, valid = with_context(dialogues, config), []
     if config.windows == "covering":
         data = dataclasses.replace(data, train=covering(data.train))
     return RunData(data, valid)

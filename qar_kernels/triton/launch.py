@@ -103,7 +103,7 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
     expert = _new_hidden(x_expert, x_expert.shape[0], call.rank, save)
     tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, x.shape[0], call.intermediate, gemm)
     run_kernel(
-        gate_up_kernel, _grid(call, x, tiles),
+        gate_up_kernel, _grid(call.tower, x, tiles),
         _operand(x, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_n, gemm.block_k),
         _operand(call.base.up, tma, gemm.block_n, gemm.block_k),
@@ -131,7 +131,7 @@ def down(
     splits = _splits(call, like, hidden, gemm)
     parts = split_k.partial_sums(y, splits, call.tower)
     run_kernel(
-        down_kernel, _grid(call, like, _row_tiles(call, rows, hidden, gemm) * len(parts)),
+        down_kernel, _grid(call.tower, like, _row_tiles(call, rows, hidden, gemm) * len(parts)),
         _operand(h, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_n, gemm.block_k),
         parts, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
@@ -161,7 +161,7 @@ def d_hidden(
     d_expert = _new_hidden(d_y_expert, d_y_expert.shape[0], call.rank, save=True)
     tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, rows, call.intermediate, gemm)
     run_kernel(
-        d_hidden_kernel, _grid(call, d_y, tiles),
+        d_hidden_kernel, _grid(call.tower, d_y, tiles),
         _operand(d_y, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_k, gemm.block_n),
         base.a, base.u, d_base.a, d_base.u, d_base.h,
@@ -185,7 +185,7 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
     splits = _splits(call, like, hidden, gemm)
     parts = split_k.partial_sums(d_x, splits, call.tower)
     run_kernel(
-        d_x_kernel, _grid(call, like, _row_tiles(call, rows, hidden, gemm) * len(parts)),
+        d_x_kernel, _grid(call.tower, like, _row_tiles(call, rows, hidden, gemm) * len(parts)),
         _operand(d_base.a, tma, call.config.block_rows, gemm.block_k),
         _operand(d_base.u, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_k, gemm.block_n),
@@ -205,7 +205,7 @@ def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) ->
     grads = Weights(*(torch.zeros_like(weight) for weight in call.experts))
     tiles = 2 * (call.plan.experts.shape[0] - 1) * cdiv(hidden, gemm.block_n)
     run_kernel(
-        expert_weight_grad_kernel, (min(tiles, _programs(x, _SEGMENT_PROGRAMS)),),
+        expert_weight_grad_kernel, _grid("expert", x, tiles),
         x, d_y, d_expert.a, d_expert.u, d_expert.h, *grads,
         call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count,
         H=hidden, RANK=call.rank, RANK_PAD=_rank_pad(call.rank),
@@ -266,14 +266,9 @@ def _row_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
     return grouped * cdiv(columns, gemm.block_n) + _base_tiles(call, rows, columns, gemm)
 
 
-def _grid(call: Call, x: Tensor, tiles: int) -> tuple[int]:
-    return (min(tiles, _programs(x, _SEGMENT_PROGRAMS if call.tower == "expert" else 1)),)
-
-
-def _programs(x: Tensor, per_multiprocessor: int) -> int:
-    if x.device.type == "cpu":
-        return _INTERPRETER_PROGRAMS
-    return per_multiprocessor * _multiprocessors(x)
+def _grid(tower: str, x: Tensor, tiles: int) -> tuple[int]:
+    many = tower == "expert" and x.device.type != "cpu"
+    return (min(tiles, (_SEGMENT_PROGRAMS if many else 1) * _multiprocessors(x)),)
 
 
 def _multiprocessors(x: Tensor) -> int:
