@@ -129,12 +129,10 @@ class Contrast(nn.Module):
 
     def _loss(self, view: Tensor, other_view: int, cluster: int, querier: int, known: list[int]) -> Tensor:
         """Cross-entropy over the prototypes of the queriers that have spoken in this cluster."""
-        slots = self.memory.shape[3]
-        prototypes = [
-            self.memory[other_view, cluster, q, : min(int(self.writes[cluster, q]), slots)].mean(0)
-            for q in known
-        ]
-        cosine = F.cosine_similarity(view, torch.stack(prototypes), dim=-1)
+        written = self.writes[cluster, known].clamp(max=self.memory.shape[3])
+        sums = self.memory[other_view, cluster].sum(1)  # of zeros where nothing was written
+        prototypes = sums[known] / written.unsqueeze(1)
+        cosine = F.cosine_similarity(view, prototypes, dim=-1)
         return F.cross_entropy(cosine / self.temperature, torch.tensor(known.index(querier)))
 
     def _remember(self, views: list[Tensor], queriers: list[int], clusters: list[int]) -> None:
