@@ -2,7 +2,7 @@
 
 python -m train.finetune --config train/configs/demo.yaml [key=value ...] [--resume] [--dry-run]
 torchrun --nproc-per-node 2 -m train.finetune --config ...
-deepspeed train/finetune.py --config ... deepspeed=train/ds/zero2.json
+deepspeed train/finetune.py --config ... deepspeed=train/ds/zero2.json    (or --module train.finetune)
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__" and __package__ is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, as DeepSpeed's launcher does
+    # run by path, as DeepSpeed's launcher does without --module: Python then looks in train/ only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
