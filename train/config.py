@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from qar_models import QARConfig
+from qar_models.config import ExpertKind, GradientLayout, Tower, UnknownPolicy
 from train.data.encode import Style
 from train.errors import UserError
 from train.files import read_mapping, unknown_key
@@ -47,6 +48,9 @@ _RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. The defaults are the demo's scale; ``configs/`` holds others.
+
+    Three defaults differ from those of :class:`qar_models.QARConfig`: ``experts`` (``per_querier`` there),
+    ``expert_rank`` (64 there) and ``contrastive_weight`` (0.5 there).
 
     Attributes:
         data: folder of one responder in the MQDialog layout, or of several responders' folders: then every
@@ -90,11 +94,11 @@ class TrainConfig:
     output_dir: str
     model: str = "smollm2-135m-instruct"
     method: Method = "qar"
-    tower: Literal["residual", "replace"] = "residual"
-    experts: Literal["per_querier", "shared", "shared+per_querier"] = "shared+per_querier"
+    tower: Tower = "residual"
+    experts: ExpertKind = "shared+per_querier"
     expert_rank: int = 16
-    unknown_querier: Literal["none", "error", "mean", "shared"] | None = None
-    expert_gradients: Literal["dense", "sparse"] = "dense"
+    unknown_querier: UnknownPolicy | None = None
+    expert_gradients: GradientLayout = "dense"
     contrastive_weight: float = 0.0
     memory_size: int = 512
     projection_dim: int = 512
