@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -85,18 +86,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling that takes the place of ``path`` when the block ends without error."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+        temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode & 0o777  # as the umask has it; safetensors makes it 0600
     try:
         with _naming(path):
             yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(mode)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -150,9 +151,3 @@ def build_directory(target: Path) -> Iterator[Path]:
         os.replace(built, target)
     finally:
         shutil.rmtree(workspace)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
