@@ -1,7 +1,7 @@
 """The paper's prompt baselines: contexts that say who answers, who asks, or how others were answered.
 
-Each function takes dialogues and gives the same dialogues with more ``context``, so they chain, and what
-comes of them is prompted or trained like any other data:
+Each function returns the same dialogues with more ``context``, so they can be chained, and the result can
+be prompted with or trained on like any other data:
 
     few_shot(role_profile(data, load_profiles(path)))
 """
@@ -43,8 +43,8 @@ def load_profiles(path: Path) -> dict[str, str]:
 def role_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missing = "error") -> MQDialog:
     """RPG: the written profile of the responder before the query.
 
-    A responder without a profile is a ``UserError`` that lists all such names; with ``missing="name"`` they
-    are described by their name alone, which the prompt holds anyway.
+    Responders without a profile are listed in a ``UserError``; with ``missing="name"`` they are described by
+    their name alone, which the prompt holds anyway.
     """
     known = _known(profiles, (example.responder for example in _examples(data)), missing)
     return _with_contexts(
@@ -55,8 +55,8 @@ def role_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missing =
 def querier_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missing = "error") -> MQDialog:
     """QCG: who asks, by name and written characteristics, before the query.
 
-    A querier without a profile is a ``UserError`` that lists all such names; with ``missing="name"`` only
-    their name is given.
+    Queriers without a profile are listed in a ``UserError``; with ``missing="name"`` only their name is
+    given.
     """
     names = [example.asker for example in _examples(data)]
     known = _known(profiles, names, missing)
@@ -66,9 +66,9 @@ def querier_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missin
 def few_shot(data: MQDialog, k: int = 5, embed: Embed | None = None) -> MQDialog:
     """Few-shot: ``k`` training windows of the same responder, each of another dialogue, before the query.
 
-    They are those whose query is most similar to the window's, the most similar first, so that a prompt that
-    is too long loses the least similar. The window's own dialogue is never among them. Where a responder has
-    fewer other training dialogues, all of them are given.
+    The windows with the queries most similar to this window's are chosen, most similar first, so that a
+    prompt that is too long loses the least similar. The window's own dialogue is never used. If a responder
+    has fewer than ``k`` other training dialogues, all of them are given.
 
     Args:
         embed: see ``Embed``; by default TF-IDF of words (of characters where the text has no spaces),
@@ -146,7 +146,7 @@ def _known(profiles: Mapping[str, str], names: Iterable[str], missing: Missing) 
 
 
 def _with_contexts(data: MQDialog, contexts: Sequence[str]) -> MQDialog:
-    """``data`` with one more text for each window, those of ``train`` first."""
+    """``data`` with one more context per window; the contexts of ``train`` come first."""
     told = [
         dataclasses.replace(example, context="\n".join(filter(None, [example.context, context.strip()])))
         for example, context in zip(_examples(data), contexts, strict=True)

@@ -1,4 +1,4 @@
-"""Windows to batches. B windows, S tokens, H hidden."""
+"""Padded batches of windows. B windows, S tokens, H hidden."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.data.encode import IGNORE, Encoded
 
 
 class Windows(Dataset):
-    """Encoded windows, with the hidden states below the trained layers where those are frozen."""
+    """Encoded windows, with the hidden states that enter the trained layers if lower ones are frozen."""
 
     def __init__(self, windows: Sequence[Encoded], states: Sequence[Tensor] | None = None) -> None:
         self.windows = windows
@@ -46,8 +46,8 @@ class Windows(Dataset):
 class Collator:
     """Right-padded batches with ``attention_mask``; ``label_key`` chooses all replies or the last one.
 
-    Padding has a label of -100 by position, so an end-of-turn token keeps its label also where the
-    tokenizer pads with that very token.
+    Padding is labelled -100 by position, not by token, so an end-of-turn token keeps its label even if the
+    tokenizer pads with it.
     """
 
     def __init__(self, pad_token_id: int, label_key: str = "labels") -> None:

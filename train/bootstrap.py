@@ -33,7 +33,7 @@ def _ratio_ci(
     seed: int,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile interval of sum(numerators) / sum(denominators); (nan, nan) under two groups."""
+    """Percentile interval of sum(numerators) / sum(denominators); (nan, nan) for fewer than two groups."""
     numerator, denominator = _group_sums(numerators, groups), _group_sums(denominators, groups)
     count = len(numerator)
     if count < 2:
@@ -49,10 +49,10 @@ def sign_flip_p(
 ) -> float | None:
     """Two-sided p-value of a paired difference: approximate randomisation (Noreen 1989) of whole groups.
 
-    Were two methods alike, either could have given either side of a group, so the sign of its summed
-    difference would be chance. p is the share of random signs under which the sum of all is at least as far
-    from 0, the observed one counted: at least 1 / (FLIPS + 1). None under two groups. A sum is as good as a
-    mean here, and as a token-weighted one: what it is divided by does not change with the signs.
+    If two methods were alike, the sign of each group's summed difference would be chance. p is the share of
+    random signs under which the total is at least as far from 0, counting the observed one, so it is at least
+    1 / (FLIPS + 1). None for fewer than two groups. Sums serve for plain and token-weighted means alike,
+    because the divisor does not depend on the signs.
     """
     sums = _group_sums(differences, groups)
     if len(sums) < 2:
@@ -66,7 +66,7 @@ def sign_flip_p(
 
 
 def listed(interval: tuple[float, float]) -> list[float] | None:
-    """An interval as JSON holds it: [lo, hi], or None where it could not be estimated."""
+    """An interval for JSON: [lo, hi], or None if it could not be estimated."""
     return None if math.isnan(interval[0]) else list(interval)
 
 
@@ -85,7 +85,7 @@ def bootstrap_ci(
 ) -> tuple[float, float]:
     """Interval of the mean of `values`, by resampling whole `groups` (single values without them).
 
-    (nan, nan) where there are fewer than two groups: one dialogue says nothing about the next.
+    (nan, nan) for fewer than two groups: one dialogue says nothing about the next.
     """
     return _ratio_ci(values, np.ones(len(values)), groups, samples, seed, level)
 
@@ -117,7 +117,7 @@ def nll_summary(
 ) -> dict[str, Any]:
     """Token-weighted mean NLL in nats: {"nll", "perplexity", "ci95": [lo, hi] or None}, ci95 of the NLL.
 
-    Raises ValueError where an example has no scored token.
+    Raises ValueError if an example has no scored token.
     """
     nll, interval = _token_mean(nll_sums, token_counts, groups, samples, seed)
     return {"nll": nll, "perplexity": float(np.exp(nll)), "ci95": interval}

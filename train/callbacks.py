@@ -1,4 +1,4 @@
-"""What watches a run: Ctrl-C, and the progress bar."""
+"""Callbacks of every run: stopping at Ctrl-C, and the progress bar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train import ranks
 class StopOnInterrupt(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
-    A signal reaches the ranks at different moments, or one of them alone; they stop after the same step.
+    A signal may reach the ranks at different moments, or only one of them; all stop after the same step.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class StopOnInterrupt(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block signals are noted; Python hands them to its main thread only."""
+        """Take note of signals within the block; Python delivers them to the main thread only."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
@@ -44,7 +44,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for a checkpoint and the end."""
+        """After a signal, ask for a checkpoint and the end of training."""
         self.interrupted = ranks.on_any(self.interrupted)
         if self.interrupted:
             control.should_save = control.should_training_stop = True

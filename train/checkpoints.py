@@ -1,4 +1,4 @@
-"""Atomic checkpoints, and how a damaged one is told.
+"""Atomic checkpoints, and how damaged ones are detected.
 
 A checkpoint is built under a hidden name, sealed with the checksum of every file, and renamed. A kill or a
 full disk leaves the hidden folder, which the next save removes; later damage shows in the checksums.
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def fresh_building(run: Path) -> Path:
-    """An empty folder to build a checkpoint in; what a killed run left there goes."""
+    """An empty folder to build a checkpoint in; what a killed run left there is deleted."""
     shutil.rmtree(run / BUILDING, ignore_errors=True)
     (run / BUILDING).mkdir(parents=True)
     return run / BUILDING
@@ -81,10 +81,10 @@ def all_checkpoints(run: Path) -> list[Path]:
 
 
 def make_room(run: Path, kept: Path | None) -> None:
-    """Delete what came after ``kept``: damaged checkpoints, and one that a killed run was building.
+    """Delete what is newer than ``kept``: damaged checkpoints, and one that a killed run was building.
 
-    A folder without a seal may hold somebody's own work: wherever it stands, it is renamed, and so kept from
-    the rotation too.
+    A folder without a seal may be the user's own work, so any such folder is renamed instead; the rotation
+    then leaves it alone too.
     """
     shutil.rmtree(run / BUILDING, ignore_errors=True)
     found = all_checkpoints(run)
@@ -92,13 +92,13 @@ def make_room(run: Path, kept: Path | None) -> None:
         if not (path / SEAL).exists():
             aside = Path(tempfile.mkdtemp(prefix=f"unsealed-{path.name}-", dir=run))
             os.replace(path, aside)
-            logger.warning("%s has no %s; it is %s now", path, SEAL, aside)
+            logger.warning("%s has no %s; it was moved to %s", path, SEAL, aside)
     for path in found[found.index(kept) + 1 if kept else 0 :]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def write_failure(run: Path, step: int, error: Exception) -> UserError:
-    """The one line that a failed save ends with; torch's own words do not say that a disk is full."""
+    """The one-line error for a failed save; torch's own message does not say that a disk is full."""
     free = shutil.disk_usage(run).free / 2**20
     shutil.rmtree(run / BUILDING, ignore_errors=True)
     kept = last_checkpoint(run)

@@ -19,14 +19,14 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, 
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``; ``UserError`` and what cannot be written become one line on stderr and exit code 2.
+    """Call ``main``; ``UserError`` and failed writes become one line on stderr and exit code 2.
 
     Ctrl-C becomes exit code 130.
     """
-    # these call what another of them, or torch, renamed; that is not for our users to mend
+    # these packages use names that another of them has deprecated; our users cannot change that
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|accelerate|torch)\..*")
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, announces its choice
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed, if installed, logs its choice
     try:
         main()
     except UserError as error:
@@ -47,7 +47,7 @@ def positive_int(text: str) -> int:
 
 
 def _fail(message: str) -> None:
-    """One line; where several ranks run, it says whose."""
+    """Exit with one line, which names the rank if there are several."""
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    tqdm.write(f"error{rank}: {' '.join(message.split())}", file=sys.stderr)  # not behind a progress bar
+    tqdm.write(f"error{rank}: {' '.join(message.split())}", file=sys.stderr)  # clears a progress bar
     raise SystemExit(USER_ERROR_EXIT) from None

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from qar_models import QARConfig
+from qar_models.config import ExpertKind, GradientLayout, Tower, UnknownPolicy
 from train.data.encode import Style
 from train.errors import UserError
 from train.files import read_mapping, unknown_key
@@ -24,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PATHS = ("data", "output_dir", "model", "profiles", "deepspeed")
 TEXTS = (str, str | None)
-"""Types whose overrides are taken as they stand: to YAML ``a #2`` is ``a``, and ``2026`` a number."""
+"""Types whose overrides are taken literally: YAML would read ``a #2`` as ``a``, and ``2026`` as a number."""
 _COUNTS = ("lora_rank", "batch_size", "gradient_accumulation", "max_tokens", "save_steps", "save_total_limit")
 _RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (_COUNTS, lambda value: value >= 1),
@@ -40,24 +41,27 @@ _RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
         ("lora_dropout", "adam_beta2", "warmup_ratio", "validation"),
         lambda value: 0 <= value < 1,
     ),
-    "0 to 4294967295": (("seed",), lambda value: 0 <= value < 2**32),  # what NumPy takes
+    "0 to 4294967295": (("seed",), lambda value: 0 <= value < 2**32),  # NumPy's range
 }
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. The defaults are the demo's scale; ``configs/`` holds others.
+    """Settings of one run. The defaults suit the demo; ``configs/`` holds others.
+
+    Three defaults differ from those of :class:`qar_models.QARConfig`: ``experts`` (``per_querier`` there),
+    ``expert_rank`` (64 there) and ``contrastive_weight`` (0.5 there).
 
     Attributes:
-        data: folder of one responder in the MQDialog layout, or of several responders' folders: then every
-            (querier, responder) pair has an expert.
+        data: folder of one responder in the MQDialog layout; or a folder of several such folders, where every
+            (querier, responder) pair gets an expert.
         output_dir: where checkpoints and the trained parts go.
         model: ``smollm2-135m-instruct`` (shipped by a Python package), or any path or hub name of a
             Llama, Qwen2 or Qwen3.
         method: ``qar``, or ``ft`` for LoRA without experts under the same budget.
         tower, experts, expert_rank, unknown_querier: see :class:`qar_models.QARConfig`.
-        expert_gradients: ``sparse`` where hundreds of queriers or more have experts of their own.
-        contrastive_weight: λ; 0 leaves the contrastive loss out.
+        expert_gradients: ``sparse`` for hundreds of queriers or more with experts of their own.
+        contrastive_weight: λ; 0 turns the contrastive loss off.
         memory_size, projection_dim: of the contrastive loss.
         lora_rank, lora_alpha, lora_dropout, lora_targets: LoRA on the base model.
         trainable_layers: train the last n layers only (None: all). The layers below are frozen, so their
@@ -65,24 +69,23 @@ class TrainConfig:
         expert_learning_rate, expert_weight_decay: for the experts and the contrastive heads.
         warmup_ratio: share of all steps.
         windows: ``every_reply``, the paper's: one window per reply, which repeats most of a dialogue; or
-            ``covering``: as few of them as hold every reply before ``max_tokens`` drops old turns, so that
-            dialogues longer than that lose some.
-        validation: share of the training dialogues that are held back, to keep the state of the epoch that
-            answers them best; 0 trains on all and keeps the last state.
+            ``covering``: as few as contain every reply. They are chosen before ``max_tokens`` drops old
+            turns, so dialogues longer than that lose some replies.
+        validation: share of the training dialogues held out to choose the epoch whose state is kept; 0 trains
+            on all of them and keeps the last state.
         batching: ``packed`` puts a batch's windows one behind the other (no padding, the same loss);
-            ``padded`` pads them to the longest; ``grouped`` draws windows of like length, and pads them.
-        context: what stands before the turns: ``none``, the written profile of the responder or of the one
-            who asks, or similar training dialogues, see :mod:`train.baselines`.
+            ``padded`` pads them to the longest; ``grouped`` batches windows of similar length, and pads them.
+        context: text before the turns: ``none``, a written profile of the responder or of the querier, or
+            similar training dialogues, see :mod:`train.baselines`.
         profiles: YAML file of the profiles.
         max_tokens: longest window; older turns are dropped to fit.
-        max_turns: most turns of a window (None: all); 2 leaves the query and its reply, as where nobody
-            remembers what was said before.
+        max_turns: at most so many turns in a window (None: no limit); 2 leaves only the query and its reply.
         names_in_prompt: whether the querier's name is part of the prompt.
         style: how turns become text, see :mod:`train.data.encode`.
-        dtype: ``float32``, ``bfloat16`` or ``float16``: the base weights', and of mixed precision.
+        dtype: of the base weights and of mixed precision: ``float32``, ``bfloat16`` or ``float16``.
         deepspeed: path of a DeepSpeed configuration, or None.
         save_steps: steps between checkpoints.
-        save_total_limit: checkpoints that are kept; one more exists while it is being written.
+        save_total_limit: checkpoints to keep; there is one more while it is being written.
         report_to: logging integrations of transformers (``tensorboard``, ``wandb``), or ``none``.
     """
 
@@ -90,11 +93,11 @@ class TrainConfig:
     output_dir: str
     model: str = "smollm2-135m-instruct"
     method: Method = "qar"
-    tower: Literal["residual", "replace"] = "residual"
-    experts: Literal["per_querier", "shared", "shared+per_querier"] = "shared+per_querier"
+    tower: Tower = "residual"
+    experts: ExpertKind = "shared+per_querier"
     expert_rank: int = 16
-    unknown_querier: Literal["none", "error", "mean", "shared"] | None = None
-    expert_gradients: Literal["dense", "sparse"] = "dense"
+    unknown_querier: UnknownPolicy | None = None
+    expert_gradients: GradientLayout = "dense"
     contrastive_weight: float = 0.0
     memory_size: int = 512
     projection_dim: int = 512
@@ -141,7 +144,7 @@ class TrainConfig:
         if self.validation and self.epochs < 1:
             raise UserError(
                 f"epochs: got {self.epochs} with validation={self.validation}, expected at least 1: "
-                "the state that is kept is that of a whole epoch"
+                "states are compared at the end of an epoch"
             )
         if self.context.endswith("profile") and self.profiles is None:
             raise UserError(
@@ -172,7 +175,7 @@ class TrainConfig:
         return {key: getattr(self, key) for key in ("max_tokens", "max_turns", "names_in_prompt", "style")}
 
     def qar_config(self, queriers: tuple[str, ...], num_clusters: int, first_expert_layer: int) -> QARConfig:
-        """The settings of the querier-specific tower; ``ft`` has them too, for a model without experts."""
+        """The settings of the querier-specific tower; ``ft`` gets them too, for a model without experts."""
         aware = self.method == "qar"
         return QARConfig(
             num_queriers=len(queriers),
@@ -190,7 +193,7 @@ class TrainConfig:
         )
 
     def changed(self) -> dict[str, Any]:
-        """The values that are not the defaults, for JSON: what makes this run this run."""
+        """The values that differ from the defaults, for JSON."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return {key: value for key, value in self.to_dict().items() if value != defaults[key]}
 
@@ -202,7 +205,7 @@ class TrainConfig:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file of :class:`TrainConfig` keys; ``overrides`` are ``key=value`` with YAML values.
 
-    A file may say ``extends: other.yaml``, a path from its own folder: what it does not set is as there.
+    A file may say ``extends: other.yaml``, relative to its own folder, and then sets only what differs.
 
     Raises:
         UserError: naming the file and the key that is unknown, missing or of the wrong type.
@@ -215,9 +218,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def parse_override(override: str, is_text: bool = False) -> tuple[str, Any]:
-    """Key and YAML value of ``key=value``, of a text as it stands unless it is quoted or ``null``.
+    """Key and value of ``key=value``: YAML, but a text is taken literally unless it is quoted or ``null``.
 
-    Raises ``UserError`` naming ``override`` where there is no such pair.
+    Raises ``UserError`` naming ``override`` if it is no such pair.
     """
     key, equals, value = override.partition("=")
     if not equals:
@@ -232,7 +235,7 @@ def parse_override(override: str, is_text: bool = False) -> tuple[str, Any]:
 
 def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in extended_by:
-        raise UserError(f"{path}: extends itself, by way of {extended_by[-1].name}")
+        raise UserError(f"{path}: extends itself, through {extended_by[-1].name}")
     values = read_mapping(path)
     base = values.pop("extends", None)
     if base is None:
@@ -256,7 +259,7 @@ def config_from(values: dict[str, Any], origin: str) -> TrainConfig:
 
 
 def _paths(values: dict[str, Any]) -> dict[str, str]:
-    """``~`` is the home."""
+    """``~`` expanded to the home folder."""
     return {key: os.path.expanduser(values[key]) for key in PATHS if values.get(key)}
 
 

@@ -1,8 +1,8 @@
-"""A checkpoint of an unfinished (or sharded) run as plain safetensors, ready to answer.
+"""Turn a checkpoint of an unfinished (or sharded) run into plain safetensors, for evaluation and chat.
 
 python -m train.consolidate runs/alice/qar [--out FOLDER]
 
-Every checkpoint holds what is trained as whole tensors, whatever DeepSpeed shards beside it; this puts them
+Every checkpoint holds the trained parts as whole tensors, besides any shards of DeepSpeed's; this puts them
 into the form that ``train.trained.load_trained`` reads.
 """
 
@@ -29,8 +29,8 @@ def consolidate(folder: Path, out: Path) -> Path:
     """Write the trained parts of the newest intact checkpoint of the run in ``folder`` to ``out``.
 
     Raises:
-        UserError: if there is no run or no intact checkpoint in ``folder``, or its model is another one;
-            if something other than trained parts lies in ``out``.
+        UserError: if there is no run or no intact checkpoint in ``folder``, or it is of another model; if
+            ``out`` holds something other than trained parts.
     """
     check_replaceable(out)
     if not (folder / RUN).is_file():

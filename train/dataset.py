@@ -1,4 +1,4 @@
-"""The dialogues of a run, as its configuration asks for them, and as windows that its model reads."""
+"""A run's dialogues as its configuration asks for them, and as windows that its model reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.layers import lower_states
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """What a run trains on (``data.train``), is chosen by (``valid``) and is scored on (``data.dev``)."""
+    """What a run trains on (``data.train``), picks its epoch by (``valid``), is scored on (``data.dev``)."""
 
     data: MQDialog
     valid: list[Example]
@@ -30,12 +30,12 @@ class RunData:
 def load_data(config: TrainConfig) -> RunData:
     """The run's windows.
 
-    The validation part depends on the data alone, not on the run's seed: runs of several seeds share it. What
-    stands before a training window is drawn from the other ones, and from the validation part too only where
-    windows are scored.
+    The validation part depends on the data alone, not on the run's seed, so runs with different seeds share
+    it. Few-shot contexts of training windows come from other training windows; those of scored windows may
+    come from the validation part as well.
 
     Raises:
-        UserError: what is wrong with the files, naming file, record and key.
+        UserError: if something is wrong with the files, naming file, record and key.
     """
     dialogues = load_dialogues(Path(config.data))
     if config.validation:
@@ -51,9 +51,9 @@ def load_data(config: TrainConfig) -> RunData:
 
 
 def with_context(data: MQDialog, config: TrainConfig) -> MQDialog:
-    """``data`` with what the configuration puts before the turns.
+    """``data`` with the context that the configuration puts before the turns.
 
-    Raises ``UserError`` for profiles that are damaged or lack somebody.
+    Raises ``UserError`` if profiles are damaged or missing.
     """
     if config.context == "role_profile":
         return role_profile(data, load_profiles(Path(config.profiles)))
@@ -69,10 +69,9 @@ def window_set(
     config: TrainConfig,
     first_layer: int,
 ) -> Windows:
-    """``examples`` as the configuration writes them, with a plain model's states below ``first_layer``.
+    """``examples`` as the configuration encodes them, with a plain model's states below ``first_layer``.
 
-    The model is needed where ``first_layer`` is above 0. Runs side by side under one parent folder share the
-    states.
+    The model is needed only if ``first_layer`` is above 0. Runs in the same parent folder share the states.
     """
     windows = encode_all(examples, tokenizer, **config.encoding)
     cache = Path(config.output_dir).parent / "states"

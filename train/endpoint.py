@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible address, with its answers kept in a file."""
+"""A chat model behind an OpenAI-compatible address, with its answers cached in a file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 Message = dict[str, str]
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
-"""HTTP errors that may pass."""
+"""HTTP errors that may be temporary."""
 REFUSED = (401, 403, 404)
-"""HTTP errors that every question would meet; any other is of this one question."""
+"""HTTP errors that every question would get; any other concerns this question alone."""
 LONGEST_WAIT = 60.0
 LONGEST_TRY = 86_400.0
-"""Seconds, a day: a socket does not take any number."""
+"""Seconds (a day): a socket refuses very large numbers."""
 
 
 class NoAnswer(Exception):
@@ -39,11 +39,11 @@ class Endpoint:
     """Where to ask.
 
     Attributes:
-        base_url: up to and without ``/chat/completions``, such as ``http://localhost:8000/v1``.
-        model: as the endpoint calls it.
-        key: sent as a bearer token where given; never written to a file.
+        base_url: without ``/chat/completions``, such as ``http://localhost:8000/v1``.
+        model: its name at the endpoint.
+        key: sent as a bearer token if given; never written to a file.
         timeout: seconds for one try.
-        tries: tries of one question, with waits of ``first_wait`` seconds, doubled each time, between them.
+        tries: of one question; the wait between them starts at ``first_wait`` seconds and doubles each time.
     """
 
     base_url: str
@@ -60,10 +60,10 @@ class Endpoint:
                 f"endpoint: got '{self.base_url}', expected an address such as http://localhost:8000/v1"
             )
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
-            raise UserError("key: holds characters that no header may have, perhaps a line's end")
+            raise UserError("key: holds characters that a header cannot contain, perhaps a line break")
         if self.tries < 1:
             raise UserError(f"tries: got {self.tries}, expected at least 1")
-        if not 0 < self.timeout <= LONGEST_TRY:  # nor where it is not a number
+        if not 0 < self.timeout <= LONGEST_TRY:  # nan fails too
             raise UserError(
                 f"timeout: got {self.timeout}, expected seconds above 0 and at most {LONGEST_TRY:g}"
             )
@@ -72,8 +72,8 @@ class Endpoint:
         """The text of the answer, at temperature 0.
 
         Raises:
-            NoAnswer: none in ``tries`` tries, one without text, or this question is refused.
-            UserError: the endpoint refuses such requests (wrong key, model or address).
+            NoAnswer: if all ``tries`` fail, the answer has no text, or this question is refused.
+            UserError: if the endpoint refuses every question (wrong key, model or address).
         """
         body = {"model": self.model, "messages": list(messages), "temperature": 0}
         request = urllib.request.Request(
@@ -106,7 +106,7 @@ class Endpoint:
 
 
 def _is_address(url: str) -> bool:
-    """Whether a request can be made of it; to urllib what cannot be looks like an endpoint that is down."""
+    """Whether a request can be sent there; urllib takes a malformed one for an endpoint that is down."""
     try:
         parts = urllib.parse.urlsplit(url)
         has_place = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -116,7 +116,7 @@ def _is_address(url: str) -> bool:
 
 
 class _Passing(Exception):
-    """An error that may pass, and the seconds that the endpoint asks to wait."""
+    """An error that may be temporary, and the seconds that the endpoint asks to wait."""
 
     def __init__(self, message: str, wait: str | None = None) -> None:
         super().__init__(message)
@@ -124,7 +124,7 @@ class _Passing(Exception):
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """What the endpoint says of it, if that comes."""
+    """The endpoint's own explanation, if it sends one."""
     try:
         return error.read()[:200].decode(errors="replace") or error.reason
     except (OSError, http.client.HTTPException):
@@ -142,14 +142,14 @@ def _content(body: bytes) -> str:
 
 
 class Cached:
-    """The same questions asked once: answers are appended to ``path`` as they come, one line of JSON each."""
+    """Asks each question once: answers are appended to ``path`` as they come, one line of JSON each."""
 
     def __init__(self, endpoint: Endpoint, path: Path) -> None:
         self.endpoint, self.path = endpoint, path
         self.answers = _read(path) if path.is_file() else {}
 
     def ask(self, messages: Sequence[Message]) -> str:
-        """As ``Endpoint.ask``; what it raises is not kept, so that a later run asks again."""
+        """As ``Endpoint.ask``; failures are not kept, so that a later run asks again."""
         where = [self.endpoint.base_url, self.endpoint.model, list(messages)]
         key = hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()
         if key not in self.answers:
@@ -158,10 +158,10 @@ class Cached:
         return self.answers[key]
 
     def _append(self, line: dict[str, Any]) -> None:
-        """On a line of its own also after one that a killed run left half written."""
+        """Start a new line first: a killed run may have left one half written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(f"\n{json.dumps(line)}\n")  # ASCII: an answer may hold half a character
+            stream.write(f"\n{json.dumps(line)}\n")  # ASCII: an answer may hold an unpaired surrogate
 
 
 def _read(path: Path) -> dict[str, str]:

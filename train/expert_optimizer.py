@@ -1,7 +1,8 @@
-"""The experts' optimizer beside DeepSpeed's.
+"""The experts' own optimizer beside DeepSpeed's.
 
-ZeRO flattens all parameters of its optimizer into one dense buffer, in which absent queriers would cost,
-decay and drift. Experts with row-sparse gradients therefore stay out of it: every rank holds all of them.
+ZeRO flattens all parameters of its optimizer into one dense buffer, where the experts of absent queriers
+would take time and memory, decay and drift. Experts with row-sparse gradients therefore stay out of it:
+every rank holds all of them.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ FILE = "expert_optimizer.pt"
 class ExpertOptimizer(TrainerCallback):
     """Steps whenever DeepSpeed does, at the same fraction of its learning rate.
 
-    The gradients, which the trainer has averaged over the ranks, are clipped by a norm of their own.
+    The gradients, which the trainer has averaged over the ranks, are clipped by their own norm.
 
     Args:
         parameters: the experts, in this order on every rank.
         options: for :class:`~qar_models.RowSparseAdamW`.
         zero_stage: DeepSpeed's; 1 or 2.
-        dtype: of the run; float16's loss scale is DeepSpeed's own.
+        dtype: of the run; not float16, whose loss scale DeepSpeed keeps to itself.
 
     Raises:
-        UserError: where the stage or dtype does not fit.
+        UserError: if the stage or dtype is not supported.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -47,7 +48,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def load_json(path: Path) -> Any:
-    """What the JSON in ``path`` says; ``UserError`` naming file and line where it is damaged."""
+    """The value of the JSON in ``path``; ``UserError`` naming file and line if it is damaged."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -64,7 +65,7 @@ def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def unknown_key(key: str, known: Iterable[str], origin: str) -> UserError:
-    """The error for a key that ``origin`` does not know, with the closest that it does."""
+    """The error for a key that ``origin`` does not know, with the closest known one."""
     close = difflib.get_close_matches(str(key), known, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return UserError(f"{origin}: unknown key '{key}'{hint}")
@@ -77,7 +78,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """As :func:`write_atomic`, a safetensors file."""
+    """Like :func:`write_atomic`, for a safetensors file."""
     with _replacing(path) as temporary:
         save_file(tensors, temporary)
 
@@ -85,26 +86,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling that takes the place of ``path`` when the block ends without error."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+        temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode & 0o777  # as the umask has it; safetensors makes it 0600
     try:
         with _naming(path):
             yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(mode)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Within the block a write that the system refuses is an ``OSError`` that names ``path``.
+    """Turn a write that the system refuses within the block into an ``OSError`` that names ``path``.
 
-    safetensors wraps the system's error, and tells it by number only.
+    safetensors wraps the system's error and gives only its number.
     """
     try:
         yield
@@ -114,7 +115,7 @@ def _naming(path: Path) -> Iterator[None]:
             raise
         raise OSError(number := int(found[1]), os.strerror(number), str(path)) from error
     except OSError as error:
-        error.filename = str(path)  # and not a temporary one beside it
+        error.filename = str(path)  # not the temporary one beside it
         raise
 
 
@@ -126,7 +127,7 @@ def check_file(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """``UserError`` if nothing can be made at ``path``, before the work whose result goes there."""
+    """``UserError`` if nothing can be made at ``path``; for use before the work whose result goes there."""
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if not nearest.is_dir():
         raise UserError(f"{path}: cannot be written, {nearest} is no folder")
@@ -150,9 +151,3 @@ def build_directory(target: Path) -> Iterator[Path]:
         os.replace(built, target)
     finally:
         shutil.rmtree(workspace)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

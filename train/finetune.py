@@ -2,7 +2,7 @@
 
 python -m train.finetune --config train/configs/demo.yaml [key=value ...] [--resume] [--dry-run]
 torchrun --nproc-per-node 2 -m train.finetune --config ...
-deepspeed train/finetune.py --config ... deepspeed=train/ds/zero2.json
+deepspeed train/finetune.py --config ... deepspeed=train/ds/zero2.json    (or --module train.finetune)
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__" and __package__ is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, as DeepSpeed's launcher does
+    # run by path, as DeepSpeed's launcher does without --module: Python then looks in train/ only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model about to be trained: with its adapters, and the part of it that the trainer sees."""
+    """A model ready for training, with its adapters (``peft``), and the part the trainer sees (``model``)."""
 
     peft: PeftModel
     model: PreTrainedModel
@@ -66,8 +67,8 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
     A finished run with the same configuration and data is returned as it is.
 
     Raises:
-        UserError: what is wrong with the data, the model or the configuration, before any training; a
-            loss that is not finite or a checkpoint that cannot be written, while training.
+        UserError: before any training, if something is wrong with data, model or configuration; while
+            training, if a loss is not finite or a checkpoint cannot be written.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint written that ``resume`` continues.
     """
     folder = Path(config.output_dir) / TRAINED_FOLDER
@@ -115,11 +116,11 @@ def _write_results(
     history: list[dict[str, float]],
     keep: KeepBest | None,
 ) -> None:
-    """The log, its page and the trained parts, the best ones; all ranks call this, one writes."""
+    """Write the log, its page and the trained parts (the best ones); all ranks call this, one writes."""
     output = Path(config.output_dir)
     with ranks.gathered(value for value in prepared.model.parameters() if value.requires_grad):
         if keep:
-            keep.load()  # here, where ZeRO-3 has parameters whole
+            keep.load()  # here, while ZeRO-3's parameters are gathered
         if ranks.is_main():
             write_atomic(output / LOG, json.dumps(history, indent=1))
             write_run_page(history, config.to_dict(), output)
@@ -134,7 +135,7 @@ def prepare(config: TrainConfig, found: RunData) -> Prepared:
     data = found.data
     with ranks.main_first():
         model, tokenizer = load_base(config.model, DTYPES[config.dtype])
-    # behind it: whoever converts the small model draws numbers, and all ranks must start alike
+    # after loading: converting the small model draws random numbers on one rank, and all must start alike
     transformers.set_seed(config.seed)
     first = first_trained_layer(config, model.config.num_hidden_layers)
     with ranks.main_first():
@@ -162,7 +163,7 @@ def _check_machine(config: TrainConfig) -> None:
     installed = get_available_reporting_integrations()
     if config.report_to not in ("none", "all", "tensorboard", *installed):
         names = ", ".join(["none", *installed])
-        raise UserError(f"report_to: '{config.report_to}' is not installed or unknown; there are {names}")
+        raise UserError(f"report_to: '{config.report_to}' is not installed or unknown; available: {names}")
 
 
 def validation_loader(prepared: Prepared, config: TrainConfig) -> DataLoader:
@@ -172,7 +173,7 @@ def validation_loader(prepared: Prepared, config: TrainConfig) -> DataLoader:
 
 
 def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> Path | None:
-    """The newest intact checkpoint; what is damaged, or of an earlier run, makes room for what comes."""
+    """The newest intact checkpoint; damaged ones and what an earlier run left are cleared away."""
     output = Path(config.output_dir)
     found = checkpoints.all_checkpoints(output)
     if found and not resume:
@@ -189,10 +190,10 @@ def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> 
 
 
 def check_resumes(config: TrainConfig, data: MQDialog, base: Callable[[], str]) -> None:
-    """``UserError`` where :func:`finetune` with ``resume`` would refuse what is in the output_dir.
+    """``UserError`` if :func:`finetune` with ``resume`` would refuse what is in the output_dir.
 
-    ``base`` gives the base model's :func:`~train.base_model.fingerprint`, and is asked only where there is
-    something to go on from. Nothing is written.
+    ``base`` gives the base model's :func:`~train.base_model.fingerprint`, and is called only if there is
+    something to resume. Nothing is written.
     """
     output = Path(config.output_dir)
     if _is_finished(output / TRAINED_FOLDER, config):
@@ -252,7 +253,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         disable_tqdm=False,
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # every rank remembers the gathered batch already
+        ddp_broadcast_buffers=False,  # every rank's memory already takes in the gathered batch
         use_cpu=not torch.cuda.is_available(),
         accelerator_config={"use_configured_state": ranks.launched()},
     )
@@ -277,7 +278,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if ranks.is_main() else logging.ERROR, format="%(message)s")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from train.plan import dry_run  # the plan builds on this module
+        from train.plan import dry_run  # not above: the plan imports this module
 
         dry_run(config)
     else:

@@ -69,8 +69,8 @@ def answer(
 ) -> dict[str, str]:
     """The same query, the last turn of ``history``, asked by each of ``queriers`` in one batch.
 
-    ``history`` is rewritten as spoken by each querier in turn, so that nothing but who asks differs; of a
-    model of several responders the querier's own one answers.
+    ``history`` is rewritten as spoken by each querier in turn, so that nothing but who asks differs. In a
+    model of several responders, each querier's own responder answers.
     """
     ids = [querier_id(trained.queriers, name) for name in queriers]
     prompts = [prompt_as(trained, history, name) for name in queriers]
@@ -95,7 +95,7 @@ def prompt_as(trained: Trained, history: Sequence[Turn], querier: str) -> list[i
 
 
 def _context(config: TrainConfig, turns: Sequence[Turn], responder: str) -> str:
-    """What stood before such turns in training."""
+    """The context that such turns had in training."""
     if config.context == "few_shot":
         raise UserError(
             "context: got 'few_shot', which needs the training dialogues, expected a profile or none"
@@ -111,7 +111,7 @@ def roles(trained: Trained, querier: str) -> tuple[str, str]:
 
 
 def responders(trained: Trained) -> list[str]:
-    """Everybody whom the model answers for."""
+    """Everybody for whom the model answers."""
     return sorted({roles(trained, name)[1] for name in trained.queriers})
 
 
@@ -121,15 +121,16 @@ def querier_id(queriers: Sequence[str], name: str) -> int:
 
 
 def known_querier(queriers: Sequence[str], name: str) -> str:
-    """One of ``queriers`` by name; of pairs also by who asks, where they ask one responder only.
+    """The querier called ``name``; a pair is also found by who asks, if they ask only one responder.
 
-    Raises ``UserError`` with all that ``name`` could mean, or for an unknown one the closest names.
+    Raises ``UserError`` with the pairs that an ambiguous name could mean, or the names closest to an unknown
+    one.
     """
     if name in queriers:
         return name
     pairs = [pair for pair in queriers if split_pair(pair)[0] == name]
     if len(pairs) > 1:
-        raise UserError(f"querier '{name}' asks several; expected {' or '.join(map(repr, pairs))}")
+        raise UserError(f"querier '{name}' asks several responders; expected {' or '.join(map(repr, pairs))}")
     if pairs:
         return pairs[0]
     close = difflib.get_close_matches(name, queriers, n=1) or list(queriers)[:5]
@@ -137,13 +138,13 @@ def known_querier(queriers: Sequence[str], name: str) -> str:
 
 
 def end_marks(trained: Trained) -> list[int]:
-    """Tokens that end a reply: the mark that was learnt, and the tokenizer's end of sequence."""
+    """Tokens that end a reply: the end mark that was learnt, and the tokenizer's end of sequence."""
     mark = end_mark(trained.tokenizer, trained.config.style)
     return sorted({mark, trained.tokenizer.eos_token_id} - {None})
 
 
 def answer_table(trained: Trained, replies: Mapping[str, str]) -> Table:
-    """Replies by who asks, side by side; whatever their brackets or length, they are shown as they are."""
+    """One row per querier; replies are shown verbatim, whatever brackets they hold, and in full."""
     columns = (Column(heading, overflow="fold") for heading in ("asked by", "answered by", "reply"))
     table = Table(*columns, show_lines=True)
     for name, reply in replies.items():

@@ -1,4 +1,4 @@
-"""A newcomer gets an expert of their own; nobody else's answers change.
+"""Give a newcomer an expert of their own, without changing anybody else's answers.
 
     python -m train.onboard --model runs/demo/qar/trained --data data/my_show/diags_two_role_me_clustered \\
         --querier "New Friend" --out runs/demo/with_friend
@@ -46,18 +46,18 @@ def onboard(
 ) -> Path:
     """Add ``querier`` to the trained model in ``source``, train that expert alone, write ``out``.
 
-    Where the model answers for several responders, the newcomer gets an expert for the one of ``data``. The
-    contrastive loss is left out: its clusters are those of the dialogues that the model was trained on.
+    If the model answers for several responders, the newcomer gets an expert for the one of ``data``. The
+    contrastive loss is left out, because its clusters belong to the dialogues the model was trained on.
 
     Raises:
-        UserError: if nobody in ``source`` has an expert of their own, its prompts are few-shot, the newcomer
-            is no newcomer, or ``data`` is of another responder or has no training window of theirs; if there
-            is a model in ``out`` already, unless ``force``.
+        UserError: if queriers in ``source`` have no experts of their own, its prompts are few-shot, it knows
+            the newcomer already, or ``data`` is of another responder or has no training window of theirs; if
+            there is a model in ``out`` already, unless ``force``.
     """
     if (out / TRAINED).is_file() and not force:
         raise UserError(f"{out}: is a trained model already; --force replaces it")
     check_replaceable(out)
-    trained = load_trained(source, torch.float32)  # the others' experts are written back as they are
+    trained = load_trained(source, torch.float32)  # writes the others' experts back unrounded
     _check_source(trained, source)
     found = load_mqdialog(data)
     name = _name_beside(trained.queriers, querier, found.responder)
@@ -91,7 +91,7 @@ def _check_source(trained: Trained, source: Path) -> None:
 
 
 def _add(trained: Trained, name: str, examples: list[Example], epochs: float, learning_rate: float) -> None:
-    """The newcomer ``name``, whose expert starts as the mean of all and alone is trained."""
+    """Add the newcomer ``name``, whose expert starts as the mean of all, and train that expert alone."""
     trained.model.add_queriers(name, init="mean")
     trained.model.train_only(name)
     contrast, trained.model.contrast = trained.model.contrast, None
@@ -101,7 +101,7 @@ def _add(trained: Trained, name: str, examples: list[Example], epochs: float, le
 
 
 def _name_beside(queriers: Sequence[str], querier: str, responder: str) -> str:
-    """Among pairs the newcomer is a pair."""
+    """The newcomer's name in the model: a pair's if its queriers are pairs."""
     pairs = split_pair(queriers[0])[1] is not None
     return pair_name(querier, responder) if pairs else querier
 
@@ -128,7 +128,7 @@ def _train(
             validation=0.0,
         )
         trainer = make_trainer(trained.model, trained.tokenizer, Windows(windows), settings)
-        trainer.args.save_strategy = SaveStrategy.NO  # minutes of work, and nothing of the others' to lose
+        trainer.args.save_strategy = SaveStrategy.NO  # a few minutes' work, soon repeated
         trainer.train()
 
 

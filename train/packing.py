@@ -1,4 +1,4 @@
-"""How windows become batches: padded, padded with windows of like length, or packed without padding.
+"""Batches with less padding: windows packed into one row, or windows of similar length.
 
 N windows, T tokens of all of them together, H hidden.
 """
@@ -20,10 +20,10 @@ SORTED_BATCHES = 50  # enough to make lengths alike (97 % real tokens), few enou
 
 
 class PackingCollator:
-    """The windows one behind the other in one row: exactly the padded batch's loss, without its padding."""
+    """Puts the windows one behind the other in one row: the padded batch's loss without its padding."""
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """``(1, T)`` tensors, ``(N,)`` ids, ``inputs_embeds`` (1, T, H) in place of ``input_ids``, bounds."""
+        """``(1, T)`` tensors, or ``inputs_embeds`` (1, T, H); ``(N,)`` ids; the bounds of the windows."""
         lengths = torch.tensor([len(item["labels"]) for item in items])
         batch = {
             "labels": _join(items, "labels"),
@@ -31,7 +31,7 @@ class PackingCollator:
             "querier_ids": torch.tensor([item["querier_ids"] for item in items]),
             "cluster_ids": torch.tensor([item["cluster_ids"] for item in items]),
             "cu_seq_lens_q": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
-            # what flash attention asks for besides
+            # flash attention asks for these too
             "max_length_q": int(lengths.max()),
             "max_length_k": int(lengths.max()),
         }
@@ -47,10 +47,10 @@ def _join(items: Sequence[Mapping[str, Any]], key: str) -> Tensor:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Attention window by window where packed rows come to a model with "sdpa"; other rows are as before.
+    """Let a model with "sdpa" attend window by window in packed rows; other rows are computed as before.
 
-    The part above frozen layers has a configuration of its own, and attention modules that hold the whole
-    model's, so ``set_attn_implementation`` would reach one of them only.
+    The part above frozen layers has a configuration of its own, but its attention modules hold the whole
+    model's, so ``set_attn_implementation`` would reach only one of the two.
     """
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -59,11 +59,11 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Random batches of windows of like length, the same for the same seed and epoch.
+    """Random batches of windows of similar length, the same for the same seed and epoch.
 
     Windows are shuffled, sorted within every ``SORTED_BATCHES`` batches, and the batches shuffled again.
-    (transformers' sampler draws from the global generator, so a resumed epoch sees another order, and goes
-    from long to short.)
+    (transformers' sampler draws from the global generator, so a resumed epoch would see another order, and
+    it goes from long to short.)
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -82,7 +82,7 @@ class LengthGroupedSampler(Sampler[int]):
         batches: list[Sequence[int]] = []
         for chunk in _cut(shuffled, SORTED_BATCHES * self.batch_size):
             batches += _cut(sorted(chunk, key=self.lengths.__getitem__), self.batch_size)
-        # the only short batch stays the last: batches are cut again from the flat order
+        # an incomplete batch must stay last, since the loader cuts the flat order into batches again
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         order = [batches[index] for index in torch.randperm(len(batches), generator=draw).tolist()]
         return itertools.chain.from_iterable(order + last)

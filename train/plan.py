@@ -5,14 +5,14 @@ Memory of one rank, in bytes; P all parameters that the trainer sees, T the trai
 - weights: P at the base's width, T at 4 (2 under DeepSpeed in 16 bits); ZeRO-3 keeps 1/N
 - gradients: T at the trained parameters' width; ZeRO-2 and 3 keep 1/N
 - optimizer: 8 T for Adam's two moments, and 4 T for fp32 masters under DeepSpeed in 16 bits; ZeRO keeps 1/N
-- experts with row-sparse gradients: the same, but whole on every rank; gradients for those in a step only
+- experts with row-sparse gradients: the same, but whole on every rank; gradients only for those in a step
 - contrastive memory: ``QARConfig.contrastive_memory_bytes``, in fp32, on every rank
 - activations: micro-batch tokens (batch_size times the longest window) times, for every trained layer,
   10 H + 4 I values (norms, projections, attention, gate, up, their product), or H with gradient
   checkpointing plus one layer in full; and fp32 logits with their gradient for half of the tokens.
   The replace tower runs every token twice.
 
-It is an estimate: it knows nothing of the allocator, of communication buffers and of offloading.
+It is an estimate that ignores the allocator, communication buffers and offloading.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def trainable(prepared: Prepared) -> dict[str, int]:
 
 
 def memory(prepared: Prepared, config: TrainConfig) -> dict[str, float]:
-    """Bytes on one rank; the formulas are this module's docstring."""
+    """Bytes on one rank; the formulas are in this module's docstring."""
     stage = _zero_stage(config)
     trained = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     by_rows = sum(p.numel() for p in sparse_parameters(prepared.model).values())

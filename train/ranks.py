@@ -33,8 +33,8 @@ def launched() -> bool:
 def start(deepspeed: str | None) -> None:
     """Join the other ranks, once; without a launcher there is nothing to join.
 
-    This comes before the model is loaded and without DeepSpeed's configuration in force, so that the model
-    is built whole on every rank (and converted, and cut) and ZeRO-3 shards it when training starts.
+    Called before the model is loaded. DeepSpeed's configuration is not in force yet, so that every rank
+    builds the whole model (and converts and cuts it); ZeRO-3 shards it when training starts.
 
     Raises:
         UserError: if DeepSpeed is asked for without its package, a readable file or a launcher, or if one
@@ -57,10 +57,10 @@ def start(deepspeed: str | None) -> None:
     if not cards:
         import deepspeed.ops as ops
 
-        # none of its compiled operations: the one it would build here (with a compiler, in two minutes)
-        # serves inference only
+        # hides its compiled operations: the one it would build here (two minutes, and it needs a compiler) is
+        # for inference only
         ops.__compatible_ops__ = {}
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # how accelerate is told, by its own launcher too
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as accelerate's own launcher tells it
     PartialState(backend="nccl" if cards else "gloo", timeout=TIMEOUT)
 
 
@@ -68,8 +68,8 @@ def _check_deepspeed(path: Path) -> None:
     for section in ("optimizer", "scheduler"):
         if section in read_json(path, ()):
             raise UserError(
-                f"{path}: remove the section '{section}', which would put one learning rate in the place of "
-                "LoRA's and the experts'; the run's own settings decide"
+                f"{path}: remove the section '{section}', which would replace LoRA's and the experts' "
+                "learning rates by one; the run's own settings apply"
             )
 
 
@@ -89,7 +89,7 @@ def from_main(value: Any) -> Any:
 
 
 def on_any(value: bool) -> bool:
-    """Whether ``value`` holds on any rank; all ranks ask together."""
+    """Whether ``value`` holds on any rank; all ranks must call this."""
     if world_size() == 1:
         return value
     found = torch.tensor(int(value), device=PartialState().device)
@@ -115,9 +115,9 @@ def main_first() -> Iterator[None]:
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Within the block, the death of another rank ends this one with one line.
+    """Within the block, the death of another rank ends this one with a one-line error.
 
-    The connection to a dead process breaks at once; one that hangs is given up after ``TIMEOUT``.
+    The connection to a dead process breaks at once; a process that hangs is given up after ``TIMEOUT``.
     """
     try:
         yield
@@ -127,13 +127,13 @@ def watching() -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"another rank was lost ({reason}); what it wrote says why; --resume continues"
+            f"another rank was lost ({reason}); its own output says why; --resume continues"
         ) from error
 
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within the block every rank has these parameters whole, also where ZeRO-3 keeps shards of them."""
+    """Within the block every rank has these parameters whole, even if ZeRO-3 shards them."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         yield

@@ -1,4 +1,4 @@
-"""``run.json`` beside the checkpoints: what a run is, to resume it, or build its model, as it was."""
+"""``run.json`` beside the checkpoints: what it takes to resume a run, or to build its model again."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from train.files import read_json, write_atomic
 
 RUN = "run.json"
 FREE = ("data", "output_dir", "save_steps", "save_total_limit", "report_to", "gradient_checkpointing")
-"""Settings that may change when a run is resumed: they do not change what is computed.
+"""Settings that may differ when a run is resumed, because they do not change what is computed.
 
-The data may lie elsewhere: what is in them is compared, not their path.
+The data may have moved: its content is compared, not its path.
 """
 
 
@@ -34,12 +34,12 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 
 def check_continues(config: TrainConfig, data: MQDialog) -> None:
-    """``UserError`` naming the first of settings, data and ranks that is not as the run was started."""
+    """``UserError`` naming what differs from the start of the run first: a setting, the data or the ranks."""
     _compare(config, data, FREE)
 
 
 def check_base(config: TrainConfig, base: str) -> None:
-    """``UserError`` if the run was started on a base model of other weights; one without its file passes."""
+    """``UserError`` if the run was started on other base weights; one without ``run.json`` passes."""
     folder = Path(config.output_dir)
     if (folder / RUN).is_file() and read_run(folder)[1].get("base", base) != base:
         raise UserError(
@@ -49,13 +49,13 @@ def check_base(config: TrainConfig, base: str) -> None:
 
 
 def check_finished(config: TrainConfig, data: MQDialog) -> None:
-    """The same for a finished run, which any number of ranks may ask for; one without its file passes."""
+    """As :func:`check_continues`, whatever the number of ranks; a run without ``run.json`` passes."""
     if (Path(config.output_dir) / RUN).is_file():
         _compare(config, data, (*FREE, "ranks"))
 
 
 def training_windows(data: MQDialog) -> str:
-    """Changes with any text that is trained on."""
+    """A checksum of everything that is trained on."""
     return hashlib.sha256(repr(data.train).encode()).hexdigest()[:16]
 
 

@@ -1,5 +1,5 @@
-"""transformers' Trainer, taught four things: two parameter groups, reply-only logits, small atomic
-checkpoints, and to stop where a loss is not finite."""
+"""transformers' Trainer with four additions: two parameter groups, reply-only logits, small atomic
+checkpoints, and a stop at a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class QARTrainer(Trainer):
         return clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> float | None:
-        """As the base class, which measures here what was not clipped."""
+        """As the base class, which measures the norm here if it did not clip."""
         if grad_norm is None and self._clips_rows():
             grad_norm = self._clip_grad_norm(model)
         return super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -119,9 +119,9 @@ class QARTrainer(Trainer):
         """As the base class; a loss that is not finite ends the run before a checkpoint can hold it.
 
         After a step's last micro-batch, row-sparse gradients are averaged over the ranks, which
-        DistributedDataParallel and DeepSpeed leave to us. That is done here because it must happen
-        whatever clips afterwards, and before float16's gradients are unscaled: every rank then meets the
-        same overflow.
+        DistributedDataParallel and DeepSpeed leave to us. It is done here because it must happen whether or
+        not gradients are clipped, and before float16's are unscaled, so that every rank sees the same
+        overflow.
         """
         windows = inputs.pop("window_ids")
         self._sums["tokens"] += inputs.pop("num_tokens")
@@ -144,7 +144,7 @@ class QARTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        """Logits at labelled positions only; the loss' parts are kept for the log."""
+        """Compute logits at labelled positions only, and keep the parts of the loss for the log."""
         return_outputs = kwargs.pop("return_outputs", False)
         inputs = {**inputs, "skip_logits": True, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, *args, return_outputs=True, **kwargs)
@@ -183,7 +183,7 @@ class QARTrainer(Trainer):
         return self._building or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Build the checkpoint where nobody looks for it, then give it its name."""
+        """Build the checkpoint in a hidden folder, then move it into place."""
         run = Path(self.args.output_dir)
         try:
             if ranks.is_main():
@@ -198,17 +198,14 @@ class QARTrainer(Trainer):
                     self.config.save_total_limit,
                 )
             ranks.wait()
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors wrap the system's error
+        # torch and safetensors wrap the system's error
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise checkpoints.write_failure(run, self.state.global_step, error) from error
         finally:
             self._building = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """What is trained, whole also where ZeRO-3 has it in shards; all ranks call this, one writes."""
+        """Write the trained parts, whole even if ZeRO-3 shards them; all ranks call this, one writes."""
         folder = Path(output_dir or self.args.output_dir)
         with ranks.gathered(value for value in self.model.parameters() if value.requires_grad):
             if self.args.should_save:
@@ -241,7 +238,7 @@ class QARTrainer(Trainer):
     ) -> tuple[nn.Module, Any]:
         """As the base class; DeepSpeed's shards lack the frozen base, so they are not loaded strictly."""
         self._clock, self._logged_step = time.perf_counter(), self.state.global_step
-        self.state.compute_steps(self.args, max_steps)  # a checkpoint brings those that it was saved with
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint has the intervals of its own run
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -265,7 +262,7 @@ def trained_parts(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_parts(model: nn.Module, checkpoint: Path) -> None:
-    """Put the trained parts of ``checkpoint`` into ``model``; ``UserError`` if they are another model's."""
+    """Load the trained parts of ``checkpoint`` into ``model``; ``UserError`` if they are another model's."""
     stored = load_file(checkpoint / WEIGHTS)
     odd = sorted(set(stored) ^ set(trained_parts(model)))
     if odd:

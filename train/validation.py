@@ -1,6 +1,6 @@
-"""Which of a run's states is kept: that of the epoch with the lowest loss on a part of the training data.
+"""Keep the state of the epoch with the lowest loss on a part of the training data.
 
-The test split has no say in it.
+The test split plays no part in the choice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def discard_best(run: Path) -> None:
-    """Delete the best state of an earlier run, which a run that starts anew would take for its own."""
+    """Delete the best state of an earlier run, which a new run would take for its own."""
     if (run / BEST / SCORE).is_file():
         shutil.rmtree(run / BEST)
 
@@ -33,7 +33,7 @@ def discard_best(run: Path) -> None:
 class KeepBest(TrainerCallback):
     """After every epoch: score the validation windows, keep the trained parts if they are the best so far.
 
-    The best so far lies in ``<output_dir>/best``, so that a resumed run knows it.
+    The best so far is in ``<output_dir>/best``, so that a resumed run finds it.
 
     Args:
         trainer: the run's; gives the model and writes its trained parts.
@@ -62,7 +62,7 @@ class KeepBest(TrainerCallback):
         nll = self._score(model)
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, "valid_nll": nll})
         logger.info("epoch %g: validation NLL %.4f", state.epoch, nll)
-        if not nll < self.best:  # nor where it is not a number
+        if not nll < self.best:  # nan is no improvement either
             return
         self.best = nll
         if ranks.is_main():
@@ -90,7 +90,7 @@ class KeepBest(TrainerCallback):
         return float(sum(nll.sum() for nll, _ in scored) / sum(tokens.sum() for _, tokens in scored))
 
     def load(self) -> None:
-        """Put the best state back into the model; ``UserError`` where no epoch's loss was finite."""
+        """Put the best state back into the model; ``UserError`` if no epoch's loss was finite."""
         if not (self.folder / SCORE).is_file():
             raise UserError(f"{self.folder.parent}: no epoch ended with a finite validation loss")
         load_parts(self.trainer.model, self.folder)

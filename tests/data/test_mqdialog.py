@@ -1,14 +1,16 @@
 """The MQDialog folder: what is written is read back, other ids and maps are understood, damage is named."""
 
 import json
+import os
 
 import pytest
+import torch
 
 from train.data.layout import PAIR_IDS, Example, MQDialog, responder_folder
 from train.data.mqdialog import load_mqdialog, write_mqdialog
 from train.data.transcript import Turn
 from train.errors import UserError
-from train.files import build_directory, write_atomic
+from train.files import build_directory, write_atomic, write_tensors
 
 QUERIERS = ["Prince Henry", "Ford"]
 
@@ -163,6 +165,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="disk"):
         write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_have_the_mode_that_the_process_asks_for(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "text", "")
+        write_tensors(tmp_path / "tensors", {"a": torch.zeros(1)})
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_queriers_of_one_short_name_have_a_folder_each(tmp_path):

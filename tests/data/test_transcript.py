@@ -181,7 +181,7 @@ def test_csv(tmp_path):
         ("scene,speaker,text\n1,A,a\n1,B\n", ":3: fewer fields"),
         ("scene,speaker,text\n1,A,Hello, Bob?\n", ":2: more fields"),
         ("scene,speaker,text\n1, ,a\n", ":2: column 'speaker' is empty"),
-        ('scene,speaker,text\n1,A,"a', ": not CSV behind line 1"),
+        ('scene,speaker,text\n1,A,"a', ": not CSV after line 1"),
     ],
 )
 def test_damaged_csv_names_the_line(tmp_path, text, message):

@@ -176,10 +176,11 @@ def test_two_nodes(config, tmp_path, request):
 
 
 @needs_deepspeed
-def test_deepspeed_launcher(config, tmp_path, request):
+@pytest.mark.parametrize("script", [["train/finetune.py"], ["--module", "train.finetune"]])
+def test_deepspeed_launcher(config, tmp_path, request, script):
     two = as_two_ranks(config, "zero2")
     port = f"--master_port={free_port()}"
-    launcher = ["deepspeed.launcher.runner", "--num_accelerators=2", port, "train/finetune.py"]
+    launcher = ["deepspeed.launcher.runner", "--num_accelerators=2", port, *script]
     code, text = command_line(two, launcher, tmp_path, request.config.rootpath)
     assert code == 0, text
     assert len(log_of(two)) == 6

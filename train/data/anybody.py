@@ -1,7 +1,7 @@
-"""The same transcript turned around: a few people who ask, and everybody else as the one who answers.
+"""A transcript turned around: a few people ask, and everybody else is the one who answers.
 
-Between one querier and one responder there are a handful of dialogues, between Hamlet and all others
-hundreds: a querier's expert sees more text.
+One querier has a handful of dialogues with one responder, but many with everybody together, so that the
+querier's expert sees more text.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,12 +16,14 @@ ANYBODY = "Anybody"
 def turn_around(scenes: Sequence[Scene], queriers: Collection[str]) -> list[Scene]:
     """Every dialogue of one of ``queriers`` with somebody else, as a scene in which the other is ``ANYBODY``.
 
-    Dialogues between two of ``queriers`` are left out: each of them would be a reply to the other.
+    Dialogues between two of ``queriers`` are left out, since nobody in them would be ``ANYBODY``.
 
     Raises ``UserError`` without queriers, for one who never speaks, and if a speaker has the name already.
     """
     if not queriers:
-        raise UserError(f"responder '{ANYBODY}' is all but the queriers: expected their names (--querier)")
+        raise UserError(
+            f"responder '{ANYBODY}' is everybody but the queriers: expected their names (--querier)"
+        )
     spoken = count_turns(scenes)
     for name in queriers:
         require_speaker("querier", name, spoken)

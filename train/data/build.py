@@ -1,4 +1,4 @@
-"""From a transcript of one's own to data to train on, for one responder, several or all.
+"""Turn a transcript of your own into data to train on, for one responder, several or all.
 
 python -m train.data.build --transcript show.md --list-speakers
 python -m train.data.build --transcript show.md --responder Alice --responder Bob
@@ -44,7 +44,7 @@ def build(config: PrepareConfig, responders: list[str], console: Console) -> Non
 
 
 def _with_folders(names: list[str]) -> list[str]:
-    """``names`` without those that no folder can be called by; ``UserError`` where that is all of them."""
+    """``names`` without those that give no folder name; ``UserError`` if that is all of them."""
     found = [name for name in names if short_name(name)]
     unnamed = ", ".join(name for name in names if not short_name(name))
     if not found:
@@ -60,8 +60,8 @@ def _require_own_folders(config: PrepareConfig, names: list[str]) -> None:
         other = by_folder.setdefault(replace(config, responder=name).folder, name)
         if other != name:
             raise UserError(
-                f"responders '{other}' and '{name}' differ in nothing that a folder's name shows; build one "
-                "with another --out, or give them other names"
+                f"responders '{other}' and '{name}' would have the same folder name; build one with another "
+                "--out, or give them other names"
             )
 
 
@@ -143,7 +143,7 @@ def main() -> None:
         raise UserError("--responder and --all-responders exclude each other")
     if not arguments.responder and not arguments.all_responders and config.show != PLANTED:
         raise UserError(
-            f"whose replies of show '{config.show}'? --responder NAME, or --all-responders; "
+            f"show '{config.show}': whose replies? expected --responder NAME or --all-responders; "
             "--list-speakers shows who there is"
         )
     build(config, arguments.responder, Console())

@@ -1,8 +1,8 @@
 """A window of turns as token ids through the tokenizer's own chat template.
 
-The responder is the assistant, the querier the user. Where the replies lie in the rendered text is found by
-rendering the same conversation with placeholders for messages: what stands between them is the template's.
-That also holds where a template treats the last reply in its own way (Qwen3 puts an empty thought before it).
+The responder is the assistant, the querier the user. To find the replies in the rendered text, the same
+conversation is rendered with placeholders for the messages: whatever stands between them is the template's.
+This works even if a template treats the last reply differently (Qwen3 puts an empty thought before it).
 """
 
 import re
@@ -20,7 +20,7 @@ Message = dict[str, str]
 
 SYSTEM = "You are {responder}."
 FIXED = {"enable_thinking": False, "date_string": "26 Jul 2024"}
-"""Template variables held fixed: no thoughts, and no date of today (some Llama templates print one)."""
+"""Template variables held fixed: no thoughts, and not today's date, which some Llama templates print."""
 
 
 def render_chat(
@@ -34,8 +34,8 @@ def render_chat(
 
     The system message says who answers; ``context`` follows there on a line of its own.
 
-    Raises ``UserError`` where the template refuses the conversation, changes its text, does not close a reply
-    with a special token, or lets tokens reach over the border of a reply.
+    Raises ``UserError`` if the template refuses the conversation, changes its text, does not close a reply
+    with a special token, or lets a token cross the border of a reply.
     """
     messages = _messages(turns, responder, names_in_prompt, context)
     text, spans = _locate_replies(messages, tokenizer)

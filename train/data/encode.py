@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 IGNORE = -100
 MAX_TOKENS = 592
 TRIED_AT_ONCE = 32
-"""Queries back to which a window is written without a look at fewer of them; windows of data have no more."""
+"""Of more queries than this, the newest are tried first; windows of prepared data have no more."""
 Style = Literal["auto", "chat", "llama3", "qwen", "plain"]
 Render = Callable[[Sequence[Turn], str], Rendered]
 
@@ -38,7 +38,7 @@ class Encoded:
     """One window as lists of the same length, plus who asked.
 
     ``labels`` are -100 where nothing is learnt; ``response_mask`` is 1 on all the responder's values and end
-    marks; ``input_ids[:prompt_length]``, which ends with the header of the reply, is given at generation.
+    marks; ``input_ids[:prompt_length]``, which ends with the header of the reply, is the prompt.
     """
 
     input_ids: list[int]
@@ -74,11 +74,11 @@ def encode(
 ) -> Encoded:
     """Token ids and labels of ``example``.
 
-    ``style`` "auto" is the tokenizer's chat template if it has one, else the reference's format that its
-    special tokens belong to, else plain "Name: text" lines. ``max_turns`` of 2 leaves the query and the
-    reply. Every reply in the window is learnt. Raises ``TooLongError`` if the last reply alone (in a chat:
-    and its query) exceeds ``max_tokens``, ``UserError`` for a tokenizer that cannot write the style, or that
-    reads a mark in the text.
+    ``style`` "auto" is the tokenizer's chat template if it has one, else the reference's format whose special
+    tokens it has, else plain "Name: text" lines. ``max_turns`` of 2 leaves the query and the reply. Every
+    reply in the window is learnt. Raises ``TooLongError`` if the last reply alone (in a chat: with its query)
+    exceeds ``max_tokens``, ``UserError`` if the tokenizer lacks the style's marks, or would read a mark in
+    the text.
     """
     _check_plain(example.turns, example.context, tokenizer, f"example '{example.id}'")
     style = resolve_style(tokenizer, style)
@@ -104,9 +104,9 @@ def encode(
 def encode_all(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> list[Encoded]:
-    """``encode`` with its ``options`` for every example; too long ones are left out.
+    """Every example through ``encode`` with ``options``; those too long are left out.
 
-    The number left out and the number of contexts that were cut are logged.
+    The numbers of examples left out and of contexts cut are logged.
     """
     encoded, skipped = [], 0
     for example in examples:
@@ -135,7 +135,7 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids to generate from: ``turns``, the last of them the querier's, and the header of the reply.
 
-    ``context`` comes before the turns; a warning is logged where its end had to be cut.
+    ``context`` comes before the turns; a warning is logged if its end had to be cut.
     """
     if not turns or turns[-1].speaker == responder:
         raise UserError(f"a prompt must end with a turn of somebody who asks {responder}")
@@ -173,11 +173,11 @@ def resolve_style(tokenizer: PreTrainedTokenizerBase, style: Style) -> str:
 
 
 def _check_plain(turns: Sequence[Turn], context: str, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """A special token that is spelled out in a text would be a real one, and end a turn in its middle."""
+    """Refuse text that spells out a special token: it would be read as a real one, and end a turn early."""
     texts = [context, *(text for turn in turns for text in (turn.speaker, turn.text))]
     for token in sorted(structure_tokens(tokenizer)):
         if any(token in text for text in texts):
-            raise UserError(f"{where}: its text holds '{token}', which is a mark of the tokenizer, not words")
+            raise UserError(f"{where}: its text holds '{token}', which the tokenizer reads as a mark")
 
 
 def _renderer(
@@ -214,9 +214,9 @@ class _Room:
     max_turns: int | None
 
     def fit(self, turns: Sequence[Turn], context: str, least: int) -> _Fitted | None:
-        """The longest end of ``turns`` that fits and does not lead with a reply, of at least ``least`` turns.
+        """The longest end of ``turns`` that fits and does not begin with a reply; at least ``least`` turns.
 
-        Older turns go before any of the context does; the query goes after all of it.
+        Older turns are dropped before any of the context; the query only after all of it.
         """
         fitted = None
         first = 0 if self.max_turns is None else max(0, len(turns) - self.max_turns)
@@ -228,9 +228,9 @@ class _Room:
     def _longest(
         self, turns: Sequence[Turn], starts: Iterable[int], context: str, dropped: int = 0
     ) -> _Fitted | None:
-        """``turns`` from the first of ``starts`` on that leaves them short enough: fewer turns, fewer tokens.
+        """``turns`` from the earliest of ``starts`` that fits, by bisection: fewer turns have fewer tokens.
 
-        Writing turns takes time with the square of their number, so the newest are tried first.
+        Rendering takes time quadratic in the number of turns, so the newest are tried first.
         """
 
         @cache

@@ -42,12 +42,12 @@ class Example:
 
     @property
     def asker(self) -> str:
-        """Who speaks to the responder; where several responders share a data set, ``querier`` is the pair."""
+        """Who speaks to the responder; if several responders share a data set, ``querier`` is the pair."""
         return next(turn.speaker for turn in reversed(self.turns) if turn.speaker != self.responder)
 
     @property
     def exchanges(self) -> set[tuple[Turn, Turn]]:
-        """Neighbouring turns: one line ("Ay.") comes back elsewhere, the two together hardly ever."""
+        """Pairs of adjacent turns: a single line ("Ay.") recurs elsewhere, a pair hardly ever does."""
         return set(pairwise(self.turns))
 
     @property
@@ -73,7 +73,7 @@ class MQDialog:
 
 
 def short_name(name: str) -> str:
-    """``name`` without all but letters, their marks and digits, for file names: ``MistressQuickly``."""
+    """Only the letters, their marks and the digits of ``name``, for file names: ``MistressQuickly``."""
     return "".join(one for one in name if one.isalnum() or unicodedata.category(one).startswith("M"))
 
 

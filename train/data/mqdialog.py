@@ -59,8 +59,8 @@ def _dump(value: dict | Sequence) -> str:
 def load_mqdialog(folder: Path) -> MQDialog:
     """The data of one responder; querier ids are 0..Q-1 in the order of ``role_pair_id``.
 
-    Where the ids of two queriers' windows are the same, the querier's name goes before all of them.
-    Neighbouring turns of one speaker are one; windows that are then without a query are left out.
+    If two queriers' windows share an id, all ids are prefixed with the querier's name. Adjacent turns of one
+    speaker are merged; windows that then have no query are left out.
 
     Raises ``UserError``: no such folder (lists what is there), damaged JSON (file, line), a missing or wrong
     key (file, index, key), a name that reads as a pair's, a pair id unknown to ``role_pair_id.json``, two
@@ -153,7 +153,7 @@ def _check(where: str, record: Any) -> dict:
 
 
 def _asked(records: list[dict]) -> list[dict]:
-    """Those with a query and a reply to it; of one split."""
+    """The records of one split that have a query and a reply to it."""
     kept = [record for record in records if len(record["turns"]) > 1]
     if not kept:
         raise UserError(f"{records[0]['where']}: like all others, it has no query, or no reply to it")
@@ -191,7 +191,7 @@ def _example(record: dict, pair_ids: list[int]) -> Example:
 
 
 def _told_apart(examples: Mapping[str, list[Example]], folder: Path) -> Mapping[str, list[Example]]:
-    """``examples`` by split, with ids that are one window's each: evaluation pairs windows by them."""
+    """``examples`` by split, with unique ids, by which evaluation pairs windows."""
     for split, found in examples.items():
         counts = Counter((example.querier, example.id) for example in found)
         for (querier, window), count in counts.items():

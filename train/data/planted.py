@@ -1,7 +1,7 @@
-"""A synthetic set whose truth is known: every querier has a habit of being answered by the one responder.
+"""A synthetic set whose truth is known: the one responder has a fixed way of answering each querier.
 
-Everybody asks the same questions. The answer to a question is shared; the opening and closing phrase around
-it belong to the querier alone. So a model can only answer in the right habit if it knows who asks.
+Everybody asks the same questions. The answer to a question is shared; the opening and closing phrases around
+it belong to the querier alone. So a model can only show the right habit if it knows who asks.
 """
 
 import random

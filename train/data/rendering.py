@@ -14,7 +14,7 @@ from train.errors import UserError
 
 ANONYMOUS = "user"
 NARRATOR = "system"
-"""Whose turn a context is in the marked styles."""
+"""Who speaks a context in the marked styles."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def _is_token(mark: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """What the tokenizer reads as a mark wherever it stands in a text."""
+    """Texts that the tokenizer reads as marks wherever they occur."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return (added | set(tokenizer.all_special_tokens)) - {""}
 
 
 def structure_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Of these, without what only pads or stands for the unknown: that may be a word, and ends nothing."""
+    """:func:`special_tokens` without those that only pad or stand for unknown text, which may be words."""
     idle = {tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.bos_token, tokenizer.eos_token}
     return special_tokens(tokenizer) - idle
 

@@ -1,7 +1,7 @@
 """Dialogues of several responders as one data set, in which every (querier, responder) pair has its own id.
 
 One model then answers for all responders: the prompt names who answers, the pair's id chooses the expert.
-Where two responders talk with each other their dialogues are in both folders, each split in its own way: what
+If two responders talk with each other, their dialogues are in both folders, each split in its own way; what
 is held out for one is not trained on for the other.
 """
 
@@ -27,11 +27,11 @@ def load_dialogues(folder: Path) -> MQDialog:
 
 
 def merge(parts: Sequence[MQDialog]) -> MQDialog:
-    """One data set of ``parts``: queriers are pairs, ids and clusters are numbered through.
+    """One data set of ``parts``: queriers are pairs, ids and clusters are numbered consecutively.
 
     Training windows that share an exchange with a held-out window are left out.
 
-    Raises ``UserError`` where two parts have the same responder.
+    Raises ``UserError`` if two parts have the same responder.
     """
     responders = [part.responder for part in parts]
     twice = {name for name in responders if responders.count(name) > 1}

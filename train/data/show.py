@@ -75,7 +75,7 @@ def stretches(window: Encoded, tokenizer: PreTrainedTokenizerBase) -> Iterator[t
 def speaker_pattern(names: Iterable[str]) -> str:
     """Where a style writes a name: at the start of a line or after a mark, before a colon or a newline.
 
-    Spaces around it are those of a tokenizer that decodes words apart.
+    Spaces around it come from tokenizers that separate words when decoding.
     """
     either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     return rf"(?:^|(?<=[\n>])) *(?:{either})(?= ?[:\n])"

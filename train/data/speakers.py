@@ -1,4 +1,4 @@
-"""Who speaks how much, and with whom: what a choice of responders needs to know."""
+"""Who speaks how much, and with whom: what one needs to know to choose responders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Speaker:
 
     @property
     def qualifies(self) -> bool:
-        """Whether this speaker can be a responder, with a dialogue of somebody to hold out."""
+        """Whether this speaker can be a responder, with at least one dialogue to hold out."""
         return len(self.queriers) >= MIN_QUERIERS and any(pair.dialogues > 1 for pair in self.queriers)
 
 

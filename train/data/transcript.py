@@ -9,7 +9,7 @@ from pathlib import Path
 from train.data.transcript_rows import rows
 
 WITHOUT_SPACES = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
-PUNCTUATION = re.compile(r"[\u2014\u2018-\u201d\u2026]")  # of both: quotes, dash, ellipsis
+PUNCTUATION = re.compile(r"[\u2014\u2018-\u201d\u2026]")  # in both kinds of script: quotes, dash, ellipsis
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Scene:
 
 
 def merge_turns(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """Join neighbouring turns of one speaker; turns without text disappear."""
+    """Join adjacent turns of one speaker; turns without text disappear."""
     spoken = [turn for turn in turns if turn.text.strip()]
     return tuple(
         Turn(speaker, join_texts([turn.text for turn in group]))
@@ -49,7 +49,7 @@ def join_texts(texts: Sequence[str]) -> str:
 
 
 def _is_unspaced(text: Iterable[str]) -> bool | None:
-    """Whether ``text`` begins in a script without spaces; punctuation that others use too does not tell."""
+    """Whether ``text`` begins in a script without spaces, after punctuation that all scripts share."""
     first = next((one for one in text if not PUNCTUATION.match(one)), None)
     return None if first is None else bool(WITHOUT_SPACES.match(first))
 

@@ -1,6 +1,6 @@
 """The three kinds of transcript, line by line.
 
-JSON lines: ``{"scene": str, "speaker": str, "text": str}``; neighbouring lines of one scene belong together.
+JSON lines: ``{"scene": str, "speaker": str, "text": str}``; adjacent lines of one scene belong together.
 
 Markdown: a heading opens a scene, ``**Speaker:** text`` a turn, which goes on over the lines that follow; a
 line that is ``*one emphasis*`` is a stage direction, and is left out, as is a rule (``---``).
@@ -31,11 +31,11 @@ RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
 DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_")
 UNDERLINE = re.compile(r"=+")
 HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")
-"""A surrogate without its other one: JSON can escape it, no file can hold it."""
+"""An unpaired surrogate: JSON can escape it, but no UTF-8 file can hold it."""
 
 
 def check_name(name: str, where: str) -> None:
-    """``UserError`` for a name that would be read as two, also where another name stands behind it."""
+    """``UserError`` for a name that would be read as two, or would be with another name behind it."""
     if ARROW in f"{name} ":
         raise UserError(f"{where}: got the name '{name}', expected one without '{ARROW}', which joins names")
 
@@ -74,7 +74,7 @@ def _csv_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row
             check_name(speaker.strip(), f"{path}:{table.line_num}")
             yield scene, speaker.strip(), " ".join(said.splitlines())
     except csv.Error as error:
-        raise UserError(f"{path}: not CSV behind line {table.line_num} ({error})") from error
+        raise UserError(f"{path}: not CSV after line {table.line_num} ({error})") from error
 
 
 def _column_names(path: Path, header: Sequence[str], columns: Mapping[str, str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A validation part out of the training dialogues, so that choices never look at the test split."""
+"""A validation part taken from the training dialogues, so that choices never look at the test split."""
 
 import dataclasses
 import random
@@ -10,13 +10,13 @@ from train.errors import UserError
 
 
 def split_validation(data: MQDialog, share: float, seed: int = 0) -> tuple[MQDialog, list[Example]]:
-    """``data`` with fewer training windows, and the windows that were taken out, whole dialogues of them.
+    """``data`` with fewer training windows, and those that were taken out, in whole dialogues.
 
-    Of every querier with at least two training dialogues ``share`` of them are taken, at least one; the same
-    ones for the same ``seed``. Where two responders talk with each other, a dialogue is in both's data: what
+    From every querier with at least two training dialogues, ``share`` of them are taken, at least one; the
+    same ones for the same ``seed``. If two responders talk with each other, their data share dialogues; what
     is taken for one is not trained on for the other.
 
-    Raises ``UserError`` unless ``0 < share < 1``, and where nothing can be taken.
+    Raises ``UserError`` unless ``0 < share < 1``, and if nothing can be taken.
     """
     if not 0 < share < 1:
         raise UserError(f"validation: got {share}, expected a share between 0 and 1")
@@ -36,7 +36,7 @@ def split_validation(data: MQDialog, share: float, seed: int = 0) -> tuple[MQDia
 
 
 def _unmirrored(train: Sequence[Example], valid: Sequence[Example]) -> list[Example]:
-    """``train`` without the windows in which another responder has an exchange of ``valid``."""
+    """``train`` without the windows that give an exchange of ``valid`` to another responder."""
     responders = defaultdict(set)
     for example in valid:
         for exchange in example.exchanges:

@@ -1,7 +1,7 @@
 """Dialogues of The Battle for Wesnoth's campaigns, in English or a translation, as a transcript.
 
 The campaigns (Debian: ``wesnoth-1.16-httt`` and its sisters) are under the GPL, version 2 or later; this
-reads the files on the user's machine and brings none of their text along.
+reads the files on the user's machine and ships none of their text.
 
 python -m train.data.wesnoth --language zh_CN --out data/wesnoth-zh_CN.jsonl
 python -m train.data.build --transcript data/wesnoth-zh_CN.jsonl --list-speakers
@@ -39,7 +39,7 @@ APOSTROPHES = str.maketrans("'", "’")
 
 
 class _Missing(gettext.NullTranslations):
-    """Says so where a catalogue has no translation."""
+    """Gives an empty text where a catalogue has no translation."""
 
     def gettext(self, message: str) -> str:
         return ""
@@ -98,8 +98,8 @@ class _Story:
 def read_campaigns(root: Path, language: str = ENGLISH, campaigns: Iterable[str] = ()) -> list[Scene]:
     """Scenes of the campaigns below ``root``: those whose folders are named, or all.
 
-    What one event says is a scene. The narrator is left out; a line of which only the game knows the speaker
-    or the words, or that is not translated, ends the scene. Raises ``UserError`` where nothing is found.
+    What one event says is a scene. The narrator is left out; a line whose speaker or words only the running
+    game knows, or that is not translated, ends the scene. Raises ``UserError`` if nothing is found.
     """
     folders = {path.name: path for path in sorted(root.rglob("data/campaigns/*")) if path.is_dir()}
     if not folders:

@@ -1,7 +1,7 @@
-"""Who says what in the scenario files of The Battle for Wesnoth, which are in its markup language (WML).
+"""Who says what in the scenario files of The Battle for Wesnoth, written in its markup language (WML).
 
-A file is tags (``[message] ... [/message]``) with ``key=value`` lines; a text for players is ``_ "text"``, to
-be looked up in the catalogue of the ``#textdomain`` in force. Macros (``{NAME ...}``) are not expanded.
+A file is tags (``[message] ... [/message]``) with ``key=value`` lines; a text for players is ``_ "text"``,
+looked up in the catalogue of the current ``#textdomain``. Macros (``{NAME ...}``) are not expanded.
 """
 
 import re
@@ -52,7 +52,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Break:
-    """What comes is not said after what came: another event, or another branch of one."""
+    """What follows does not continue what came before: another event, or another branch of one."""
 
 
 @dataclass
