@@ -130,10 +130,10 @@ def _initialize(model: PreTrainedModel) -> None:
 
 
 def _copy_norm(norm: nn.Module, family: Family) -> nn.Module:
-    """A norm that starts as the model's final norm but is one of its own, applied when called."""
+    """A new, trainable norm that starts as a copy of the model's final norm and is applied when called."""
     duplicate = copy.deepcopy(norm)
     family.to_plain(duplicate)
-    return duplicate
+    return duplicate.requires_grad_(True)  # the original may be frozen, as PEFT leaves it
 
 
 def _check_fits(model: PreTrainedModel, qar: QARConfig) -> None:
