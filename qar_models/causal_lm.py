@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from qar_models.config import QARConfig
+from qar_models.config import CACHE, QARConfig
 from qar_models.contrast import QuerierContrast
 from qar_models.distributed import mean_over_ranks
 from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
-from qar_models.modeling import CACHE, QARModelOutput
+from qar_models.modeling import QARModelOutput
 from qar_models.packing import ids_of_windows
 from qar_models.queriers import as_ids, check_prompt_ids, ids_that_stay
 from qar_models.row_sparse import sparse_parameters

@@ -1,4 +1,4 @@
-"""What makes a model querier-aware, as one frozen, checked dataclass."""
+"""What makes a model querier-aware: one frozen, checked dataclass, kept in transformers' configurations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 Tower = Literal["residual", "replace"]
 ExpertKind = Literal["per_querier", "shared", "shared+per_querier"]
@@ -14,6 +16,10 @@ UnknownPolicy = Literal["none", "error", "mean", "shared"]
 ContrastKind = Literal["masked", "reference"]
 GradientLayout = Literal["dense", "sparse"]
 Backend = Literal["auto", "triton", "torch", "reference"]
+
+_OUTPUTS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+CACHE = "cache" if "cache" in _OUTPUTS else "past_key_values"
+"""What transformers calls the key-value cache in calls and outputs: ``cache`` since 5.24."""
 
 _LOWEST = {
     "num_queriers": 1,
@@ -175,6 +181,9 @@ class QARConfig:
 
 class QARConfigMixin:
     """A model configuration whose ``qar`` may be set as a :class:`QARConfig`, and is held as JSON is."""
+
+    # outputs that are not predictions; a list, because transformers' Trainer adds to it
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE, "lm_loss", "contrastive_loss"]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value.to_dict() if isinstance(value, QARConfig) else value)

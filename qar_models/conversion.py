@@ -16,7 +16,7 @@ from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
 from qar_models.contrast_reference import ReferenceContrast
 from qar_models.experts import Experts
-from qar_models.families import Family, family_of, has_own_forward
+from qar_models.families import Classes, Family, family_of, has_own_forward
 from qar_models.queriers import TowerMemo
 
 CONTRASTS = {"masked": QuerierContrast, "reference": ReferenceContrast}
@@ -42,7 +42,7 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
         raise TypeError(f"qar: got a {type(qar).__name__}, expected a QARConfig")
     base = unwrap(model)
     family = family_of(base)
-    if type(base) is family.for_causal_lm:
+    if type(base) is family.aware.causal_lm:
         raise ValueError(f"model: {type(base).__name__} is querier-aware already; call remove_qar first")
     _check_fits(base, qar)
     _check_classes(base, family.plain)
@@ -50,7 +50,7 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
     _own_config(model, base.config)
     family.to_aware(base.config)
     base.config.qar = qar.to_dict()
-    base.config.architectures = [family.for_causal_lm.__name__]
+    base.config.architectures = [family.aware.causal_lm.__name__]
     family.to_aware(base)
     install(base)
     _initialize(base)
@@ -61,7 +61,7 @@ def remove_qar(model: nn.Module) -> nn.Module:
     """Give the base model back: the inverse of :func:`apply_qar`, in place."""
     base = unwrap(model)
     family = family_of(base)
-    if type(base) is not family.for_causal_lm:
+    if type(base) is not family.aware.causal_lm:
         raise ValueError(f"model: {type(base).__name__} is not querier-aware")
     _check_classes(base, family.aware)
     decoder = base.model
@@ -76,7 +76,7 @@ def remove_qar(model: nn.Module) -> nn.Module:
     del base.contrast, base.qar, base.config.qar
     for instance in (decoder.norm, decoder, base, base.config):
         family.to_plain(instance)
-    base._no_split_modules = decoder._no_split_modules = {family.plain[2].__name__}
+    base._no_split_modules = decoder._no_split_modules = {family.plain.layer.__name__}
     base.config.architectures = [type(base).__name__]
     return model
 
@@ -99,7 +99,7 @@ def install(model: PreTrainedModel) -> None:
     model.qar = decoder.qar = qar
     decoder.trained_ids = []
     decoder.tower_memo = TowerMemo()
-    model._no_split_modules = decoder._no_split_modules = {family.aware[2].__name__}
+    model._no_split_modules = decoder._no_split_modules = {family.aware.layer.__name__}
     for index, layer in enumerate(decoder.layers):
         _install_layer(family, layer, index, qar)
     if qar.tower == "replace":
@@ -152,7 +152,7 @@ def _own_config(model: nn.Module, config: PreTrainedConfig) -> None:
             module.config = own
 
 
-def _check_classes(model: PreTrainedModel, kinds: tuple[type, ...]) -> None:
+def _check_classes(model: PreTrainedModel, kinds: Classes) -> None:
     for module in (model, model.model, model.model.norm, *model.model.layers):
         if type(module) not in kinds or has_own_forward(module):
             raise TypeError(

@@ -6,7 +6,7 @@ and leave attention, masks, rotary embeddings and caches to it. B sequences, S t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qar_models.base_mlp import BaseMLP, fusable
-from qar_models.config import Tower
+from qar_models.config import CACHE, Tower
 from qar_models.experts import Experts
 from qar_models.packing import (
     PACKED_ATTENTION,
@@ -27,9 +27,6 @@ from qar_models.packing import (
 )
 from qar_models.queriers import TowerMemo
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
-
-CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-"""What transformers calls the key-value cache in calls and outputs: ``cache`` since 5.24."""
 
 
 def check_no_other_cache(kwargs: dict[str, Any]) -> None:

@@ -74,9 +74,9 @@ def load_upstream(
 
 def _family_of(hf_config: PreTrainedConfig) -> Family:
     for family in FAMILIES:
-        if type(hf_config) is family.plain[0]:
+        if type(hf_config) is family.plain.config:
             return family
-    supported = ", ".join(family.plain[0].__name__ for family in FAMILIES)
+    supported = ", ".join(family.plain.config.__name__ for family in FAMILIES)
     raise TypeError(f"hf_config: got {type(hf_config).__name__}, expected one of {supported}")
 
 
