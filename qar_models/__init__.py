@@ -21,10 +21,11 @@ from qar_models.row_sparse import average_row_gradients, clip_grad_norm_, sparse
 from qar_models.upstream import load_upstream
 
 for _family in FAMILIES:
-    AutoConfig.register(_family.aware[0].model_type, _family.aware[0])
-    AutoModelForCausalLM.register(_family.aware[0], _family.for_causal_lm)
-    # Trainer's label smoothing shifts the labels only for classes that are named here
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_family.aware[0].model_type] = _family.for_causal_lm.__name__
+    _aware = _family.aware
+    AutoConfig.register(_aware.config.model_type, _aware.config)
+    AutoModelForCausalLM.register(_aware.config, _aware.causal_lm)
+    # with label smoothing, transformers' Trainer shifts labels only for the classes listed here
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_aware.config.model_type] = _aware.causal_lm.__name__
 
 __all__ = [
     "QARConfig",

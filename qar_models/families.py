@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import (
@@ -28,17 +28,13 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from qar_models.causal_lm import QARForCausalLMMixin
 from qar_models.config import QARConfigMixin
-from qar_models.modeling import CACHE, DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
-
-IGNORED_AT_INFERENCE = [CACHE, "lm_loss", "contrastive_loss"]  # a list: they add to it
-"""Outputs that are no predictions to transformers' Trainer."""
+from qar_models.modeling import DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
 
 
 class QARLlamaConfig(QARConfigMixin, LlamaConfig):
     """:class:`LlamaConfig` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_llama"
-    keys_to_ignore_at_inference = IGNORED_AT_INFERENCE
     qar: dict[str, Any] | None = None
 
 
@@ -66,7 +62,6 @@ class QARQwen2Config(QARConfigMixin, Qwen2Config):
     """:class:`Qwen2Config` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_qwen2"
-    keys_to_ignore_at_inference = IGNORED_AT_INFERENCE
     qar: dict[str, Any] | None = None
 
 
@@ -94,7 +89,6 @@ class QARQwen3Config(QARConfigMixin, Qwen3Config):
     """:class:`Qwen3Config` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
 
     model_type = "qar_qwen3"
-    keys_to_ignore_at_inference = IGNORED_AT_INFERENCE
     qar: dict[str, Any] | None = None
 
 
@@ -118,17 +112,22 @@ class QARQwen3ForCausalLM(QARForCausalLMMixin, Qwen3ForCausalLM):
     config_class = QARQwen3Config
 
 
+class Classes(NamedTuple):
+    """The classes that a conversion exchanges."""
+
+    config: type[PreTrainedConfig]
+    norm: type[nn.Module]
+    layer: type[nn.Module]
+    decoder: type[PreTrainedModel]
+    causal_lm: type[PreTrainedModel]
+
+
 @dataclass(frozen=True)
 class Family:
-    """A family's plain classes and, in the same order, their querier-aware subclasses."""
+    """A family's plain classes and their querier-aware subclasses."""
 
-    plain: tuple[type, type, type, type, type]
-    aware: tuple[type, type, type, type, type]
-
-    @property
-    def for_causal_lm(self) -> type[PreTrainedModel]:
-        """The querier-aware ``ForCausalLM`` class."""
-        return self.aware[4]
+    plain: Classes
+    aware: Classes
 
     def to_aware(self, instance: PreTrainedConfig | nn.Module) -> None:
         """Turn one object of the family into its querier-aware subclass, in place."""
@@ -140,12 +139,12 @@ class Family:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether ``module``, or a hook of accelerate around it, calls another ``forward`` than its class's."""
+    """Whether ``module``, seen through accelerate's hooks, has a ``forward`` other than its class's."""
     own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
     if own is None:
         return False
     known = type(module).forward
-    # accelerate takes off mixed precision together with the decorators that transformers has put around
+    # with mixed precision, accelerate also takes off the decorators that transformers has put around it
     while known is not getattr(own, "__func__", None):
         known = getattr(known, "__wrapped__", None)
         if known is None:
@@ -155,33 +154,33 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def _change_class(instance: PreTrainedConfig | nn.Module, kind: type) -> None:
     instance.__class__ = kind
-    if "_old_forward" in instance.__dict__:  # bound by accelerate's hooks, which show its signature too
+    if "_old_forward" in instance.__dict__:  # accelerate's hooks bound it, and copied its signature
         instance._old_forward = MethodType(kind.forward, instance)
         functools.update_wrapper(instance.forward, instance._old_forward)
-    elif "forward" in instance.__dict__:  # left behind by hooks that were taken off
+    elif "forward" in instance.__dict__:  # left behind by removed hooks
         del instance.forward
 
 
 FAMILIES = (
     Family(
-        (LlamaConfig, LlamaRMSNorm, LlamaDecoderLayer, LlamaModel, LlamaForCausalLM),
-        (QARLlamaConfig, QARLlamaRMSNorm, QARLlamaDecoderLayer, QARLlamaModel, QARLlamaForCausalLM),
+        Classes(LlamaConfig, LlamaRMSNorm, LlamaDecoderLayer, LlamaModel, LlamaForCausalLM),
+        Classes(QARLlamaConfig, QARLlamaRMSNorm, QARLlamaDecoderLayer, QARLlamaModel, QARLlamaForCausalLM),
     ),
     Family(
-        (Qwen2Config, Qwen2RMSNorm, Qwen2DecoderLayer, Qwen2Model, Qwen2ForCausalLM),
-        (QARQwen2Config, QARQwen2RMSNorm, QARQwen2DecoderLayer, QARQwen2Model, QARQwen2ForCausalLM),
+        Classes(Qwen2Config, Qwen2RMSNorm, Qwen2DecoderLayer, Qwen2Model, Qwen2ForCausalLM),
+        Classes(QARQwen2Config, QARQwen2RMSNorm, QARQwen2DecoderLayer, QARQwen2Model, QARQwen2ForCausalLM),
     ),
     Family(
-        (Qwen3Config, Qwen3RMSNorm, Qwen3DecoderLayer, Qwen3Model, Qwen3ForCausalLM),
-        (QARQwen3Config, QARQwen3RMSNorm, QARQwen3DecoderLayer, QARQwen3Model, QARQwen3ForCausalLM),
+        Classes(Qwen3Config, Qwen3RMSNorm, Qwen3DecoderLayer, Qwen3Model, Qwen3ForCausalLM),
+        Classes(QARQwen3Config, QARQwen3RMSNorm, QARQwen3DecoderLayer, QARQwen3Model, QARQwen3ForCausalLM),
     ),
 )
 
 
 for _family in FAMILIES:
-    # transformers enters a class here when its __init__ runs, which an in-place conversion skips; without
+    # transformers registers a class here when its __init__ runs, which an in-place conversion skips; without
     # the entry ``output_hidden_states`` and ``output_attentions`` would silently return None
-    _decoder = _family.aware[3]
+    _decoder = _family.aware.decoder
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(_decoder), _decoder._can_record_outputs)
 
 
@@ -192,7 +191,7 @@ def family_of(model: nn.Module) -> Family:
         TypeError: naming the model's class, if no family has it.
     """
     for family in FAMILIES:
-        if type(model) in (family.plain[4], family.aware[4]):
+        if type(model) in (family.plain.causal_lm, family.aware.causal_lm):
             return family
-    supported = ", ".join(family.plain[4].__name__ for family in FAMILIES)
+    supported = ", ".join(family.plain.causal_lm.__name__ for family in FAMILIES)
     raise TypeError(f"model: got {type(model).__name__}, expected one of {supported}")

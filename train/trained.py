@@ -77,6 +77,7 @@ def build(
     _check_targets(peft, config)
     for name, parameter in model.named_parameters():
         if is_querier_part(name):
+            # PEFT has frozen it. Converting after PEFT would not, but would draw other weights from a seed
             parameter.requires_grad_(True)
             # as PEFT does with LoRA: AdamW in 16 bits would round small updates away
             parameter.data = parameter.data.float()

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from qar_models import QARLlamaForCausalLM, apply_qar, remove_qar
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], lora_dropout=0.0)
+PEFT_PREFIX = "base_model.model."
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
@@ -144,6 +145,28 @@ def test_conversion_in_the_middle_of_training_keeps_mode_and_frozen_parameters()
     assert trainable == {f"model.layers.{i}.experts.{n}" for i in (0, 1) for n in ("gate", "up", "down")}
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+def test_what_is_added_trains_whether_lora_comes_before_or_after(tower):
+    settings = qar_config(tower, num_clusters=2, projection_dim=8)
+    bare = set(dict(plain_model().named_parameters()))
+    frozen = apply_qar(plain_model().requires_grad_(False), settings)
+    added = {name for name, _ in frozen.named_parameters()} - bare
+    assert {"contrast.norm_role_proj.weight", "contrast.head_weight"} < added
+    assert ("model.norm_specific.weight" in added) == (tower == "replace")
+    assert set(trainable(frozen)) == added
+    before = apply_qar(get_peft_model(plain_model(), LORA), settings)
+    assert {name for name in trainable(before) if "lora_" not in name} == {PEFT_PREFIX + n for n in added}
+    after = get_peft_model(apply_qar(plain_model(), settings), LORA)
+    assert all("lora_" in name for name in trainable(after))  # PEFT freezes what it finds
+    for name in added:
+        after.get_parameter(PEFT_PREFIX + name).requires_grad_(True)
+    assert trainable(after) == trainable(before)  # in the same order, on which optimizer states depend
+
+
+def trainable(model):
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def test_a_llama_config_of_another_size_is_untouched_by_the_registration(tmp_path):
     plain_model().save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is LlamaConfig
@@ -221,7 +244,7 @@ def test_a_forward_method_of_ones_own_is_named_and_nothing_changes(where):
         module, kind = whole.get_submodule(where), type(whole)
         own = module.forward
         module.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs)
-        with pytest.raises(TypeError, match=f"got a {type(module).__name__} in it, or a forward method"):
+        with pytest.raises(TypeError, match=f"got a {type(module).__name__} with a patched forward"):
             convert()
         assert type(whole) is kind
 

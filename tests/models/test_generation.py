@@ -15,7 +15,7 @@ from tiny_models import (
 from transformers import DynamicCache
 
 from qar_models import QARConfig, apply_qar, queriers
-from qar_models.modeling import CACHE
+from qar_models.config import CACHE
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 

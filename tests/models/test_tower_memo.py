@@ -35,14 +35,14 @@ def test_on_the_host_equal_ids_share_their_towers(qar):
 def test_elsewhere_the_same_tensor_shares_its_towers_where_it_stays(qar, monkeypatch):
     monkeypatch.setattr(queriers, "_on_host", lambda ids: False)
     memo, ids = TowerMemo(), torch.tensor([1, 0])
-    with queriers.ids_that_stay():
+    with queriers.assume_ids_unchanged():
         first = towers(memo, qar, ids)
         assert towers(memo, qar, ids) is first
         assert towers(memo, qar, torch.tensor([1, 0])) is not first
         towers(memo, qar, ids)
     ids[0] = 2  # a buffer that a server writes the next batch's ids to
     assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
-    with queriers.ids_that_stay():
+    with queriers.assume_ids_unchanged():
         assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
 
 
@@ -81,6 +81,6 @@ def test_other_queriers_or_policies_are_grouped_anew():
     with pytest.raises(ValueError, match="querier_ids: got 4, expected ids from -1 to 3"):
         model(input_ids, querier_ids=ids)
     model(input_ids, querier_ids=-torch.ones(1, dtype=torch.int64))
-    model.set_qar(dataclasses.replace(model.qar, unknown_querier="error"))
+    model.qar = dataclasses.replace(model.qar, unknown_querier="error")
     with pytest.raises(ValueError, match="unknown_querier='error'"):
         model(input_ids, querier_ids=-torch.ones(1, dtype=torch.int64))

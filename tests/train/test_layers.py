@@ -44,6 +44,8 @@ def test_upper_part_trains_the_model_itself(loaded, windows, tmp_path):
     assert model.model.layers[1].experts.down.grad.abs().sum() > 0
     assert model.model.layers[0].mlp.up_proj.weight.grad is None
     assert model.config.num_hidden_layers == 3
+    assert part.qar.first_expert_layer == part.config.qar["first_expert_layer"] == 0
+    assert model.qar.first_expert_layer == model.model.layers[1].experts.qar.first_expert_layer == 1
 
 
 def test_cache_is_used_unless_it_is_damaged_or_the_weights_have_changed(
