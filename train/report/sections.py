@@ -151,14 +151,16 @@ def planted(test: Part | None) -> str:
 
 
 def expert_similarity(similarity: Part | None) -> str:
-    """Heat map of {"names": [...], "matrix": [[...]]}: cosine between the queriers' expert weights."""
+    """Heat map of {"names": [...], "matrix": [[...]]}: how alike the experts move the hidden states."""
     if not similarity or len(similarity["names"]) < 2:
         return ""
     chart = charts.heat_map(similarity["names"], similarity["matrix"], "cosine")
-    note = "Experts of queriers who are answered alike point the same way. The diagonal is 1 and left blank."
-    return section(
-        "Querier similarity", figures([figure("Cosine of expert weights", chart)]), note=note, half=True
+    note = (
+        "All experts read the same windows; an effect is the last hidden state minus its mean over queriers. "
+        "Queriers who are answered alike have experts of similar effect. The diagonal is 1 and left blank."
     )
+    caption = "Cosine of the experts' effects on hidden states"
+    return section("Querier similarity", figures([figure(caption, chart)]), note=note, half=True)
 
 
 def answers(samples: Sequence[Part]) -> str:
