@@ -44,6 +44,7 @@ def test_upper_part_trains_the_model_itself(loaded, windows, tmp_path):
     assert model.model.layers[1].experts.down.grad.abs().sum() > 0
     assert model.model.layers[0].mlp.up_proj.weight.grad is None
     assert model.config.num_hidden_layers == 3
+    assert upper_part(model, 0) is model
 
 
 def test_cache_is_used_unless_it_is_damaged_or_the_weights_have_changed(
