@@ -13,7 +13,6 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 from rich.console import Console
 from rich.text import Text
@@ -22,7 +21,16 @@ from transformers import TextStreamer
 from train.cli import positive_int, run
 from train.data.transcript import Turn
 from train.errors import UserError
-from train.generate import answer, answer_table, end_marks, known_querier, prompt_as, querier_id, roles
+from train.generate import (
+    answer,
+    answer_table,
+    end_marks,
+    generate_replies,
+    known_querier,
+    prompt_as,
+    querier_id,
+    roles,
+)
 from train.trained import Trained, load_trained
 
 
@@ -54,23 +62,19 @@ class Chat:
 
     def _answer(self, query: str) -> None:
         asked = [*self.history, Turn(self.querier, query)]
-        tokenizer = self.trained.tokenizer
-        prompt = prompt_as(self.trained, asked, self.querier)  # what it refuses was not said
+        prompt = prompt_as(self.trained, asked, self.querier)  # may refuse the query: then it was not said
         responder = roles(self.trained, self.querier)[1]
         self.console.print(Text.assemble((responder, "bold"), ": "), end="")
-        model, asking = self.trained.model, querier_id(self.trained.queriers, self.querier)
-        ids = torch.tensor([prompt], device=model.device)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            querier_ids=torch.tensor([asking], device=model.device),
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            eos_token_id=end_marks(self.trained),
-            pad_token_id=tokenizer.pad_token_id,
+        tokenizer = self.trained.tokenizer
+        (reply,) = generate_replies(
+            self.trained.model,
+            tokenizer,
+            [prompt],
+            [querier_id(self.trained.queriers, self.querier)],
+            self.max_new_tokens,
+            end_marks(self.trained),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
-        reply = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
         self.history = [*asked, Turn(self.trained.responder, reply)]
 
     def _answer_all(self) -> None:
