@@ -1,20 +1,20 @@
-"""Chart primitives: matplotlib figures as inline SVG, without pyplot's global state.
+"""Chart primitives: figures as inline SVG.
 
 Text and axes are drawn in one ink that becomes `currentColor`, so a page's theme colours them.
 """
 
-import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
+
+from train import svg
 
 PALETTE = {"zero_shot": "#8e979f", "ft": "#4f7a9e", "qar": "#e2570b"}
 OTHER_METHOD = "#2f9486"
@@ -22,16 +22,11 @@ _INK = "#7b7b7b"
 _LONGEST = 16  # letters of a name on a square map
 _WIDTH = 4.6  # inches: the text stays readable when a phone shrinks the figure to its width
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: the browser has the glyphs for Chinese names
-    "svg.hashsalt": "qar",
-    "text.parse_math": False,  # names may hold a "$"
     "font.family": "sans-serif",
-    "font.size": 9.5,
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
     "axes.linewidth": 0.6,
-    "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.color": _INK,
     "ytick.color": _INK,
@@ -39,7 +34,6 @@ _STYLE = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 Interval = Sequence[float | None] | None
 
@@ -51,20 +45,17 @@ def colour(method: str) -> str:
 
 @contextmanager
 def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with svg.canvas(_WIDTH, height, _STYLE) as figure, warnings.catch_warnings():
         # The browser draws the glyphs that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.subplots()
         axes.locator_params(axis="x", nbins=6)
         yield figure, axes
 
 
 def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata=_METADATA)
-    text = buffer.getvalue()
-    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # ids would repeat across figures
+    text = svg.to_svg(figure, transparent=True)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids would repeat across figures
     return text.replace(_INK, "currentColor").replace("<svg", '<svg role="img"', 1)
 
 
