@@ -1,6 +1,6 @@
 """Talk with a trained responder, as anybody it knows.
 
-    python -m train.chat --model runs/demo/qar/trained --querier "Prince Henry"
+    python -m train.chat --model runs/demo/cells/qar-seed0/trained --querier "Prince Henry"
 
 ``/as NAME`` switches who asks, in mid-conversation; ``/all`` shows the last query answered to everybody side
 by side; ``/who`` lists the names; ``/quit`` (or Ctrl-D) ends.

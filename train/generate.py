@@ -1,6 +1,7 @@
 """Answer queriers, many of them in one batch.
 
-python -m train.generate --model runs/demo/qar/trained --query "Where hast thou been?" [--as NAME ...]
+    python -m train.generate --model runs/demo/cells/qar-seed0/trained --query "Where hast thou been?" \\
+        [--as NAME ...]
 """
 
 from __future__ import annotations

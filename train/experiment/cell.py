@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,10 +18,13 @@ from train.experiment.plan import Cell, Experiment
 from train.experiment.windows import base_of, cell_data, fingerprint
 from train.files import read_json, write_atomic
 from train.finetune import check_resumes, finetune
-from train.heldout import held_out_windows, score
+from train.heldout import HeldOut, held_out_windows, score
 from train.trained import Trained, load_trained, untrained
 
 RESULT = "result.json"
+
+Extra: TypeAlias = Callable[[Trained, MQDialog, HeldOut], dict[str, Any]]
+"""What else to keep of a method, from its model, its dialogues and their held-out windows."""
 
 
 def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
@@ -43,12 +47,12 @@ def check_cell(experiment: Experiment, cell: Cell) -> None:
         check_resumes(config, cell_data(experiment, cell), base)
 
 
-def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
+def run_cell(experiment: Experiment, cell: Cell, extra: Extra | None = None) -> dict[str, Any]:
     """Train (or continue, or reuse) and evaluate; the result is on disk when this returns.
 
     Returns:
         ``records`` of all held-out windows, ``swapped`` (the same windows asked under other queriers' ids;
-        None without per-querier experts) and ``seconds``.
+        None without per-querier experts), ``seconds``, and what ``extra`` gives.
 
     Raises:
         UserError: what is wrong with the data, the model or the configuration.
@@ -66,6 +70,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "seed": cell.seed,
         "records": records,
         "swapped": swapped,
+        **(extra(trained, data, held_out) if extra else {}),
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_atomic(_folder(experiment, cell) / RESULT, json.dumps(result, ensure_ascii=False))
