@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import transformers
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +31,8 @@ from train.experiment.windows import cell_data
 from train.files import load_json, write_atomic
 from train.finetune import LOG
 from train.heldout import SAMPLE_SEED, HeldOut, querier_similarity
-from train.metrics import Record, compare, summarise, swap_summary
+from train.metrics import Record, compare, summarise, swap_summary, wording
+from train.metrics.wording import LABELS, SUMMARY, narrow_headings
 from train.report import write_report
 from train.samples import samples
 from train.trained import Trained
@@ -184,26 +186,23 @@ def _show(data: MQDialog) -> None:
 
 
 def _summarise(report: dict[str, Any], page: Path) -> None:
-    table = Table("method", "NLL per token", "ROUGE-1", "ROUGE-2", "ROUGE-L")
+    table = Table("method", *narrow_headings(SUMMARY), box=SIMPLE, padding=0)
     for method, scores in report["methods"].items():
-        low, high = scores["ci95"]["nll"]
-        rouges = [f"{100 * scores[key]:.1f}" for key in ("rouge1", "rouge2", "rougeL")]
-        table.add_row(method, f"{scores['nll']:.3f} [{low:.3f}, {high:.3f}]", *rouges)
+        nll, *others = (wording.score(key, scores[key]) for key in SUMMARY)
+        table.add_row(method, f"{nll} {wording.interval('nll', scores['ci95']['nll'])}", *others)
     console.print(table)
     paired, swap, habits = report["paired"]["qar_vs_ft"]["nll"], report["querier_swap"], report["planted"]
-    console.print(f"QAR - FT, NLL per token: {paired['diff']:+.3f} {_interval(paired['ci95'])}")
+    gain = wording.difference("nll", paired["diff"], paired["ci95"])
+    console.print(f"QAR - FT, {LABELS['nll']}: {gain}")
     if swap:
-        console.print(f"asked as somebody else:  {swap['nll_diff']:+.3f} {_interval(swap['nll_ci95'])}")
+        cost = wording.difference("nll", swap["nll_diff"], swap["nll_ci95"])
+        console.print(f"QAR asked under somebody else's id, {LABELS['nll']}: {cost}")
     console.print(
         f"planted habits: QAR {habits['qar_accuracy']:.0%}, FT {habits['ft_accuracy']:.0%}, "
         f"chance {habits['chance']:.0%}"
     )
     total = sum(report["seconds"].values())
     console.print(f"{page} ({total:.0f} s)")
-
-
-def _interval(bounds: list[float]) -> str:
-    return f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
 
 
 def main() -> None:

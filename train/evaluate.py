@@ -27,20 +27,13 @@ from train.errors import UserError
 from train.files import check_file, write_atomic
 from train.generate import known_querier, querier_id, responders
 from train.heldout import BATCH_SIZE, held_out_windows, score
-from train.metrics import Record, compare, summarise, swap_summary
+from train.metrics import Record, compare, summarise, swap_summary, wording
+from train.metrics.wording import COMPARED, LABELS, SUMMARY, narrow_headings
 from train.run_file import RUN, check_finished, training_windows
 from train.trained import Trained, load_trained, read_about
 
 GENERATED, MAX_NEW_TOKENS = 128, 48
 NO_RUN = Path(".cache/no_run")
-COLUMNS = {
-    "nll": "NLL",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "corpus_bleu4": "BLEU-4",
-    "distinct2": "dist-2",
-}
 
 
 def evaluate(
@@ -134,7 +127,8 @@ def score_table(result: dict[str, Any]) -> Table:
     """All windows, the mean over queriers, and every querier."""
     scores = result["scores"]
     names = Column("asked by", overflow="fold", min_width=16)
-    numbers = [Column(heading, justify="right") for heading in ("windows", *COLUMNS.values())]
+    headings = ("windows", *narrow_headings(SUMMARY))
+    numbers = [Column(heading, justify="right") for heading in headings]
     table = Table(names, *numbers, title=result["model"], box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_row("everybody", str(scores["examples"]), *_cells(scores))
     table.add_row("mean over queriers", "", *_cells(scores["macro"]), end_section=True)
@@ -144,41 +138,31 @@ def score_table(result: dict[str, Any]) -> Table:
 
 
 def _cells(scores: dict[str, Any]) -> list[str]:
-    return [_cell(scores[key], key) for key in COLUMNS]
-
-
-def _cell(value: float | None, key: str, sign: str = "") -> str:
-    """NLL in nats, all else in points; nothing where no reply was generated."""
-    if value is None:
-        return ""
-    return f"{value:{sign}.3f}" if key == "nll" else f"{100 * value:{sign}.1f}"
+    return [wording.score(key, scores[key]) for key in SUMMARY]
 
 
 def difference_table(differences: dict[str, Any], ours: str, theirs: str) -> Table:
     """What one model has more of than another, on the same windows."""
     table = Table("", "difference", "95 % interval", "p", title=f"{ours} - {theirs}", box=SIMPLE)
     for key, found in differences.items():
-        if key in COLUMNS:
+        if key in SUMMARY:
+            difference = wording.score(key, found["diff"], signed=True)
             p = "" if found["p"] is None else f"{found['p']:.4f}"
-            table.add_row(COLUMNS[key], _cell(found["diff"], key, "+"), _bounds(found["ci95"], key), p)
+            table.add_row(LABELS[key], difference, wording.interval(key, found["ci95"], signed=True), p)
     return table
-
-
-def _bounds(ci95: Sequence[float] | None, key: str) -> str:
-    return "[{}, {}]".format(*(_cell(bound, key, "+") for bound in ci95)) if ci95 else ""
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
     scores, swap = result["scores"], result["swap"]
     notes = [
-        f"perplexity {scores['perplexity']:.2f}; "
+        f"perplexity {wording.score('perplexity', scores['perplexity'])}; "
         f"{scores['generated']} replies generated, {scores['empty']} empty, {scores['failed']} failed; "
         f"{result['left_out']} windows left out, whose reply does not fit"
     ]
     if swap:
-        for key in ("nll", "rougeL"):
-            change = _cell(swap[f"{key}_diff"], key, "+"), _bounds(swap[f"{key}_ci95"], key)
-            notes.append(f"asked under somebody else's id, {COLUMNS[key]}: {' '.join(change)}")
+        for key in COMPARED:
+            change = wording.difference(key, swap[f"{key}_diff"], swap[f"{key}_ci95"])
+            notes.append(f"asked under somebody else's id, {LABELS[key]}: {change}")
     return notes
 
 

@@ -15,7 +15,7 @@ from train.experiment import windows
 from train.experiment.cell import result_of, run_cell
 from train.experiment.load import load_experiment
 from train.experiment.results import collect, published
-from train.experiment.table import interval, markdown, published_table
+from train.experiment.table import markdown, published_table
 from train.experiment.windows import cell_data
 
 
@@ -207,12 +207,6 @@ def test_methods_are_compared_on_the_splits_that_both_have(plan, tmp_path):
     results = collect(experiment)
     assert results["missing"] == ["b-seed0-split1"]
     assert len(results["paired"]["a_vs_b"]["nll"]["per_seed"]) == 1
-
-
-def test_intervals_are_written_with_their_sign():
-    assert interval("nll", {"diff": -0.01, "ci95": [-0.02, 0.001]}) == "-0.010 [-0.020, +0.001]"
-    assert interval("rougeL", {"diff": 0.012, "ci95": None}) == "+1.2"
-    assert interval("rougeL", None) == "not measured"
 
 
 def test_prompt_baselines_are_rows_of_the_table(plan, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from train.metrics.wording import in_units
 from train.svg import canvas, to_svg
 
 ACCENT, MUTED = "#e2570b", "#4f7a9e"
@@ -37,7 +38,8 @@ def _rouge(axes: Axes, methods: Mapping[str, Any]) -> None:
     measured = {name: scores for name, scores in methods.items() if scores["rougeL"] is not None}
     for row, scores in enumerate(measured.values()):
         ends = scores["ci95"]["rougeL"]
-        _point(axes, row, 100 * scores["rougeL"], ends and [100 * end for end in ends])
+        value, *ends = (in_units("rougeL", value) for value in (scores["rougeL"], *(ends or ())))
+        _point(axes, row, value, ends)
     _name(axes, [name.replace("_", " ") for name in measured])
     axes.set_xlabel("ROUGE-L of generated replies\n(right is better)")
 

@@ -72,7 +72,11 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def interval_dots(
-    names: Sequence[str], values: Sequence[float], cis: Sequence[Interval], colours: Sequence[str]
+    names: Sequence[str],
+    values: Sequence[float],
+    cis: Sequence[Interval],
+    colours: Sequence[str],
+    digits: int,
 ) -> str:
     """One dot with its error bar for each row; the axis need not start at zero."""
     with _canvas(0.75 + 0.36 * len(names)) as (figure, axes):
@@ -89,7 +93,12 @@ def interval_dots(
                 elinewidth=2,
             )
             axes.annotate(
-                f"{value:.3f}", (value, row), (0, 7), textcoords="offset points", ha="center", fontsize=8.5
+                f"{value:.{digits}f}",
+                (value, row),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
             )
         _name_rows(axes, names)
         axes.margins(x=0.15)
