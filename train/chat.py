@@ -1,9 +1,9 @@
-"""Talk with a trained responder, as anybody it knows.
+"""Talk with a trained responder, as any querier it knows.
 
     python -m train.chat --model runs/demo/cells/qar-seed0/trained --querier "Prince Henry"
 
-``/as NAME`` switches who asks, in mid-conversation; ``/all`` shows the last query answered to everybody side
-by side; ``/who`` lists the names; ``/quit`` (or Ctrl-D) ends.
+``/as NAME`` changes who asks, in mid-conversation; ``/all`` shows what every querier would be answered to the
+last query; ``/who`` lists the names; ``/quit`` (or Ctrl-D) ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from train.trained import Trained, load_trained
 
 
 class Chat:
-    """One conversation; the turns so far count whoever asked them."""
+    """One conversation; its history stays when somebody else goes on asking."""
 
     def __init__(self, trained: Trained, querier: str, console: Console, max_new_tokens: int) -> None:
         self.trained, self.console, self.max_new_tokens = trained, console, max_new_tokens
@@ -43,11 +43,11 @@ class Chat:
         self.switch(querier)
 
     def switch(self, querier: str) -> None:
-        """From now on somebody else asks."""
+        """Let ``querier`` ask from now on."""
         self.querier = known_querier(self.trained.queriers, querier)
 
     def handle(self, line: str) -> None:
-        """A command, or something to answer."""
+        """Run a command or answer a query."""
         command, _, rest = line.partition(" ")
         if command == "/as":
             self.switch(rest.strip())
@@ -62,7 +62,7 @@ class Chat:
 
     def _answer(self, query: str) -> None:
         asked = [*self.history, Turn(self.querier, query)]
-        prompt = prompt_as(self.trained, asked, self.querier)  # may refuse the query: then it was not said
+        prompt = prompt_as(self.trained, asked, self.querier)  # a refused query is not kept
         responder = roles(self.trained, self.querier)[1]
         self.console.print(Text.assemble((responder, "bold"), ": "), end="")
         tokenizer = self.trained.tokenizer
@@ -89,12 +89,12 @@ class Chat:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder that train.finetune wrote")
+    parser.add_argument("--model", type=Path, required=True, help="a folder written by train.finetune")
     parser.add_argument("--querier", required=True, help="who asks first")
     parser.add_argument("--max-new-tokens", type=positive_int, default=64)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    sys.stdin.reconfigure(errors="replace")  # a byte that is no text is a slip, too
+    sys.stdin.reconfigure(errors="replace")  # invalid bytes are a slip of typing
     transformers.logging.disable_progress_bar()
     console = Console()
     chat = Chat(load_trained(arguments.model), arguments.querier, console, arguments.max_new_tokens)
@@ -107,7 +107,7 @@ def main() -> None:
             return
         try:
             chat.handle(line)
-        except UserError as error:  # a slip while talking does not end the talk
+        except UserError as error:  # a slip does not end the conversation
             console.print(Text(str(error), "red"))
 
 

@@ -1,9 +1,9 @@
-"""The whole way, once: prepare data, fine-tune, evaluate, generate, report.
+"""The whole pipeline, once: prepare data, fine-tune, evaluate, generate, report.
 
     python -m train.demo --config train/configs/demo.yaml --planted train/configs/planted.yaml
 
 Two small experiments (:mod:`train.experiment`): a responder of the plays, and habits planted in made-up
-dialogues. Every method leaves its result; a second start goes on where the first one stopped.
+dialogues. Every method keeps its result, so a second run resumes where the first one stopped.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def demo(config: TrainConfig, planted: TrainConfig, responder: str) -> Path:
 
 
 def _experiment(config: TrainConfig, methods: tuple[Method, ...], generated: int) -> Experiment:
-    """``methods`` with what ``config`` sets, one seed each."""
+    """``methods`` with the settings of ``config``, under its one seed."""
     shared = {key: value for key, value in config.to_dict().items() if key not in ("output_dir", "seed")}
     return Experiment(
         config.output_dir,
@@ -82,7 +82,7 @@ def _experiment(config: TrainConfig, methods: tuple[Method, ...], generated: int
 
 
 def _results(experiment: Experiment, title: str, count: int) -> Results:
-    """Every method's result, computed where there is none yet; that of QAR with ``count`` samples."""
+    """Each method's result, computed if there is none yet; QAR's has ``count`` samples."""
     results = {}
     for cell in experiment.cells():
         name = cell.method.name
@@ -133,7 +133,7 @@ def _report(config: TrainConfig, data: MQDialog, results: Results, planted: Resu
 
 
 def _recovered_habits(results: Results) -> dict[str, Any]:
-    """How often a held-out reply shows the habit of the one who asks; the prompt does not name them."""
+    """How often a held-out reply shows the asker's habit; the prompt does not say who asks."""
     hits = {
         method: [(record["querier"], _shows_habit(record)) for record in result["records"]]
         for method, result in results.items()
@@ -196,7 +196,7 @@ def _summarise(report: dict[str, Any], page: Path) -> None:
     console.print(f"QAR - FT, {LABELS['nll']}: {gain}")
     if swap:
         cost = wording.difference("nll", swap["nll_diff"], swap["nll_ci95"])
-        console.print(f"QAR asked under somebody else's id, {LABELS['nll']}: {cost}")
+        console.print(f"QAR asked under another querier's id, {LABELS['nll']}: {cost}")
     console.print(
         f"planted habits: QAR {habits['qar_accuracy']:.0%}, FT {habits['ft_accuracy']:.0%}, "
         f"chance {habits['chance']:.0%}"
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace keys of --config")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    transformers.logging.disable_progress_bar()  # of loading weights; the stages have bars of their own
+    transformers.logging.disable_progress_bar()  # of loading weights; training and scoring have their own
     config = load_config(arguments.config, arguments.overrides)
     demo(config, load_config(arguments.planted), arguments.responder)
 

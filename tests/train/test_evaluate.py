@@ -90,7 +90,7 @@ def test_somebody_unknown_is_named(trained, tiny_data, tmp_path):
 
 def test_data_of_another_responder_are_refused(trained, tiny_data, tmp_path):
     write_mqdialog(answered_by(tiny_data, "Amy"), tmp_path / "other", "planted")
-    with pytest.raises(UserError, match=f"Amy answers in it, expected {tiny_data.responder}"):
+    with pytest.raises(UserError, match=f"Amy is the responder, expected {tiny_data.responder}"):
         evaluate(trained, tmp_path / "other")
 
 
@@ -154,7 +154,7 @@ def test_scores_are_kept_where_two_models_do_not_compare(trained, config, tiny_d
     out = tmp_path / "scores.json"
     options = ["--model", trained, "--against", other, "--generated", 1, "--out", out]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, options)])
-    with pytest.raises(UserError, match="the two models do not compare"):
+    with pytest.raises(UserError, match="the two models cannot be compared"):
         command.main()
     assert len(json.loads(out.read_text())["models"]) == 2
 

@@ -135,7 +135,7 @@ def test_headline_claims_what_the_intervals_allow(nll, rouge, expected):
 @pytest.mark.parametrize(
     ("ci", "expected"),
     [
-        ([0.1, 0.3], "does use who asks"),
+        ([0.1, 0.3], "does use the id"),
         ([-0.1, 0.3], "no sign"),
         ([-0.3, -0.1], "do not help"),
         (None, "not evidence"),

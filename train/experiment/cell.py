@@ -24,11 +24,11 @@ from train.trained import Trained, load_trained, untrained
 RESULT = "result.json"
 
 Extra: TypeAlias = Callable[[Trained, MQDialog, HeldOut], dict[str, Any]]
-"""What else to keep of a method, from its model, its dialogues and their held-out windows."""
+"""Computes what else to keep of a method, from its model, its dialogues and their held-out windows."""
 
 
 def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
-    """What the cell gave, if it is finished under the same settings, with the same text and base model."""
+    """The cell's result, if it was computed with the same settings, text and base model."""
     path = _folder(experiment, cell) / RESULT
     if not path.is_file():
         return None
@@ -40,7 +40,7 @@ def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
 
 
 def check_cell(experiment: Experiment, cell: Cell) -> None:
-    """``UserError`` where :func:`run_cell` would refuse what an earlier start left in the cell's folder."""
+    """Raise ``UserError`` if :func:`run_cell` would refuse what an earlier run left in the cell's folder."""
     config = experiment.config(cell)
     if cell.method.trained and result_of(experiment, cell) is None:
         base = partial(base_of, config.model, DTYPES[config.dtype])
@@ -48,7 +48,7 @@ def check_cell(experiment: Experiment, cell: Cell) -> None:
 
 
 def run_cell(experiment: Experiment, cell: Cell, extra: Extra | None = None) -> dict[str, Any]:
-    """Train (or continue, or reuse) and evaluate; the result is on disk when this returns.
+    """Train (or resume, or reuse) and evaluate; the result is on disk when this returns.
 
     Returns:
         ``records`` of all held-out windows, ``swapped`` (the same windows asked under other queriers' ids;
@@ -83,7 +83,7 @@ def _folder(experiment: Experiment, cell: Cell) -> Path:
 
 def _key(experiment: Experiment, cell: Cell) -> str:
     settings = {
-        "config": experiment.config(cell).changed(),  # a setting that is new since then undoes no result
+        "config": experiment.config(cell).changed(),  # a setting added later voids no result
         "trained": cell.method.trained,
         "generated": experiment.generated,
         "max_new_tokens": experiment.max_new_tokens,
@@ -92,11 +92,11 @@ def _key(experiment: Experiment, cell: Cell) -> str:
 
 
 def _inputs(experiment: Experiment, cell: Cell) -> dict[str, str]:
-    """What is read besides: the dialogues and the base model's weights. Older results do not say."""
+    """Checksums of the dialogues and the base model's weights, which older results lack."""
     return {"text": fingerprint(experiment, cell), "base": base_of(experiment.config(cell).model)}
 
 
 def _model(config: TrainConfig, data: MQDialog, is_trained: bool) -> Trained:
     if is_trained:
-        return load_trained(finetune(config, resume=True), torch.float32)  # scored as the untrained is
+        return load_trained(finetune(config, resume=True), torch.float32)  # as the untrained model is scored
     return untrained(config, data.responder, tuple(data.queriers))

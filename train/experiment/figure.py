@@ -1,4 +1,4 @@
-"""The results as a picture: differences, every method's ROUGE-L, and what the paper published."""
+"""The results as a figure: paired differences, ROUGE-L by method, and what the paper published."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LANGUAGES = {"english": "o", "chinese": "s"}
 
 
 def figure(results: Mapping[str, Any], published: Mapping[str, Any]) -> str:
-    """SVG: paired NLL differences, ROUGE-L with intervals, the paper's ROUGE-L where it is given."""
+    """SVG: paired NLL differences, ROUGE-L with intervals, the paper's ROUGE-L if it is given."""
     rows = max(len(results["paired"]), len(results["methods"]), 6)
     with canvas(13 if published else 9.5, 1.2 + 0.32 * rows) as drawing:
         left, middle, *right = drawing.subplots(1, 3 if published else 2)

@@ -11,7 +11,7 @@ NOT_MEASURED = "not measured"
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables; what has not run is named."""
+    """The tables, and the names of cells that have not run."""
     parts = [_methods(results["methods"]), _pairs(results)]
     if results["missing"]:
         parts.append(f"Not run yet: {', '.join(results['missing'])}.")
@@ -43,7 +43,7 @@ def _differences(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def published_table(published: Mapping[str, Any]) -> str:
-    """The paper's averages, a row for each language."""
+    """The paper's averages, one row per language."""
     languages = {language: found["average"] for language, found in published.items()}
     names = list(next(iter(languages.values())))
     rows = [["published ROUGE-L (other data and models)", *names]]

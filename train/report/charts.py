@@ -1,6 +1,6 @@
 """Chart primitives: figures as inline SVG.
 
-Text and axes are drawn in one ink that becomes `currentColor`, so a page's theme colours them.
+Text and axes are drawn in one ink that becomes `currentColor`, so that the page's theme colours them.
 """
 
 import re
@@ -19,7 +19,7 @@ from train import svg
 PALETTE = {"zero_shot": "#8e979f", "ft": "#4f7a9e", "qar": "#e2570b"}
 OTHER_METHOD = "#2f9486"
 _INK = "#7b7b7b"
-_LONGEST = 16  # letters of a name on a square map
+_LONGEST = 16  # name on a heat map, in letters
 _WIDTH = 4.6  # inches: the text stays readable when a phone shrinks the figure to its width
 _STYLE = {
     "font.family": "sans-serif",
@@ -115,7 +115,7 @@ def grouped_bars(
 ) -> str:
     """Horizontal bars, one for each (row, series) that has a value; `line` is a labelled dashed mark.
 
-    `series` maps a label to (values, colour). Bars start at zero, so their lengths compare honestly.
+    `series` maps a label to (values, colour). Bars start at zero, so that their lengths can be compared.
     """
     thickness = 0.8 / len(series)
     with _canvas(0.9 + len(names) * max(0.34, 0.2 * len(series))) as (figure, axes):
@@ -160,7 +160,7 @@ def difference_bars(names: Sequence[str], values: Sequence[float], better: str, 
 def lines(
     series: Mapping[str, tuple[Sequence[float], Sequence[float], str]], x_axis: str, y_axis: str
 ) -> str:
-    """A faint line of the raw points under their running mean, for each label: (x, y, colour)."""
+    """For each label, (x, y, colour): the running mean of y over a faint line of its values."""
     with _canvas(3.0) as (figure, axes):
         for name, (x, y, stroke) in series.items():
             width = max(1, len(y) // 25)

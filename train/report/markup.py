@@ -1,4 +1,4 @@
-"""HTML pieces of the report. Every text that comes from data is escaped here."""
+"""HTML pieces of the report. All text from the data is escaped here."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape

@@ -1,4 +1,4 @@
-"""Sections of the report, each from its part of the data; a part that is missing gives an empty string."""
+"""Sections of the report, each from its part of the data; a missing part gives an empty string."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +52,7 @@ def _in_units(key: str, values: Iterable[float | None]) -> list[float | None]:
 
 
 def training_curves(curves: Mapping[str, Sequence[Part]]) -> str:
-    """Training loss against step; the language-model part (`lm_loss`) where a method logs it apart."""
+    """Training loss against step; the language-model part (`lm_loss`) if a method logs it separately."""
     series = {}
     for method, rows in curves.items():
         points = [(row["step"], row.get("lm_loss", row.get("loss"))) for row in rows]
@@ -63,7 +63,7 @@ def training_curves(curves: Mapping[str, Sequence[Part]]) -> str:
     if not series:
         return ""
     note = (
-        "Language-model loss on the training dialogues: a faint line of logged values under its running mean."
+        "Language-model loss on the training dialogues: its running mean over a faint line of logged values."
     )
     chart = figure("Loss against step", charts.lines(series, "step", "loss"))
     return section("Training", figures([chart]), note=note, half=True)
@@ -126,12 +126,12 @@ def querier_swap(swap: Part | None) -> str:
             series = {"": (_in_units(key, pair), [charts.colour("qar"), _FADED])}
             chart = charts.grouped_bars(["True querier", "Swapped"], series, "", digits=digits(key))
             parts.append(figure(f"{LABELS[key]}: swapped − true = {gap}", chart))
-    note = "Held-out questions under another querier's name: a model that uses who asks gets worse."
+    note = "Held-out questions asked under another querier's id: a model that uses the id gets worse."
     return section("Querier swap", figures(parts), note=note) if parts else ""
 
 
 def planted(test: Part | None) -> str:
-    """Accuracy where a dependence on who asks was planted in the data, with the chance line."""
+    """Accuracy, against chance, on data whose replies depend on the querier by construction."""
     if not test:
         return ""
     people = test.get("per_querier") or {}
@@ -144,7 +144,7 @@ def planted(test: Part | None) -> str:
     }
     chance = (test["chance"], "chance") if _finite(test.get("chance")) else None
     chart = charts.grouped_bars(["All", *people], series, "accuracy", chance)
-    note = "A dependence on who asks was planted in the data; accuracy on held-out questions."
+    note = "Accuracy on held-out questions of a data set whose replies depend on the querier by construction."
     return section(
         "Planted test", figures([figure("Accuracy, overall and by querier", chart)]), note=note, half=True
     )
@@ -172,7 +172,7 @@ def answers(samples: Sequence[Part]) -> str:
 
 
 def settings(report: Part) -> str:
-    """What was trained on what, and how long each stage took."""
+    """Data, settings, and how long each stage took."""
     shown = {name: report[name] for name in ("dataset", "model") if report.get(name)}
     if report.get("seconds"):
         shown["seconds"] = {stage: _seconds(value) for stage, value in report["seconds"].items()}

@@ -1,4 +1,4 @@
-"""Numbers and sentences of the report: what the run shows, in words that the intervals allow."""
+"""Sentences of the report: what the run shows, claiming no more than the intervals allow."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,7 +59,7 @@ def headline(report: Mapping[str, Any]) -> str:
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
-    """The sentences under the headline, one for each measurement that the run has."""
+    """The sentences under the headline, one for each measurement of the run."""
     lines = [_paired_line(metric, found, report) for metric, found in _paired(report).items()]
     if (report.get("querier_swap") or {}).get("nll_diff") is not None:
         lines.append(_swap_line(report["querier_swap"]))
@@ -94,11 +94,11 @@ def _paired_line(metric: str, paired: Mapping[str, Any], report: Mapping[str, An
 
 def _swap_line(swap: Mapping[str, Any]) -> str:
     gap = difference("nll", swap.get("nll_diff"), swap.get("nll_ci95"))
-    # The wrong querier should cost: swapped - true is good news when it is above zero.
+    # A wrong querier should make NLL worse: swapped - true is good news if it is above zero.
     verdict = {
-        "better": "the model predicts replies less well when told the wrong querier, so it does use who asks",
-        "worse": "the model does better when told the wrong querier, so the experts do not help",
-        "unclear": "the interval includes zero, so there is no sign that the model uses who asks",
+        "better": "the model predicts replies less well under a wrong id, so it does use the id",
+        "worse": "the model does better under a wrong id, so the experts do not help",
+        "unclear": "the interval includes zero, so there is no sign that the model uses the id",
         "unknown": "without an interval this is not evidence either way",
     }[outcome(swap.get("nll_ci95"), lower_is_better=False)]
     return f"Asked as another querier, QAR's NLL changes by {gap}: {verdict}."
