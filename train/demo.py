@@ -87,15 +87,15 @@ def _results(experiment: Experiment, title: str, count: int) -> Results:
     for cell in experiment.cells():
         name = cell.method.name
         console.rule(f"[bold]{title}{name}", align="left")
-        extra = partial(_samples_and_similarity, count) if name == "qar" else None
+        extra = partial(_samples_and_similarity, experiment.generated, count) if name == "qar" else None
         results[name] = result_of(experiment, cell) or run_cell(experiment, cell, extra)
     return results
 
 
 def _samples_and_similarity(
-    count: int, trained: Trained, data: MQDialog, held_out: HeldOut
+    generated: int, count: int, trained: Trained, data: MQDialog, held_out: HeldOut
 ) -> dict[str, Any]:
-    answered = held_out.sample(GENERATED, SAMPLE_SEED)
+    answered = held_out.sample(generated, SAMPLE_SEED)
     indices = answered[:: max(1, len(answered) // count)][:count]
     matrix = querier_similarity(trained.model, held_out)
     return {

@@ -38,7 +38,9 @@ def test_demo_reports_and_reuses(configs, tmp_path, monkeypatch):
     assert report["planted"]["chance"] == 1 / len(HABITS)
     assert report["planted"]["examples"] == len(HABITS) * NUM_DEV_QUESTIONS
     assert set(report["seconds"]) == {"zero_shot", "ft", "qar", "planted_ft", "planted_qar"}
-    assert len(json.loads(written["samples.json"])) == module.PLANTED_SAMPLES + module.SAMPLES
+    samples = json.loads(written["samples.json"])
+    assert len(samples) == module.PLANTED_SAMPLES + module.SAMPLES
+    assert samples[0]["asked_by"] == HABITS[0].querier
     text = page.read_text()
     assert "Falstaff" in text
     assert "<svg" in text
