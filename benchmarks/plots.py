@@ -1,4 +1,4 @@
-"""Figures of result files as SVG. Matplotlib without pyplot's global state.
+"""Figures of result files as SVG.
 
 Drawn on white, so that they read the same in light and dark pages; colours from Okabe and Ito's palette
 (Color Universal Design, 2008), which people with any common colour blindness can tell apart; markers differ
@@ -7,11 +7,9 @@ too.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -19,39 +17,33 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.tables import number
+from train.svg import canvas, to_svg
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _STYLE = {
-    "svg.fonttype": "none",
     "svg.hashsalt": "benchmarks",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.7,
     "legend.frameon": False,
 }
-_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
 @contextmanager
 def _canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+    with canvas(width, height, _STYLE) as figure:
         yield figure, figure.subplots()
 
 
 def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", facecolor="white", metadata=_METADATA)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return to_svg(figure, facecolor="white")
 
 
 def _plain(value: float, _: int = 0) -> str:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import tables
 from benchmarks.schema import load
 from qar_kernels import reference
-from train.experiment.table import interval
+from train.metrics.wording import difference
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -99,8 +99,9 @@ def test_the_summary_has_the_committed_intervals(name):
     found = results(name)
     pairs = [found["paired"][f"qar{suffix}_vs_{other}{suffix}"] for other in ("ft", "control")]
     swap = found["swap"][f"qar{suffix}"]
-    cells = [interval(key, pair[key]) for key in ("nll", "rougeL") for pair in pairs]
-    cells.append(interval("nll", {"diff": swap["nll_diff"], "ci95": swap["nll_ci95"]}))
+    compared = [(key, pair[key]) for key in ("nll", "rougeL") for pair in pairs]
+    cells = [difference(key, one["diff"], one["ci95"]) for key, one in compared]
+    cells.append(difference("nll", swap["nll_diff"], swap["nll_ci95"]))
     (row,) = (
         line for line in README.splitlines() if line.startswith("| [") and f"results/{name}.md)" in line
     )

@@ -1,9 +1,9 @@
-"""Talk with a trained responder, as anybody it knows.
+"""Talk with a trained responder, as any querier it knows.
 
-    python -m train.chat --model runs/demo/qar/trained --querier "Prince Henry"
+    python -m train.chat --model runs/demo/cells/qar-seed0/trained --querier "Prince Henry"
 
-``/as NAME`` switches who asks, in mid-conversation; ``/all`` shows the last query answered to everybody side
-by side; ``/who`` lists the names; ``/quit`` (or Ctrl-D) ends.
+``/as NAME`` changes who asks, in mid-conversation; ``/all`` shows what every querier would be answered to the
+last query; ``/who`` lists the names; ``/quit`` (or Ctrl-D) ends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 from rich.console import Console
 from rich.text import Text
@@ -22,12 +21,21 @@ from transformers import TextStreamer
 from train.cli import positive_int, run
 from train.data.transcript import Turn
 from train.errors import UserError
-from train.generate import answer, answer_table, end_marks, known_querier, prompt_as, querier_id, roles
+from train.generate import (
+    answer,
+    answer_table,
+    end_marks,
+    generate_replies,
+    known_querier,
+    prompt_as,
+    querier_id,
+    roles,
+)
 from train.trained import Trained, load_trained
 
 
 class Chat:
-    """One conversation; the turns so far count whoever asked them."""
+    """One conversation; its history stays when somebody else goes on asking."""
 
     def __init__(self, trained: Trained, querier: str, console: Console, max_new_tokens: int) -> None:
         self.trained, self.console, self.max_new_tokens = trained, console, max_new_tokens
@@ -35,11 +43,11 @@ class Chat:
         self.switch(querier)
 
     def switch(self, querier: str) -> None:
-        """From now on somebody else asks."""
+        """Let ``querier`` ask from now on."""
         self.querier = known_querier(self.trained.queriers, querier)
 
     def handle(self, line: str) -> None:
-        """A command, or something to answer."""
+        """Run a command or answer a query."""
         command, _, rest = line.partition(" ")
         if command == "/as":
             self.switch(rest.strip())
@@ -54,23 +62,19 @@ class Chat:
 
     def _answer(self, query: str) -> None:
         asked = [*self.history, Turn(self.querier, query)]
-        tokenizer = self.trained.tokenizer
-        prompt = prompt_as(self.trained, asked, self.querier)  # what it refuses was not said
+        prompt = prompt_as(self.trained, asked, self.querier)  # a refused query is not kept
         responder = roles(self.trained, self.querier)[1]
         self.console.print(Text.assemble((responder, "bold"), ": "), end="")
-        model, asking = self.trained.model, querier_id(self.trained.queriers, self.querier)
-        ids = torch.tensor([prompt], device=model.device)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            querier_ids=torch.tensor([asking], device=model.device),
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            eos_token_id=end_marks(self.trained),
-            pad_token_id=tokenizer.pad_token_id,
+        tokenizer = self.trained.tokenizer
+        (reply,) = generate_replies(
+            self.trained.model,
+            tokenizer,
+            [prompt],
+            [querier_id(self.trained.queriers, self.querier)],
+            self.max_new_tokens,
+            end_marks(self.trained),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
-        reply = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
         self.history = [*asked, Turn(self.trained.responder, reply)]
 
     def _answer_all(self) -> None:
@@ -85,12 +89,12 @@ class Chat:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder that train.finetune wrote")
+    parser.add_argument("--model", type=Path, required=True, help="a folder written by train.finetune")
     parser.add_argument("--querier", required=True, help="who asks first")
     parser.add_argument("--max-new-tokens", type=positive_int, default=64)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    sys.stdin.reconfigure(errors="replace")  # a byte that is no text is a slip, too
+    sys.stdin.reconfigure(errors="replace")  # invalid bytes are a slip of typing
     transformers.logging.disable_progress_bar()
     console = Console()
     chat = Chat(load_trained(arguments.model), arguments.querier, console, arguments.max_new_tokens)
@@ -103,7 +107,7 @@ def main() -> None:
             return
         try:
             chat.handle(line)
-        except UserError as error:  # a slip while talking does not end the talk
+        except UserError as error:  # a slip does not end the conversation
             console.print(Text(str(error), "red"))
 
 

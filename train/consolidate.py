@@ -42,7 +42,7 @@ def consolidate(folder: Path, out: Path) -> Path:
     model, _ = load_base(config.model, DTYPES[config.dtype])
     peft = build(model, config, tuple(about["queriers"]), about["num_clusters"])
     first = first_trained_layer(config, model.config.num_hidden_layers)
-    load_parts(upper_part(model, first) if first else model, checkpoint)
+    load_parts(upper_part(model, first), checkpoint)
     save_trained(peft, config, about["responder"], about.get("training_windows"), out)
     logger.info("%s -> %s", checkpoint, out)
     return out

@@ -1,4 +1,4 @@
-"""Score a trained model on held-out dialogues, and against another one.
+"""Score a trained model on held-out dialogues, alone or against another model.
 
 python -m train.evaluate --model runs/alice/qar/trained [--against runs/alice/ft/trained] [--data FOLDER]
 """
@@ -27,20 +27,13 @@ from train.errors import UserError
 from train.files import check_file, write_atomic
 from train.generate import known_querier, querier_id, responders
 from train.heldout import BATCH_SIZE, held_out_windows, score
-from train.metrics import Record, compare, summarise, swap_summary
+from train.metrics import Record, compare, summarise, swap_summary, wording
+from train.metrics.wording import COMPARED, LABELS, SUMMARY, narrow_headings
 from train.run_file import RUN, check_finished, training_windows
 from train.trained import Trained, load_trained, read_about
 
 GENERATED, MAX_NEW_TOKENS = 128, 48
 NO_RUN = Path(".cache/no_run")
-COLUMNS = {
-    "nll": "NLL",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "corpus_bleu4": "BLEU-4",
-    "distinct2": "dist-2",
-}
 
 
 def evaluate(
@@ -55,21 +48,20 @@ def evaluate(
 
     Args:
         folder: what :func:`train.trained.save_trained` wrote.
-        generated: windows that are answered; all are scored by NLL.
-        batch_size: windows read, or answered, at once.
+        generated: how many windows are answered; NLL is computed on all of them.
+        batch_size: windows per batch, for NLL and generation alike.
         dtype: of all weights, a key of :data:`train.config.DTYPES`.
 
     Returns:
         ``scores`` (:func:`train.metrics.summarise`), ``swap`` (:func:`train.metrics.swap_summary`; None
-        without experts of one's own), ``left_out`` (windows whose reply does not fit), ``records``.
+        without per-querier experts), ``left_out`` (number of windows whose reply does not fit), ``records``.
 
     Raises:
-        UserError: what is wrong with the model, the data or the profiles; who in the data asks and is
-            unknown, or answers and is not whom the model answers for; training data that are not what they
-            were.
+        UserError: if the model, the data or the profiles are damaged; if the data have a querier or a
+            responder whom the model does not know; if the training data have changed since training.
     """
     trained = load_trained(folder, DTYPES[dtype])
-    # the states of frozen layers lie beside the run, where the run itself put them, or else out of the way
+    # the states of frozen layers are cached beside the run, as training did, and never beside a lone model
     beside = folder.parent if (folder.parent / RUN).is_file() else NO_RUN
     config = trained.config.replace(data=str(data or trained.config.data), output_dir=str(beside))
     if data is None:
@@ -93,18 +85,19 @@ def evaluate(
 
 
 def _check_trained_on(trained: Trained, config: TrainConfig, data: MQDialog) -> None:
-    """Data built anew may hold out what the model was trained on.
+    """Refuse data that were built anew: they may hold out what the model was trained on.
 
-    The run says so if the model still lies in it, and the model itself unless it is an older one.
+    They are checked against the run, if the model still lies in one, and against the checksum in the
+    model's folder, which older versions did not write.
     """
     try:
         check_finished(config, data)
         if trained.training_windows not in (None, training_windows(data)):
-            raise UserError("its training windows are others")
+            raise UserError("its training windows differ")
     except UserError as error:
         raise UserError(
-            f"{config.data}: not what the model was trained on ({error}); --data {config.data} scores it all "
-            "the same"
+            f"{config.data}: not what the model was trained on ({error}); "
+            f"--data {config.data} scores it anyway"
         ) from error
 
 
@@ -113,7 +106,7 @@ def _as_known(trained: Trained, data: MQDialog) -> MQDialog:
     strangers = sorted({example.responder for example in data.dev} - set(responders(trained)))
     if strangers:
         expected = " or ".join(responders(trained))
-        raise UserError(f"data: {strangers[0]} answers in it, expected {expected}")
+        raise UserError(f"data: {strangers[0]} is the responder, expected {expected}")
 
     def known(example: Example) -> Example:
         name = known_querier(trained.queriers, example.querier)
@@ -123,18 +116,19 @@ def _as_known(trained: Trained, data: MQDialog) -> MQDialog:
 
 
 def difference(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Any]:
-    """:func:`train.metrics.compare`, with ``UserError`` where two models read other windows."""
+    """:func:`train.metrics.compare`, with a ``UserError`` if the two were scored on different windows."""
     try:
         return compare(ours, theirs)
     except ValueError as error:
-        raise UserError(f"the two models do not compare: {error}") from error
+        raise UserError(f"the two models cannot be compared: {error}") from error
 
 
 def score_table(result: dict[str, Any]) -> Table:
-    """All windows, the mean over queriers, and every querier."""
+    """A row for all windows, one for the mean over queriers, and one for each querier."""
     scores = result["scores"]
     names = Column("asked by", overflow="fold", min_width=16)
-    numbers = [Column(heading, justify="right") for heading in ("windows", *COLUMNS.values())]
+    headings = ("windows", *narrow_headings(SUMMARY))
+    numbers = [Column(heading, justify="right") for heading in headings]
     table = Table(names, *numbers, title=result["model"], box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_row("everybody", str(scores["examples"]), *_cells(scores))
     table.add_row("mean over queriers", "", *_cells(scores["macro"]), end_section=True)
@@ -144,62 +138,52 @@ def score_table(result: dict[str, Any]) -> Table:
 
 
 def _cells(scores: dict[str, Any]) -> list[str]:
-    return [_cell(scores[key], key) for key in COLUMNS]
-
-
-def _cell(value: float | None, key: str, sign: str = "") -> str:
-    """NLL in nats, all else in points; nothing where no reply was generated."""
-    if value is None:
-        return ""
-    return f"{value:{sign}.3f}" if key == "nll" else f"{100 * value:{sign}.1f}"
+    return [wording.score(key, scores[key]) for key in SUMMARY]
 
 
 def difference_table(differences: dict[str, Any], ours: str, theirs: str) -> Table:
-    """What one model has more of than another, on the same windows."""
+    """Paired differences of two models on the same windows."""
     table = Table("", "difference", "95 % interval", "p", title=f"{ours} - {theirs}", box=SIMPLE)
     for key, found in differences.items():
-        if key in COLUMNS:
+        if key in SUMMARY:
+            difference = wording.score(key, found["diff"], signed=True)
             p = "" if found["p"] is None else f"{found['p']:.4f}"
-            table.add_row(COLUMNS[key], _cell(found["diff"], key, "+"), _bounds(found["ci95"], key), p)
+            table.add_row(LABELS[key], difference, wording.interval(key, found["ci95"], signed=True), p)
     return table
-
-
-def _bounds(ci95: Sequence[float] | None, key: str) -> str:
-    return "[{}, {}]".format(*(_cell(bound, key, "+") for bound in ci95)) if ci95 else ""
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
     scores, swap = result["scores"], result["swap"]
     notes = [
-        f"perplexity {scores['perplexity']:.2f}; "
+        f"perplexity {wording.score('perplexity', scores['perplexity'])}; "
         f"{scores['generated']} replies generated, {scores['empty']} empty, {scores['failed']} failed; "
-        f"{result['left_out']} windows left out, whose reply does not fit"
+        f"{result['left_out']} windows left out, as their reply does not fit"
     ]
     if swap:
-        for key in ("nll", "rougeL"):
-            change = _cell(swap[f"{key}_diff"], key, "+"), _bounds(swap[f"{key}_ci95"], key)
-            notes.append(f"asked under somebody else's id, {COLUMNS[key]}: {' '.join(change)}")
+        for key in COMPARED:
+            change = wording.difference(key, swap[f"{key}_diff"], swap[f"{key}_ci95"])
+            notes.append(f"asked under another querier's id, {LABELS[key]}: {change}")
     return notes
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder that train.finetune wrote")
-    parser.add_argument("--against", type=Path, help="another one, for paired differences")
-    parser.add_argument("--data", type=Path, help="dialogues (default: those that it was trained on)")
+    parser.add_argument("--model", type=Path, required=True, help="a folder written by train.finetune")
+    parser.add_argument("--against", type=Path, help="a second model, for paired differences")
+    parser.add_argument("--data", type=Path, help="dialogues to score (default: those held out in training)")
     parser.add_argument("--generated", type=positive_int, default=GENERATED, help="replies to generate")
     parser.add_argument("--max-new-tokens", type=positive_int, default=MAX_NEW_TOKENS)
-    parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="windows at once")
+    parser.add_argument("--batch-size", type=positive_int, default=BATCH_SIZE, help="windows per batch")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="scores and every window's record, as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file for the scores and all records")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.disable_progress_bar()
     console, results = Console(), []
     folders = [folder for folder in (arguments.model, arguments.against) if folder]
     for folder in folders:
-        read_about(folder)  # a second model that is not there is not found out after the first is scored
+        read_about(folder)  # a missing second model shows before the first one is scored
     if arguments.out:
         check_file(arguments.out)
     settings = (
@@ -213,7 +197,7 @@ def main() -> None:
         results.append(evaluate(folder, *settings))
         console.print(score_table(results[-1]), *_notes(results[-1]), sep="\n")
     report: dict[str, Any] = {"models": results}
-    if arguments.out:  # before two models are compared, which may not be possible
+    if arguments.out:  # before the comparison, which may fail
         write_atomic(arguments.out, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     if arguments.against:
         report["differences"] = difference(results[0]["records"], results[1]["records"])

@@ -1,6 +1,7 @@
 """Answer queriers, many of them in one batch.
 
-python -m train.generate --model runs/demo/qar/trained --query "Where hast thou been?" [--as NAME ...]
+    python -m train.generate --model runs/demo/cells/qar-seed0/trained --query "Where hast thou been?" \\
+        [--as NAME ...]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from train.cli import positive_int, run
 from train.config import TrainConfig
@@ -38,11 +40,16 @@ def generate_replies(
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     batch_size: int = 16,
+    streamer: BaseStreamer | None = None,
 ) -> list[str]:
-    """Greedy replies, one per prompt and querier; prompts of similar length share a left-padded batch."""
+    """Greedy replies, one per prompt and querier; prompts of similar length share a left-padded batch.
+
+    ``streamer`` receives the tokens of a single reply as they come, in place of a progress bar.
+    """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies: dict[int, str] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc="generating", unit="batch", leave=False):
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc="generating", unit="batch", leave=False, disable=streamer is not None):
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad(
             {"input_ids": [list(prompts[index]) for index in chosen]},
@@ -58,6 +65,7 @@ def generate_replies(
             do_sample=False,
             eos_token_id=list(stop_tokens),
             pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
         )
         texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         replies |= dict(zip(chosen, (text.strip() for text in texts), strict=True))

@@ -82,7 +82,7 @@ class HeldOut:
 
     def nll(self, model: PreTrainedModel, querier_ids: Sequence[int]) -> list[tuple[float, int]]:
         """``(sum, tokens)`` of every reply as asked by ``querier_ids``."""
-        scored = upper_part(model, self.first_layer) if self.first_layer else model
+        scored = upper_part(model, self.first_layer)
         asked_by = torch.tensor(querier_ids).split(self.batch_size)
         results: list[tuple[float, int]] = []
         for batch, ids in zip(tqdm(self.loader, desc="scoring", leave=False), asked_by, strict=True):
@@ -208,7 +208,7 @@ def querier_similarity(model: PreTrainedModel, held_out: HeldOut, count: int = 8
     Each of the Q queriers asks the same ``count`` windows; what is compared is the last hidden state minus
     its mean over queriers. (Weights themselves do not compare: each expert has a basis of its own.)
     """
-    scored = upper_part(model, held_out.first_layer) if held_out.first_layer else model
+    scored = upper_part(model, held_out.first_layer)
     batch = next(iter(held_out.loader))
     text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
     inputs = {key: batch[key][:count].to(model.device) for key in (text, "attention_mask")}

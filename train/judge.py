@@ -1,12 +1,12 @@
-"""Which of two methods' replies fit the querier better, as a chat model judges them pair by pair.
+"""A chat model judges, pair by pair, which of two methods' replies fits the querier better.
 
     python -m train.judge --a RUNS/cells/qar-seed0/result.json --b RUNS/cells/ft-seed0/result.json \
         --data RUNS/data/SHOW --endpoint http://localhost:8000/v1 --model MODEL \
         [--key-variable OPENAI_API_KEY]
 
-Nothing else calls it. Each pair is judged twice, with positions swapped: a judge that does not stay with a
-reply when it moves has no opinion, so that is a tie. A pair whose judgement failed is counted as failed and
-is no win of anybody. Answers are kept as they come, so a run that was stopped goes on where it was.
+Nothing else calls it. Each pair is judged twice, with the replies swapped: if the judge does not stay with
+the same reply, it has no preference and the pair is a tie. A pair that could not be judged counts as failed,
+and as a win for neither side. Answers are saved as they arrive, so a stopped run resumes where it was.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 Side = Literal["a", "b", "tie"]
 
 GIVE_UP_AFTER = 10
-"""Pairs in a row without a judgement: then the endpoint is at fault, not the pair."""
+"""After so many failed pairs in a row the endpoint is at fault, not the pairs."""
 SYSTEM = (
     "You compare two replies in a dialogue. Judge only how well each fits the person who is spoken to: what "
     "the speaker would say to just this person, in this situation. Length and correctness do not count for "
@@ -68,14 +68,14 @@ class Pair:
 
 
 class Judge(Protocol):
-    """Whoever answers messages: an endpoint, with or without a cache."""
+    """Anything that answers messages: an endpoint, with or without a cache."""
 
     def ask(self, messages: Sequence[Message]) -> str:
-        """The answer's text; raises ``NoAnswer`` where there is none."""
+        """The text of the answer; raises ``NoAnswer`` if there is none."""
 
 
 def messages(pair: Pair, swapped: bool) -> list[Message]:
-    """What the judge is asked; ``swapped`` shows the reply of b as A."""
+    """The prompt of the judge; ``swapped`` shows the reply of b as A."""
     replies = (pair.reply_b, pair.reply_a) if swapped else (pair.reply_a, pair.reply_b)
     example = pair.example
     question = QUESTION.format(
@@ -89,7 +89,7 @@ def messages(pair: Pair, swapped: bool) -> list[Message]:
 
 
 def parse(answer: str, swapped: bool) -> Side:
-    """Whose reply the answer's last line names; ``NoAnswer`` for anything but A, B or tie."""
+    """The side that the last line of the answer names; raises ``NoAnswer`` unless it is A, B or tie."""
     found = re.fullmatch(r"\W*(?:answer\W+)?(a|b|tie)\W*", answer.strip().splitlines()[-1], re.IGNORECASE)
     if not found:
         raise NoAnswer(f"not A, B or tie: {answer[:80]!r}")
@@ -98,7 +98,7 @@ def parse(answer: str, swapped: bool) -> Side:
 
 
 def settled(pair: Pair) -> Side | None:
-    """Who wins without anybody being asked: an empty reply loses, and the same reply twice is a tie."""
+    """The verdict that needs no judge: an empty reply loses, and two equal replies are a tie."""
     a, b = pair.reply_a.strip(), pair.reply_b.strip()
     if a == b:
         return "tie"
@@ -106,7 +106,7 @@ def settled(pair: Pair) -> Side | None:
 
 
 def judge_pair(pair: Pair, judge: Judge) -> Side:
-    """The winner, asked for with either reply first; a tie where the answers differ."""
+    """The winner, judged once in each order; a tie if the two verdicts differ."""
     known = settled(pair)
     if known:
         return known
@@ -118,13 +118,13 @@ def judge_all(pairs: Sequence[Pair], judge: Judge) -> dict[str, Any]:
     """Judge every pair and count.
 
     Returns:
-        ``wins_a``, ``wins_b``, ``ties``, ``failed`` (sum to ``pairs``); ``win_rate``: the share of judged
-        pairs that a won, a tie as half (None where none was judged), with ``ci95`` over dialogues and ``p``
-        (see ``train.bootstrap.sign_flip_p``) for the rate being one half; ``verdicts``: id -> a, b, tie or
-        failed.
+        ``wins_a``, ``wins_b``, ``ties``, ``failed``, which add up to ``pairs``; ``win_rate``: the share of
+        judged pairs that a won, ties counted as half (None if none was judged), with ``ci95`` over dialogues
+        and ``p`` (:func:`train.bootstrap.sign_flip_p`) against a rate of one half; ``verdicts``: id -> a, b,
+        tie or failed.
 
     Raises:
-        UserError: where the endpoint refuses, or no pair of ``GIVE_UP_AFTER`` in a row could be judged.
+        UserError: if the endpoint refuses, or ``GIVE_UP_AFTER`` pairs in a row could not be judged.
     """
     verdicts: dict[str, str] = {}
     failed_in_a_row = 0
@@ -164,7 +164,7 @@ def _counted(pairs: Sequence[Pair], verdicts: Mapping[str, str]) -> dict[str, An
 def make_pairs(a: Sequence[Record], b: Sequence[Record], examples: Iterable[Example]) -> list[Pair]:
     """The windows that both methods answered, in the order of ``a``; a failed generation is an empty reply.
 
-    Raises ``UserError`` where there is none, or a window is not among ``examples``.
+    Raises ``UserError`` if there is none, or if a window is not among ``examples``.
     """
     known = {example.id: example for example in examples}
     others = {record["id"]: record for record in b if record["rougeL"] is not None}
@@ -174,7 +174,7 @@ def make_pairs(a: Sequence[Record], b: Sequence[Record], examples: Iterable[Exam
     unknown = [record["id"] for record in both if record["id"] not in known]
     if unknown:
         raise UserError(
-            f"the data has no held-out window '{unknown[0]}', which the records do ({len(unknown)})"
+            f"the data has no held-out window '{unknown[0]}', but the records do ({len(unknown)} in all)"
         )
     return [
         Pair(known[record["id"]], record.get("reply") or "", others[record["id"]].get("reply") or "")
@@ -208,11 +208,11 @@ def main() -> None:
     parser.add_argument("--b", type=Path, required=True, help="JSON with the records of the second method")
     parser.add_argument("--data", type=Path, required=True, help="the dialogues they were evaluated on")
     parser.add_argument("--endpoint", required=True, help="base URL of an OpenAI-compatible API")
-    parser.add_argument("--model", required=True, help="the judge, as the endpoint calls it")
+    parser.add_argument("--model", required=True, help="name of the judge at the endpoint")
     parser.add_argument(
         "--key-variable", help="environment variable that holds the API key (default: no key)"
     )
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one try")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds per attempt")
     parser.add_argument("--cache", type=Path, default=Path("runs/judge/answers.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("runs/judge/judgement.json"))
     arguments = parser.parse_args()
@@ -230,7 +230,7 @@ def main() -> None:
     write_atomic(arguments.out, json.dumps(sides | result, indent=1, ensure_ascii=False) + "\n")
     if result["win_rate"] is None:
         raise UserError(
-            f"{arguments.out}: none of {result['pairs']} pairs could be judged, there is no win rate"
+            f"{arguments.out}: none of {result['pairs']} pairs could be judged, so there is no win rate"
         )
     rate = f"{100 * result['win_rate']:.1f} %"
     counts = ", ".join(f"{result[name]} {name}" for name in ("wins_a", "wins_b", "ties", "failed"))

@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def upper_part(model: PreTrainedModel, first_layer: int) -> PreTrainedModel:
-    """The model from ``first_layer`` up; feed it hidden states as ``inputs_embeds``."""
+    """The model from ``first_layer`` up; feed it hidden states as ``inputs_embeds``. From 0: ``model``."""
+    if first_layer == 0:
+        return model
     part = _shallow(model)
     part.config = _config_of_layers(model.config, first_layer, model.config.num_hidden_layers)
     part.config.use_cache = False  # its layers carry the whole model's indices, which no cache of it fits

@@ -1,7 +1,7 @@
 """Give a newcomer an expert of their own, without changing anybody else's answers.
 
-    python -m train.onboard --model runs/demo/qar/trained --data data/my_show/diags_two_role_me_clustered \\
-        --querier "New Friend" --out runs/demo/with_friend
+    python -m train.onboard --model runs/demo/cells/qar-seed0/trained \\
+        --data data/my_show/diags_two_role_me_clustered --querier "New Friend" --out runs/demo/with_friend
 
 About 20 dialogues of the newcomer with the same responder are enough to start with.
 """

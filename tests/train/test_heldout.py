@@ -3,23 +3,29 @@ import torch
 from rich.console import Console
 
 from train.chat import Chat
-from train.comparison import Comparison
 from train.data.transcript import Turn
 from train.errors import UserError
 from train.finetune import finetune
 from train.generate import answer
+from train.heldout import held_out_windows, querier_similarity, score
+from train.samples import samples
+from train.trained import load_trained, untrained
 
 QUERIERS = ("Ada", "Bram", "Cleo")
 
 
 @pytest.fixture
-def comparison(config, tiny_data):
-    finetune(config)
-    return Comparison(config, tiny_data, lambda _method: config)
+def held_out(config, tiny_data):
+    return held_out_windows(config, tiny_data)
 
 
-def test_nll_is_that_of_the_last_reply_alone(comparison):
-    model, held_out = comparison.load("qar").model, comparison.held_out
+@pytest.fixture
+def trained(config):
+    return load_trained(finetune(config))
+
+
+def test_nll_is_that_of_the_last_reply_alone(trained, held_out):
+    model = trained.model
     scores = held_out.nll(model, held_out.querier_ids)
     for window, (nll, tokens) in zip(held_out.windows, scores, strict=True):
         ids = torch.tensor([window.input_ids])
@@ -31,58 +37,65 @@ def test_nll_is_that_of_the_last_reply_alone(comparison):
         assert nll == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_replies_in_a_mixed_batch_equal_those_alone(comparison):
-    model, held_out = comparison.load("qar").model, comparison.held_out
+def test_replies_in_a_mixed_batch_equal_those_alone(trained, held_out):
+    model = trained.model
     everything = list(range(len(held_out.windows)))
     together = held_out.generate(model, everything, held_out.querier_ids, 8)
     alone = [held_out.generate(model, [i], [held_out.querier_ids[i]], 8)[0] for i in everything]
     assert together == alone
 
 
-def test_swapped_ids_are_always_of_somebody_else(comparison):
+def test_swapped_ids_are_always_of_somebody_else(held_out):
     for seed in range(20):
-        swapped = comparison.held_out.swapped_ids(QUERIERS, seed)
+        swapped = held_out.swapped_ids(QUERIERS, seed)
         assert all(0 <= other < 3 for other in swapped)
-        assert all(a != b for a, b in zip(swapped, comparison.held_out.querier_ids, strict=True))
+        assert all(a != b for a, b in zip(swapped, held_out.querier_ids, strict=True))
 
 
-def test_a_pair_is_swapped_for_another_of_the_same_responder(comparison, monkeypatch):
+def test_a_pair_is_swapped_for_another_of_the_same_responder(held_out, monkeypatch):
     pairs = ["Ann > Cy", "Bo > Cy", "Ann > Di", "Eve > Di", "Cy > Di", "Di > Cy", "Ann > Flo"]
     truly = list(range(len(pairs))) * 5
-    monkeypatch.setattr(type(comparison.held_out), "querier_ids", truly)
-    for true, other in zip(truly, comparison.held_out.swapped_ids(pairs, 0), strict=True):
+    monkeypatch.setattr(type(held_out), "querier_ids", truly)
+    for true, other in zip(truly, held_out.swapped_ids(pairs, 0), strict=True):
         assert other != true
         assert pairs[other].split(" > ")[1] == pairs[true].split(" > ")[1] or true == 6
 
 
-def test_a_reply_ends_at_the_end_of_sequence_too(comparison, monkeypatch):
-    held_out, stops = comparison.held_out, []
+def test_a_reply_ends_at_the_end_of_sequence_too(held_out, monkeypatch):
+    stops = []
     monkeypatch.setattr("train.heldout.generate_replies", lambda *args: stops.extend(args[5]))
     held_out.tokenizer.eos_token = "<unk>"
     held_out.generate(None, [0], [0], 4)
     assert set(stops) == {held_out.tokenizer.unk_token_id, held_out.windows[0].end_mark}
 
 
-def test_swapping_changes_nothing_without_experts(comparison):
-    model = comparison.load("zero_shot").model
-    held_out = comparison.held_out
+def test_swapping_changes_nothing_without_experts(held_out, config, tiny_data):
+    model = untrained(config, tiny_data.responder, tuple(tiny_data.queriers)).model
     assert held_out.nll(model, held_out.querier_ids) == held_out.nll(model, held_out.swapped_ids(QUERIERS, 0))
 
 
-def test_evaluation_has_all_parts(comparison, tiny_data):
-    result = comparison.evaluate("qar")
-    assert len(result["records"]) == len(result["swapped"]) == len(tiny_data.dev)
-    assert all(0 <= record["rougeL"] <= 1 for record in result["records"])
-    matrix = torch.tensor(result["similarity"]["matrix"])
+def test_every_window_is_scored_as_asked_and_under_another_id(trained, held_out, tiny_data):
+    records, swapped = score(trained, held_out, 32, 4)
+    assert len(records) == len(swapped) == len(tiny_data.dev)
+    assert all(0 <= record["rougeL"] <= 1 for record in records)
+
+
+def test_experts_are_like_themselves_and_unlike_others(trained, held_out):
+    matrix = torch.tensor(querier_similarity(trained.model, held_out))
     torch.testing.assert_close(matrix.diagonal(), torch.ones(3))
     assert matrix.min() < 0.9
-    sample = result["samples"][0]
-    assert sample["asked_by"] in sample["answers"]
-    assert len(sample["answers"]) == 3
 
 
-def test_windows_are_answered_as_asked_by_the_ids_given(comparison, monkeypatch):
-    held_out, model = comparison.held_out, comparison.load("qar").model
+def test_samples_are_answered_to_who_asked_and_to_others(trained, held_out, tiny_data):
+    first, second = samples(trained, tiny_data, held_out, [0, 5], max_new_tokens=4)
+    assert second["asked_by"] == held_out.examples[5].querier == next(iter(second["answers"]))
+    assert len(first["answers"]) == 3
+    alone = held_out.generate(trained.model, [5], [0], 4)
+    assert second["answers"][tiny_data.queriers[0]] == alone[0]
+
+
+def test_windows_are_answered_as_asked_by_the_ids_given(trained, held_out, monkeypatch):
+    model = trained.model
     others, chosen, asked = held_out.swapped_ids(QUERIERS, 0), [0, 2], []
     monkeypatch.setattr(
         held_out, "generate", lambda _model, indices, ids, _tokens: asked.extend(ids) or ["."] * len(indices)
@@ -93,8 +106,7 @@ def test_windows_are_answered_as_asked_by_the_ids_given(comparison, monkeypatch)
     assert [index for index, record in enumerate(records) if record.get("reply")] == chosen
 
 
-def test_answer_knows_its_queriers(comparison, tiny_data):
-    trained = comparison.load("qar")
+def test_answer_knows_its_queriers(trained, tiny_data):
     history = [Turn(tiny_data.queriers[0], tiny_data.train[0].query)]
     replies = answer(trained, history, tiny_data.queriers, max_new_tokens=4)
     assert list(replies) == tiny_data.queriers
@@ -109,9 +121,9 @@ def test_windows_of_one_dialogue_are_resampled_together(tiny_data):
     assert first.dialogue == "scene_1_dialogue_2"
 
 
-def test_chat_switches_who_asks_and_survives_slips(comparison, tiny_data, capsys):
+def test_chat_switches_who_asks_and_survives_slips(trained, tiny_data, capsys):
     first, second = tiny_data.queriers[:2]
-    chat = Chat(comparison.load("qar"), first, Console(width=200), max_new_tokens=4)
+    chat = Chat(trained, first, Console(width=200), max_new_tokens=4)
     chat.handle(tiny_data.train[0].query)
     assert [turn.speaker for turn in chat.history] == [first, tiny_data.responder]
     chat.handle(f"/as {second}")

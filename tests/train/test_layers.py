@@ -46,6 +46,7 @@ def test_upper_part_trains_the_model_itself(loaded, windows, tmp_path):
     assert model.config.num_hidden_layers == 3
     assert part.qar.first_expert_layer == part.config.qar["first_expert_layer"] == 0
     assert model.qar.first_expert_layer == model.model.layers[1].experts.qar.first_expert_layer == 1
+    assert upper_part(model, 0) is model
 
 
 def test_cache_is_used_unless_it_is_damaged_or_the_weights_have_changed(

@@ -4,7 +4,7 @@ import unicodedata
 import pytest
 
 from train.errors import UserError
-from train.metrics import corpus_bleu, distinct, rouge, sentence_bleu, tokens_for
+from train.metrics import SCORE_KEYS, corpus_bleu, distinct, rouge, sentence_bleu, tokens_for, wording
 from train.metrics.text import tokenise
 
 
@@ -150,3 +150,20 @@ def test_distinct_counts_over_all_replies():
     assert found == {"distinct1": pytest.approx(3 / 5), "distinct2": pytest.approx(3 / 3)}
     assert distinct([""], "word") == {"distinct1": 0.0, "distinct2": 0.0}
     assert distinct(["我们我们"], "jieba")["distinct1"] == 0.5
+
+
+def test_scores_are_written_in_nats_and_points():
+    assert [wording.score(key, 0.12345) for key in ("nll", "rougeL", "perplexity")] == [
+        "0.123",
+        "12.3",
+        "0.12",
+    ]
+    assert [wording.score("nll", value) for value in (None, float("nan"))] == [wording.MISSING] * 2
+    assert wording.difference("nll", -0.01, [-0.02, 0.001]) == "-0.010 [-0.020, +0.001]"
+    assert wording.difference("rougeL", 0.012, None) == "+1.2"
+    assert wording.difference("rougeL", None, None, "not measured") == "not measured"
+
+
+def test_every_score_that_is_shown_has_a_name():
+    shown = {*wording.TABLE, *wording.SUMMARY, *wording.COMPARED}
+    assert shown | set(SCORE_KEYS) <= set(wording.LABELS)

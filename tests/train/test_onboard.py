@@ -5,10 +5,10 @@ import pytest
 import torch
 from recast import answered_by
 
-from train.comparison import Comparison
 from train.data.mqdialog import write_mqdialog
 from train.errors import UserError
 from train.finetune import finetune
+from train.heldout import held_out_windows
 from train.onboard import onboard
 from train.trained import load_trained
 
@@ -50,11 +50,10 @@ def test_newcomer_learns_and_nobody_else_changes(config, tiny_data, tmp_path):
 
     untaught = load_trained(source)
     untaught.model.add_queriers(NEWCOMER, init="mean")
-    comparison = Comparison(config.replace(trainable_layers=None), data, lambda _method: config)
+    held_out = held_out_windows(config.replace(trainable_layers=None), data)
     asked_by = [3] * len(data.dev)
     taught, mean = (
-        sum(nll for nll, _ in comparison.held_out.nll(model, asked_by))
-        for model in (extended.model, untaught.model)
+        sum(nll for nll, _ in held_out.nll(model, asked_by)) for model in (extended.model, untaught.model)
     )
     assert taught < mean
 

@@ -12,7 +12,7 @@ from train.metrics import summarise
 from train.report import render, write_report
 from train.report.__main__ import main
 from train.report.charts import PALETTE
-from train.report.wording import findings, headline, number
+from train.report.wording import findings, headline
 
 SECTIONS = (
     "Methods",
@@ -111,19 +111,19 @@ def test_an_empty_reply_is_shown_as_empty(page):
 @pytest.mark.parametrize(
     ("nll", "rouge", "expected"),
     [
-        ([-0.2, -0.1], [0.01, 0.02], "QAR is better than FT on NLL and ROUGE-L."),
-        ([0.1, 0.2], [-0.02, -0.01], "QAR is worse than FT on NLL and ROUGE-L."),
+        ([-0.2, -0.1], [0.01, 0.02], "QAR is better than FT on NLL per token and ROUGE-L."),
+        ([0.1, 0.2], [-0.02, -0.01], "QAR is worse than FT on NLL per token and ROUGE-L."),
         (
             [-0.2, -0.1],
             [-0.01, 0.02],
-            "better than FT on NLL, and not clearly different from FT on ROUGE-L (the",
+            "better than FT on NLL per token, and not clearly different from FT on ROUGE-L (the",
         ),
-        ([0.1, 0.2], [0.01, 0.02], "better than FT on ROUGE-L, and worse than FT on NLL"),
+        ([0.1, 0.2], [0.01, 0.02], "better than FT on ROUGE-L, and worse than FT on NLL per token"),
         ([-0.1, 0.1], None, "compared with FT on ROUGE-L without an interval"),
         (
             [-0.1, 0.0],
             [0.0, 0.1],
-            "not clearly different from FT on NLL and ROUGE-L (the 95 % interval includes",
+            "not clearly different from FT on NLL per token and ROUGE-L (the 95 % interval includes",
         ),
     ],
 )
@@ -135,7 +135,7 @@ def test_headline_claims_what_the_intervals_allow(nll, rouge, expected):
 @pytest.mark.parametrize(
     ("ci", "expected"),
     [
-        ([0.1, 0.3], "does use who asks"),
+        ([0.1, 0.3], "does use the id"),
         ([-0.1, 0.3], "no sign"),
         ([-0.3, -0.1], "do not help"),
         (None, "not evidence"),
@@ -146,13 +146,13 @@ def test_swap_sentence_follows_its_interval(ci, expected):
     assert expected in findings({"methods": {}, "querier_swap": swap})[0]
 
 
-def test_numbers_have_a_true_minus_and_a_dash_for_nothing():
-    assert [number(-0.1234, signed=True), number(2.0), number(None), number(float("nan"))] == [
-        "−0.123",
-        "2.000",
-        "–",
-        "–",
-    ]
+def test_scores_are_shown_in_nats_and_points(run, page):
+    qar = run[0]["methods"]["qar"]
+    low, high = (f"{100 * end:.1f}" for end in qar["ci95"]["rougeL"])
+    assert f"{100 * qar['rougeL']:.1f} <small>[{low}, {high}]</small>" in page
+    assert f"QAR {qar['nll']:.3f}, FT" in page
+    change = f"{run[0]['paired']['qar_vs_ft']['nll']['diff']:+.3f}".replace("-", "\N{MINUS SIGN}")
+    assert f"difference {change} [" in page
 
 
 def luminance(colour):

@@ -2,7 +2,7 @@
 
     python -m train.experiment --config train/configs/experiments/plays.yaml [key=value ...]
 
-Every cell (method and seed) leaves its result; a second start goes on where the first one stopped.
+Every cell (method, seed and split) keeps its result, so a second run resumes where the first one stopped.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from train.experiment.table import markdown, published_table
 from train.files import write_atomic
 
 console = Console()
-WIDEST = 120  # columns that a table wants, also where its output is no terminal
+WIDEST = 120  # columns for the table, even if the output is not a terminal
 
 
 def run_experiment(experiment: Experiment, folder: Path, name: str) -> None:
-    """Run the cells that have no result yet; table and figure are written anew after each."""
+    """Run the cells that have no result yet; table and figure are rewritten after each."""
     experiment.prepare()
     cells = experiment.cells()
-    for cell in cells:  # before any result, or the table of all, is written over
+    for cell in cells:  # before any result or the table is overwritten
         check_cell(experiment, cell)
     for index, cell in enumerate(cells):
         console.rule(f"[bold]{cell.name} ({index + 1} of {len(cells)})", align="left")
@@ -47,7 +47,7 @@ def run_experiment(experiment: Experiment, folder: Path, name: str) -> None:
 def write_results(experiment: Experiment, folder: Path, name: str) -> str:
     """``name``.json, .md and .svg in ``folder``; returns the Markdown."""
     results = collect(experiment)
-    # the paper's scores are for orientation beside the paper's methods, not under a table of other dialogues
+    # the paper's scores are shown with the plays, for orientation, not with a user's own dialogues
     paper = published() if experiment.transcript is None else {}
     text = markdown(results) + (f"\n{published_table(paper)}\n" if paper else "")
     write_atomic(folder / f"{name}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")

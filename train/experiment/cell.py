@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,14 +18,17 @@ from train.experiment.plan import Cell, Experiment
 from train.experiment.windows import base_of, cell_data, fingerprint
 from train.files import read_json, write_atomic
 from train.finetune import check_resumes, finetune
-from train.heldout import held_out_windows, score
+from train.heldout import HeldOut, held_out_windows, score
 from train.trained import Trained, load_trained, untrained
 
 RESULT = "result.json"
 
+Extra: TypeAlias = Callable[[Trained, MQDialog, HeldOut], dict[str, Any]]
+"""Computes what else to keep of a method, from its model, its dialogues and their held-out windows."""
+
 
 def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
-    """What the cell gave, if it is finished under the same settings, with the same text and base model."""
+    """The cell's result, if it was computed with the same settings, text and base model."""
     path = _folder(experiment, cell) / RESULT
     if not path.is_file():
         return None
@@ -36,19 +40,19 @@ def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
 
 
 def check_cell(experiment: Experiment, cell: Cell) -> None:
-    """``UserError`` where :func:`run_cell` would refuse what an earlier start left in the cell's folder."""
+    """Raise ``UserError`` if :func:`run_cell` would refuse what an earlier run left in the cell's folder."""
     config = experiment.config(cell)
     if cell.method.trained and result_of(experiment, cell) is None:
         base = partial(base_of, config.model, DTYPES[config.dtype])
         check_resumes(config, cell_data(experiment, cell), base)
 
 
-def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
-    """Train (or continue, or reuse) and evaluate; the result is on disk when this returns.
+def run_cell(experiment: Experiment, cell: Cell, extra: Extra | None = None) -> dict[str, Any]:
+    """Train (or resume, or reuse) and evaluate; the result is on disk when this returns.
 
     Returns:
         ``records`` of all held-out windows, ``swapped`` (the same windows asked under other queriers' ids;
-        None without per-querier experts) and ``seconds``.
+        None without per-querier experts), ``seconds``, and what ``extra`` gives.
 
     Raises:
         UserError: what is wrong with the data, the model or the configuration.
@@ -66,6 +70,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "seed": cell.seed,
         "records": records,
         "swapped": swapped,
+        **(extra(trained, data, held_out) if extra else {}),
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_atomic(_folder(experiment, cell) / RESULT, json.dumps(result, ensure_ascii=False))
@@ -78,7 +83,7 @@ def _folder(experiment: Experiment, cell: Cell) -> Path:
 
 def _key(experiment: Experiment, cell: Cell) -> str:
     settings = {
-        "config": experiment.config(cell).changed(),  # a setting that is new since then undoes no result
+        "config": experiment.config(cell).changed(),  # a setting added later voids no result
         "trained": cell.method.trained,
         "generated": experiment.generated,
         "max_new_tokens": experiment.max_new_tokens,
@@ -87,11 +92,11 @@ def _key(experiment: Experiment, cell: Cell) -> str:
 
 
 def _inputs(experiment: Experiment, cell: Cell) -> dict[str, str]:
-    """What is read besides: the dialogues and the base model's weights. Older results do not say."""
+    """Checksums of the dialogues and the base model's weights, which older results lack."""
     return {"text": fingerprint(experiment, cell), "base": base_of(experiment.config(cell).model)}
 
 
 def _model(config: TrainConfig, data: MQDialog, is_trained: bool) -> Trained:
     if is_trained:
-        return load_trained(finetune(config, resume=True), torch.float32)  # scored as the untrained is
+        return load_trained(finetune(config, resume=True), torch.float32)  # as the untrained model is scored
     return untrained(config, data.responder, tuple(data.queriers))

@@ -1,39 +1,29 @@
-"""The results as a picture: differences, every method's ROUGE-L, and what the paper published."""
+"""The results as a figure: paired differences, ROUGE-L by method, and what the paper published."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from train.metrics.wording import in_units
+from train.svg import canvas, to_svg
 
 ACCENT, MUTED = "#e2570b", "#4f7a9e"
 LANGUAGES = {"english": "o", "chinese": "s"}
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "qar",
-    "text.parse_math": False,  # methods are named by the user, perhaps with a "$"
-    "font.size": 9.5,
-    "axes.spines.top": False,
-}
 
 
 def figure(results: Mapping[str, Any], published: Mapping[str, Any]) -> str:
-    """SVG: paired NLL differences, ROUGE-L with intervals, the paper's ROUGE-L where it is given."""
+    """SVG: paired NLL differences, ROUGE-L with intervals, the paper's ROUGE-L if it is given."""
     rows = max(len(results["paired"]), len(results["methods"]), 6)
-    with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(13 if published else 9.5, 1.2 + 0.32 * rows), layout="constrained")
+    with canvas(13 if published else 9.5, 1.2 + 0.32 * rows) as drawing:
         left, middle, *right = drawing.subplots(1, 3 if published else 2)
         _differences(left, results["paired"])
         _rouge(middle, results["methods"])
         if published:
             _published(right[0], published)
-        buffer = io.StringIO()
-        drawing.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+        return to_svg(drawing, whole_file=True)
 
 
 def _differences(axes: Axes, paired: Mapping[str, Any]) -> None:
@@ -48,7 +38,8 @@ def _rouge(axes: Axes, methods: Mapping[str, Any]) -> None:
     measured = {name: scores for name, scores in methods.items() if scores["rougeL"] is not None}
     for row, scores in enumerate(measured.values()):
         ends = scores["ci95"]["rougeL"]
-        _point(axes, row, 100 * scores["rougeL"], ends and [100 * end for end in ends])
+        value, *ends = (in_units("rougeL", value) for value in (scores["rougeL"], *(ends or ())))
+        _point(axes, row, value, ends)
     _name(axes, [name.replace("_", " ") for name in measured])
     axes.set_xlabel("ROUGE-L of generated replies\n(right is better)")
 

@@ -1,4 +1,4 @@
-"""Reads an experiment's YAML file, and refuses what is wrong in it before anything runs."""
+"""Reads an experiment's YAML file and checks it before anything runs."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -69,7 +69,7 @@ def _draws(key: str, value: Any, path: Path) -> tuple[int, ...]:
     is_list = isinstance(value, list | tuple) and value and all(type(draw) is int for draw in value)
     if not is_list or min(value) < 0 or len(set(value)) < len(value):
         raise UserError(
-            f"{path}: key '{key}': got {value!r}, expected a list of different whole numbers from 0"
+            f"{path}: key '{key}': got {value!r}, expected a list of distinct whole numbers, 0 or above"
         )
     return tuple(value)
 
@@ -101,7 +101,7 @@ def _pair(pair: Any, methods: dict[str, Any], path: Path) -> tuple[str, str]:
         raise UserError(f"{path}: key 'pairs': got {pair!r}, expected two methods")
     for name in pair:
         if name not in methods:
-            raise UserError(f"{path}: key 'pairs': '{name}' is none of the methods ({', '.join(methods)})")
+            raise UserError(f"{path}: key 'pairs': '{name}' is not one of the methods ({', '.join(methods)})")
     return pair[0], pair[1]
 
 

@@ -1,4 +1,4 @@
-"""What an experiment compares: methods under seeds and on splits, with what they share."""
+"""What an experiment compares: methods, under seeds and on splits, and the settings that they share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method under one seed, on one split; what an experiment computes, keeps and resumes."""
+    """One method under one seed on one split: the unit that is computed, kept and resumed."""
 
     method: Method
     seed: int
@@ -52,18 +52,18 @@ class Experiment:
 
     Attributes:
         output_dir: where cells and results go.
-        train: what all methods share, as keys of :class:`train.config.TrainConfig`.
+        train: the settings that all methods share, as keys of :class:`train.config.TrainConfig`.
         methods: rows of the table, in order.
-        seeds: every trained method runs once under each; prompting runs under the first.
-        generated: held-out windows that are answered for ROUGE and BLEU (all are scored for NLL).
+        seeds: every trained method runs once under each; untrained ones run under the first only.
+        generated: how many held-out windows are answered for ROUGE and BLEU (NLL takes all of them).
         max_new_tokens: of a generated reply.
-        pairs: (method, compared with) of the paired differences.
-        responders: whose dialogues are prepared first; without them ``train`` names the ``data``.
+        pairs: the paired differences, as (method, compared with).
+        responders: whose dialogues are prepared first; if there are none, ``train`` names the ``data``.
         transcript: where ``responders`` speak (:mod:`train.data.transcript_rows`); None: Shakespeare's plays.
-        columns: of a CSV ``transcript``: scene, speaker or text, and the column that holds it.
-        queriers: of ``responders``, these people only; without them all who have ``min_dialogues``.
-        min_dialogues: that a querier must have with a responder to be one.
-        splits: draws of which dialogues of ``responders`` are held out; everything runs on each.
+        columns: pairs for a CSV ``transcript``: scene, speaker or text, and the name of its column.
+        queriers: the only people who ask ``responders``; if empty, all who have ``min_dialogues``.
+        min_dialogues: how many dialogues with a responder make somebody a querier.
+        splits: seeds that draw which dialogues of ``responders`` are held out; everything runs on each.
     """
 
     output_dir: str
@@ -90,7 +90,7 @@ class Experiment:
         return Path(self.output_dir) / f"data{_suffix(split)}"
 
     def prepare(self) -> None:
-        """Build the data of ``responders``, or find it built."""
+        """Build the data of ``responders`` unless it is there."""
         shared = PrepareConfig(
             self.show,
             transcript=self.transcript,
@@ -102,7 +102,7 @@ class Experiment:
             prepare(dataclasses.replace(shared, responder=responder, out=self.prepared(split), seed=split))
 
     def cells(self) -> list[Cell]:
-        """Every cell, split by split and seed by seed: a stopped experiment holds whole comparisons."""
+        """All cells, split by split and seed by seed, so that those before a stop can be compared."""
         return [
             Cell(method, seed, split)
             for split, seed in product(self.splits, self.seeds)
@@ -111,7 +111,7 @@ class Experiment:
         ]
 
     def config(self, cell: Cell) -> TrainConfig:
-        """The training run of a cell."""
+        """The configuration of a cell's training run."""
         values = {**self.train, **cell.method.changes, "seed": cell.seed}
         if self.responders:
             values["data"] = str(self.prepared(cell.split) / self.show)

@@ -1,4 +1,4 @@
-"""From cells to the results file: every method's scores, and what one gains over another, over all seeds."""
+"""From cells to the results file: every method's scores and the paired differences, over all seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
 
     Returns:
         ``conditions``; ``methods``: name -> scores over all seeds, with ``per_seed``; ``paired``: name ->
-        differences with 95 % intervals over dialogues; ``swap``: name -> what asking as somebody else costs;
+        differences with 95 % intervals over dialogues; ``swap``: name -> what another id changes;
         ``missing``: cells without a result.
     """
     found: dict[str, Runs] = {}
@@ -61,7 +61,7 @@ def _column(runs: Runs, key: str) -> list[Any]:
 
 
 def _difference(first: Runs, second: Runs) -> dict[str, Any] | None:
-    """On the splits that both have run on; None if there are none."""
+    """Over the splits that both have run on; None if there are none."""
     shared = {cell.split for cell, _ in first} & {cell.split for cell, _ in second}
     ours, theirs = ([run for run in runs if run[0].split in shared] for runs in (first, second))
     return compare_seeds(_column(ours, "records"), _column(theirs, "records")) if shared else None
@@ -82,7 +82,7 @@ def published() -> dict[str, Any]:
 
 
 def conditions(experiment: Experiment) -> dict[str, Any]:
-    """What a reader needs to run it again."""
+    """What a reader needs to reproduce the results."""
     any_cell = {cell.split: cell for cell in experiment.cells()}
     splits = [cell_data(experiment, any_cell[split]) for split in experiment.splits]
     data, held_out = splits[0], {example.id for split in splits for example in split.dev}

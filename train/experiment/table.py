@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SCORES = {
-    "nll": "NLL per token",
-    "rougeL": "ROUGE-L",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "bleu1": "BLEU-1",
-    "bleu4": "BLEU-4",
-    "distinct1": "distinct-1",
-    "distinct2": "distinct-2",
-}
-COMPARED = {"nll": "NLL per token", "rougeL": "ROUGE-L"}
-IN_NATS = ("nll",)
+from train.metrics.wording import COMPARED, LABELS, TABLE, difference, score
+
+NOT_MEASURED = "not measured"
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables; what has not run is named."""
+    """The tables, and the names of cells that have not run."""
     parts = [_methods(results["methods"]), _pairs(results)]
     if results["missing"]:
         parts.append(f"Not run yet: {', '.join(results['missing'])}.")
@@ -28,27 +19,31 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _methods(methods: Mapping[str, Any]) -> str:
-    rows = [["method", "runs", *SCORES.values(), "empty or failed"]]
+    rows = [["method", "runs", *(LABELS[key] for key in TABLE), "empty or failed"]]
     for name, scores in methods.items():
-        values = [_score(key, scores[key]) for key in SCORES]
+        values = [score(key, scores[key], missing=NOT_MEASURED) for key in TABLE]
         rows.append([name, str(len(scores["per_seed"])), *values, str(scores["empty"] + scores["failed"])])
     return table(rows)
 
 
 def _pairs(results: Mapping[str, Any]) -> str:
-    rows = [["difference", *COMPARED.values()]]
-    for name, difference in results["paired"].items():
+    rows = [["difference", *(LABELS[key] for key in COMPARED)]]
+    for name, differences in results["paired"].items():
         first, second = name.split("_vs_")
-        rows.append([f"{first} - {second}", *(interval(key, difference.get(key)) for key in COMPARED)])
+        rows.append([f"{first} - {second}", *_differences(differences)])
     for name, swap in results["swap"].items():
-        differences = [{"diff": swap[f"{key}_diff"], "ci95": swap[f"{key}_ci95"]} for key in COMPARED]
-        cells = map(interval, COMPARED, differences)
-        rows.append([f"{name} asked under another id - its own", *cells])
+        differences = {key: {"diff": swap[f"{key}_diff"], "ci95": swap[f"{key}_ci95"]} for key in COMPARED}
+        rows.append([f"{name} asked under another id - its own", *_differences(differences)])
     return table(rows)
 
 
+def _differences(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    found = [(key, differences.get(key) or {}) for key in COMPARED]
+    return [difference(key, one.get("diff"), one.get("ci95"), NOT_MEASURED) for key, one in found]
+
+
 def published_table(published: Mapping[str, Any]) -> str:
-    """The paper's averages, a row for each language."""
+    """The paper's averages, one row per language."""
     languages = {language: found["average"] for language, found in published.items()}
     names = list(next(iter(languages.values())))
     rows = [["published ROUGE-L (other data and models)", *names]]
@@ -61,21 +56,3 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def interval(key: str, difference: Mapping[str, Any] | None) -> str:
-    """``diff [lo, hi]``; all but NLL in points."""
-    if difference is None or difference["diff"] is None:
-        return "not measured"
-    scale, digits = (1, 3) if key in IN_NATS else (100, 1)
-    text = f"{scale * difference['diff']:+.{digits}f}"
-    if difference["ci95"] is None:
-        return text
-    low, high = (f"{scale * end:+.{digits}f}" for end in difference["ci95"])
-    return f"{text} [{low}, {high}]"
-
-
-def _score(key: str, value: float | None) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:.3f}" if key in IN_NATS else f"{100 * value:.1f}"

@@ -1,4 +1,4 @@
-"""What the cells of an experiment read: on one split, every method is scored on the same held-out windows."""
+"""The windows that cells read; on one split every method is scored on the same held-out windows."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from train.experiment.plan import Cell, Experiment
 
 
 def cell_data(experiment: Experiment, cell: Cell) -> MQDialog:
-    """The cell's dialogues, those held-out windows that every method has room for.
+    """The cell's dialogues, with those held-out windows only that fit into every method's prompts.
 
-    Raises ``UserError`` where there are none.
+    Raises ``UserError`` if there are none.
     """
     data = _data(_shared(experiment.config(cell)))
     methods = [_shared(experiment.config(dataclasses.replace(cell, method=m))) for m in experiment.methods]
@@ -37,13 +37,13 @@ def cell_data(experiment: Experiment, cell: Cell) -> MQDialog:
 
 
 def fingerprint(experiment: Experiment, cell: Cell) -> str:
-    """Changes with any text that the cell trains on or is scored on."""
+    """A checksum of all text that the cell trains on or is scored on."""
     data = cell_data(experiment, cell)
     return hashlib.sha256(repr((data.train, data.dev)).encode()).hexdigest()
 
 
 def base_of(model: str, dtype: torch.dtype = torch.float32) -> str:
-    """Changes with the base model's weights as they are in ``dtype``."""
+    """A checksum of the base model's weights in ``dtype``."""
     return _bases(model)[dtype]
 
 
@@ -54,7 +54,7 @@ def _bases(model: str) -> dict[torch.dtype, str]:
 
 
 def _shared(config: TrainConfig) -> TrainConfig:
-    """Without what does not change what is read: seeds share their data, and its copy in memory."""
+    """Without the settings that do not affect the data, so that all seeds share one copy in memory."""
     return config.replace(output_dir=".", seed=0)
 
 

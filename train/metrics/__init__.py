@@ -1,7 +1,7 @@
 """Scores of held-out replies: NLL, ROUGE, BLEU, distinct-n, per method, per querier and over several seeds.
 
-A record per window (``records``) is summed up (``summary``), over several seeds too (``seeds``); intervals
-and p-values are over whole dialogues (``train/bootstrap.py``).
+There is one record per window (``records``); ``summary`` aggregates them, ``seeds`` over several runs.
+Intervals and p-values resample whole dialogues (``train/bootstrap.py``).
 """
 
 from train.bootstrap import bootstrap_ci, nll_summary, paired_bootstrap, paired_nll

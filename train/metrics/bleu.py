@@ -1,9 +1,9 @@
 """BLEU-1 to BLEU-4 by sacrebleu, and distinct-1 and distinct-2.
 
-BLEU-n is the geometric mean of the precisions of 1- to n-grams with equal weights, times the brevity penalty,
-case kept. Words are sacrebleu's "13a", characters its "char". Of one reply it is taken over the orders that
-the reply has n-grams of, an order without a match is smoothed exponentially (sacrebleu's ``exp``), and of
-all replies together (``corpus_bleu``) too.
+BLEU-n is the geometric mean of the precisions of 1- to n-grams with equal weights, times the brevity penalty;
+case counts. Words are sacrebleu's "13a", characters its "char". For a single reply only those orders count
+that it has n-grams of. An order without a match is smoothed exponentially (sacrebleu's ``exp``), for one
+reply as for all together (``corpus_bleu``).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def corpus_bleu(predictions: Sequence[str], references: Sequence[str], tokens: T
 
 
 def distinct(predictions: Sequence[str], tokens: Tokens) -> dict[str, float]:
-    """Different n-grams over all n-grams of all replies (Li et al. 2016), by ``DISTINCT_KEYS``.
+    """Distinct n-grams over all n-grams, of all replies together (Li et al. 2016), by ``DISTINCT_KEYS``.
 
-    It falls with the number of tokens, so only replies to the same windows compare; without n-grams it is 0.
+    It falls with the number of tokens: compare only replies to the same windows. 0 if there are no n-grams.
     """
     replies = [tokenise(text, checked(tokens)) for text in predictions]
     return {key: _share_of_distinct(replies, n) for n, key in enumerate(DISTINCT_KEYS, start=1)}
@@ -50,7 +50,7 @@ def _share_of_distinct(replies: Sequence[Sequence[str]], n: int) -> float:
 
 
 def _prepared(texts: Sequence[str], tokens: Tokens) -> list[str]:
-    """What sacrebleu tokenises: it knows no jieba, so those words come separated."""
+    """Texts for sacrebleu, which has no jieba: its words are separated by spaces here."""
     return [" ".join(tokenise(text, tokens)) if tokens == "jieba" else composed(text) for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""One record per held-out window: what a method gave there, and its scores."""
+"""One record per held-out window: a method's reply there, and its scores."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from train.metrics.rouge import ROUGE_KEYS, Compat, rouge
 from train.metrics.text import Tokens, checked, tokens_for
 
 SCORE_KEYS = (*ROUGE_KEYS, *BLEU_KEYS)
-"""Scores of a single reply; a text's score is their mean over replies."""
+"""Scores of a single reply; a method's score is their mean over replies."""
 
 
 class Record(TypedDict):
-    """One held-out example: NLL in nats, summed over the reply; scores None where none was generated.
+    """One held-out example: NLL in nats, summed over the reply; scores are None if no reply was asked for.
 
-    ``failed`` is a reply that was to be generated and never came, ``empty`` one without text; both score 0.
+    ``failed``: a reply was to be generated and never came; ``empty``: it has no text. Both score 0.
     """
 
     id: str
@@ -40,9 +40,9 @@ class Record(TypedDict):
 def score_reply(
     reply: str | None, reference: str, tokens: Tokens | None = None, compat: Compat | None = None
 ) -> dict[str, Any]:
-    """The fields of a record that a generated ``reply`` decides; None is a failed generation.
+    """The fields of a record that depend on the generated ``reply``; None is a failed generation.
 
-    See :func:`train.metrics.rouge.rouge` for ``tokens`` and ``compat``, which is of ROUGE alone.
+    See :func:`train.metrics.rouge.rouge` for ``tokens`` and ``compat``, which affects ROUGE only.
     """
     tokens = tokens_for([reference]) if tokens is None else checked(tokens)
     text = reply or ""
@@ -52,7 +52,7 @@ def score_reply(
 
 
 def unscored(reference: str) -> dict[str, Any]:
-    """The same fields where no reply was asked for."""
+    """The same fields for a window that was not to be answered."""
     nothing = dict.fromkeys((*SCORE_KEYS, "reply"))
     return {**nothing, "reference": reference, "empty": False, "failed": False}
 
@@ -60,10 +60,10 @@ def unscored(reference: str) -> dict[str, Any]:
 def rescore(
     records: Sequence[Record], tokens: Tokens | None = None, compat: Compat | None = None
 ) -> list[Record]:
-    """The same replies under other ``tokens`` or as another package counts; the rest stays.
+    """Score the same replies with other ``tokens`` or as another package counts; other fields stay.
 
-    None chooses ``tokens`` by all references together. Raises ``ValueError`` where a record does not hold
-    its reference.
+    With None, all references together choose ``tokens``. Raises ``ValueError`` if a record lacks its
+    reference.
     """
     missing = [record["id"] for record in records if "reference" not in record]
     if missing:

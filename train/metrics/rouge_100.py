@@ -1,18 +1,17 @@
 """ROUGE as the PyPI package ``rouge`` 1.0.0 counts it; the paper's scores come from that package.
 
-What is peculiar, and kept:
+Peculiarities that are kept:
 
 - Sentences end at every full stop ("." only); words are what white space separates, case and punctuation
   included. A stretch of white space between two full stops is a sentence of one empty word, which can match.
-- ROUGE-1 and ROUGE-2 count repetitions (version 1.0.1 does not); their n-grams reach over sentences.
-- ROUGE-L is over whole texts: the different words that are in the longest common subsequence of any sentence
-  of the reference with any of the prediction, over the different words of the prediction (P) and of the
-  reference (R).
+- ROUGE-1 and ROUGE-2 count repetitions (version 1.0.1 does not); their n-grams span sentences.
+- ROUGE-L is over whole texts: the distinct words in the longest common subsequence of any sentence of the
+  reference and any of the prediction, over the distinct words of the prediction (P) or of the reference (R).
 - F = 2PR / (P + R + 1e-8), so a perfect match is a little less than 1.
 
-What is not kept: a text without any sentence ("", "...") raises an error there and scores 0 here, which is
-also what the paper's evaluation made of the error; and sentences so long that the package exceeds Python's
-recursion limit are scored like others.
+Not kept: a text without any sentence ("", "...") raises an error there but scores 0 here, as it did in the
+paper's evaluation; sentences so long that the package exceeds Python's recursion limit are scored like any
+other.
 """
 
 from __future__ import annotations

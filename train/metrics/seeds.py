@@ -1,8 +1,8 @@
-"""Runs of one method under several seeds, or with other dialogues held out, as one.
+"""Several runs of one method, under other seeds or with other dialogues held out, as one.
 
-A window's scores are averaged over the runs first and dialogues are resampled after that, so that a window
-does not count once per run. Intervals and p-values are therefore about dialogues; how much the seeds
-differ is shown by the values per seed.
+A window's scores are averaged over the runs before dialogues are resampled, so that it does not count once
+per run. Intervals and p-values therefore say what other dialogues would change; the values per seed show
+how much seeds differ.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PER_SEED = ("nll", *SCORE_KEYS, *CORPUS_KEYS)
 def pool(runs: Sequence[Sequence[Record]]) -> list[Record]:
     """One record per window, its NLL and scores averaged over those of ``runs`` that hold it.
 
-    Texts of replies are left out, and a score is None where a run has none. Raises ``ValueError`` without
-    runs, and where one holds a window twice, or two have other numbers of its tokens.
+    Texts of replies are left out; a score is None if a run lacks it. Raises ``ValueError`` if there are no
+    runs, if one holds a window twice, or if two disagree on the number of its tokens.
     """
     if not runs:
         raise ValueError("runs: expected the records of at least one run, got none")
@@ -52,8 +52,8 @@ def summarise_seeds(
 ) -> dict[str, Any]:
     """As ``summarise``, of all ``runs`` together, with ``per_seed`` values.
 
-    What is counted over all replies of a run (``CORPUS_KEYS``) is averaged over the runs, a querier's over
-    those where they ask; ``empty`` and ``failed`` are totals of all runs, ``examples`` and ``generated``
+    Scores of all replies of a run together (``CORPUS_KEYS``) are averaged over the runs, a querier's over the
+    runs in which they ask; ``empty`` and ``failed`` are totals over all runs, ``examples`` and ``generated``
     count windows.
     """
     single = [summarise(run, samples=1, tokens=tokens) for run in runs]
@@ -79,7 +79,7 @@ def compare_seeds(
 ) -> dict[str, dict[str, Any]]:
     """As ``compare``, over the runs of two methods; ``a`` and ``b`` may have different numbers of runs.
 
-    Where both have as many, ``per_seed`` of each measure holds the differences run by run, in their order.
+    If they have the same number, ``per_seed`` of each score holds the differences run by run.
     """
     result = compare(pool(a), pool(b), **options)
     if len(a) == len(b):

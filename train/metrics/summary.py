@@ -1,6 +1,6 @@
-"""Scores of a method over its records, and what one method gains over another.
+"""Scores of a method over its records, and paired differences between methods.
 
-Every interval is a 95 % bootstrap interval over whole dialogues, every p-value is from a paired
+Every interval is a 95 % bootstrap interval over whole dialogues, every p-value comes from a paired
 randomisation over them (``train/bootstrap.py``).
 """
 
@@ -71,10 +71,10 @@ def summarise(
 ) -> dict[str, Any]:
     """Scores of one method: overall, as the mean over queriers ("macro"), per querier, with intervals.
 
-    ROUGE and BLEU are means over the ``generated`` examples, and ``CORPUS_KEYS`` are of all their replies
-    together, split into ``tokens`` (None: chosen by the references). Empty and failed replies are among them
-    (they score 0); where there are none, or for ``CORPUS_KEYS`` no texts, the value is None. Raises
-    ValueError without records or where an example has no scored token.
+    ROUGE and BLEU are means over the ``generated`` examples; ``CORPUS_KEYS`` are scores of all their replies
+    together, split into ``tokens`` (None: the references decide). Empty and failed replies are included and
+    score 0. A value is None if there are no replies or, for ``CORPUS_KEYS``, no texts of them. Raises
+    ValueError if there are no records or an example has no scored token.
     """
     if not records:
         raise ValueError("records: expected at least one held-out example, got none")
@@ -116,9 +116,8 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Paired differences `a - b` of two methods on the same examples, matched by id.
 
-    Returns {"nll": {"diff", "ci95", "p"}, "rouge1": ..., ...}; a score that no example has in both is left
-    out.
-    Raises ValueError where the two do not hold the same examples or did not score the same tokens.
+    Returns {"nll": {"diff", "ci95", "p"}, "rouge1": ..., ...}, without the scores that no example has on
+    both sides. Raises ValueError if the two do not hold the same examples or did not score the same tokens.
     """
     pairs = _matched(a, b)
     first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -135,7 +134,7 @@ def compare(
 def swap_summary(
     true: Sequence[Record], swapped: Sequence[Record], samples: int = SAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """What asking as another querier changes: {"nll_true", "nll_swapped", "nll_diff", "nll_ci95", ...}.
+    """What asking under another id changes: {"nll_true", "nll_swapped", "nll_diff", "nll_ci95", ...}.
 
     The same four come for "rougeL_", over the examples generated both ways (None where there are none).
     A difference is swapped - true, so useful experts show nll_diff > 0 and rougeL_diff < 0.

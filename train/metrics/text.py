@@ -22,14 +22,14 @@ UNSPACED = re.compile(
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
 )
 LETTER = re.compile(r"[^\W\d_]")
-WORD = regex.compile(r"[\w\p{M}]+")  # with their marks: vowels of Hindi or Arabic are no letters of their own
+WORD = regex.compile(r"[\w\p{M}]+")  # with their marks: vowel signs of Hindi or Arabic are not letters
 
 
 def tokens_for(texts: Iterable[str]) -> Tokens:
-    """By what most letters of ``texts`` are.
+    """The kind of tokens that suits most letters of ``texts``.
 
-    ``character``, the paper's for Chinese, where they are of a script without spaces; ``word`` where they are
-    plain Latin ones; ``unicode`` for other scripts, of which rouge-score's words would leave nothing.
+    ``character``, the paper's choice for Chinese, for scripts without spaces; ``word`` for plain Latin
+    letters; ``unicode`` for other scripts, of which rouge-score's words would leave nothing.
     """
     letters = [letter for text in texts for letter in LETTER.findall(text)]
     if 2 * sum(bool(UNSPACED.match(letter)) for letter in letters) > len(letters):
@@ -47,7 +47,7 @@ def checked(tokens: str) -> Tokens:
 def tokenise(text: str, tokens: Tokens) -> list[str]:
     """``word``: lower-case runs of plain Latin letters and digits; ``unicode``: of any letters and digits.
 
-    The others: all pieces but white space.
+    The other kinds: all pieces that are not white space.
     """
     text = composed(text)
     if tokens == "word":
@@ -59,13 +59,13 @@ def tokenise(text: str, tokens: Tokens) -> list[str]:
 
 
 def composed(text: str) -> str:
-    """Letters and their marks as one character where there is one (NFC): texts may be written either way."""
+    """``text`` in NFC: a letter with its mark may be written as one character or as two."""
     return unicodedata.normalize("NFC", text)
 
 
 @cache
 def _jieba_split() -> Callable[[str], list[str]]:
-    import jieba  # loads a dictionary: only where words are asked for
+    import jieba  # imported late: it loads a dictionary
 
     jieba.setLogLevel(logging.WARNING)
     return jieba.lcut

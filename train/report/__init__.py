@@ -26,7 +26,7 @@ def write_report(
     (`train.metrics.swap_summary`), "planted" and "seconds". `curves` maps a method to its log rows
     ({"step", "loss"}, and "lm_loss" where the loss has other parts); `similarity` is
     {"names": [...], "matrix": [[...]]}; a sample is {"query", "history", "reference", "asked_by", "answers"}.
-    Numbers that are not finite become null. Nothing is written where the page cannot be rendered.
+    Numbers that are not finite become null. Nothing is written if the page cannot be rendered.
     """
     report = _finite(report)
     page = render(report, curves, similarity, samples)

@@ -12,7 +12,7 @@ from train.report import render, write_html
 
 
 def _read(path: Path, kind: type, default: Any = None) -> Any:
-    """The JSON in `path`; `default` where the file is absent and there is one."""
+    """The JSON in `path`; `default`, if there is one, for a file that is absent."""
     if default is not None and not path.exists():
         return default
     value = load_json(path)
@@ -22,9 +22,9 @@ def _read(path: Path, kind: type, default: Any = None) -> Any:
 
 
 def rerender(run_dir: Path) -> Path:
-    """Render `run_dir`/report.html from report.json and, where there, curves, similarity and samples.
+    """Render `run_dir`/report.html from report.json and, if present, curves, similarity and samples.
 
-    Raises UserError where report.json is missing or any of the files is damaged.
+    Raises UserError if report.json is missing or any of the files is damaged.
     """
     report = _read(run_dir / "report.json", dict)
     curves = _read(run_dir / "curves.json", dict, {})

@@ -1,37 +1,32 @@
-"""Chart primitives: matplotlib figures as inline SVG, without pyplot's global state.
+"""Chart primitives: figures as inline SVG.
 
-Text and axes are drawn in one ink that becomes `currentColor`, so a page's theme colours them.
+Text and axes are drawn in one ink that becomes `currentColor`, so that the page's theme colours them.
 """
 
-import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 
+from train import svg
+
 PALETTE = {"zero_shot": "#8e979f", "ft": "#4f7a9e", "qar": "#e2570b"}
 OTHER_METHOD = "#2f9486"
 _INK = "#7b7b7b"
-_LONGEST = 16  # letters of a name on a square map
+_LONGEST = 16  # name on a heat map, in letters
 _WIDTH = 4.6  # inches: the text stays readable when a phone shrinks the figure to its width
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: the browser has the glyphs for Chinese names
-    "svg.hashsalt": "qar",
-    "text.parse_math": False,  # names may hold a "$"
     "font.family": "sans-serif",
-    "font.size": 9.5,
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
     "axes.linewidth": 0.6,
-    "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.color": _INK,
     "ytick.color": _INK,
@@ -39,7 +34,6 @@ _STYLE = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 Interval = Sequence[float | None] | None
 
@@ -51,20 +45,17 @@ def colour(method: str) -> str:
 
 @contextmanager
 def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with svg.canvas(_WIDTH, height, _STYLE) as figure, warnings.catch_warnings():
         # The browser draws the glyphs that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.subplots()
         axes.locator_params(axis="x", nbins=6)
         yield figure, axes
 
 
 def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata=_METADATA)
-    text = buffer.getvalue()
-    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # ids would repeat across figures
+    text = svg.to_svg(figure, transparent=True)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids would repeat across figures
     return text.replace(_INK, "currentColor").replace("<svg", '<svg role="img"', 1)
 
 
@@ -81,7 +72,11 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def interval_dots(
-    names: Sequence[str], values: Sequence[float], cis: Sequence[Interval], colours: Sequence[str]
+    names: Sequence[str],
+    values: Sequence[float],
+    cis: Sequence[Interval],
+    colours: Sequence[str],
+    digits: int,
 ) -> str:
     """One dot with its error bar for each row; the axis need not start at zero."""
     with _canvas(0.75 + 0.36 * len(names)) as (figure, axes):
@@ -98,7 +93,12 @@ def interval_dots(
                 elinewidth=2,
             )
             axes.annotate(
-                f"{value:.3f}", (value, row), (0, 7), textcoords="offset points", ha="center", fontsize=8.5
+                f"{value:.{digits}f}",
+                (value, row),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
             )
         _name_rows(axes, names)
         axes.margins(x=0.15)
@@ -115,7 +115,7 @@ def grouped_bars(
 ) -> str:
     """Horizontal bars, one for each (row, series) that has a value; `line` is a labelled dashed mark.
 
-    `series` maps a label to (values, colour). Bars start at zero, so their lengths compare honestly.
+    `series` maps a label to (values, colour). Bars start at zero, so that their lengths can be compared.
     """
     thickness = 0.8 / len(series)
     with _canvas(0.9 + len(names) * max(0.34, 0.2 * len(series))) as (figure, axes):
@@ -160,7 +160,7 @@ def difference_bars(names: Sequence[str], values: Sequence[float], better: str, 
 def lines(
     series: Mapping[str, tuple[Sequence[float], Sequence[float], str]], x_axis: str, y_axis: str
 ) -> str:
-    """A faint line of the raw points under their running mean, for each label: (x, y, colour)."""
+    """For each label, (x, y, colour): the running mean of y over a faint line of its values."""
     with _canvas(3.0) as (figure, axes):
         for name, (x, y, stroke) in series.items():
             width = max(1, len(y) // 25)

@@ -1,10 +1,11 @@
-"""HTML pieces of the report. Every text that comes from data is escaped here."""
+"""HTML pieces of the report. All text from the data is escaped here."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from train.report.wording import interval, number
+from train.metrics.wording import interval, score
+from train.report.wording import typeset
 
 
 def text(value: object) -> str:
@@ -40,10 +41,10 @@ def table(header: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> s
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def score(value: float | None, ci: Sequence[float | None] | None = None) -> str:
-    """A table cell: the value and, smaller, its interval."""
-    ends = interval(ci)
-    return f"{number(value)} <small>{ends}</small>" if ends else number(value)
+def score_cell(key: str, value: float | None, ci: Sequence[float | None] | None = None) -> str:
+    """A table cell: the score and, smaller, its interval."""
+    ends = interval(key, ci)
+    return typeset(f"{score(key, value)} <small>{ends}</small>" if ends else score(key, value))
 
 
 def facts(values: Mapping[str, Any]) -> str:

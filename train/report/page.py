@@ -1,4 +1,4 @@
-"""The page as a whole: one HTML text that needs nothing from outside itself."""
+"""The whole page, as one self-contained HTML text."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def render(
     similarity: Mapping[str, Any] | None,
     samples: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The report as HTML; a part that is missing or empty leaves its section out."""
+    """The report as HTML; a section whose part is missing or empty is left out."""
     methods = report["methods"]
     body = [
         sections.methods(methods),
@@ -51,7 +51,7 @@ def render(
 
 
 def document(title: str, heading: str, lines: Sequence[str], body: Sequence[str]) -> str:
-    """A whole page: texts, which are escaped here, and sections that are HTML already."""
+    """A page from texts, which are escaped here, and sections, which are HTML already."""
     return _PAGE.format(
         title=text(title),
         style=_STYLE.read_text(encoding="utf-8"),

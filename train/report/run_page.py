@@ -9,13 +9,13 @@ from train.report.markup import facts, figure, figures, section
 from train.report.page import document
 
 Rows = Sequence[Mapping[str, Any]]
-# figure -> the logged values it shows, and their names in the legend
+# caption -> the logged values that the figure shows, and their names in the legend
 FIGURES = {
     "Loss": {"lm_loss": "language model", "contrastive_loss": "contrastive"},
     "Validation, NLL per token of the last reply": {"valid_nll": "after each epoch"},
     "Learning rate": {"learning_rate": "LoRA", "expert_learning_rate": "experts and heads"},
     "Gradient norm before clipping": {"grad_norm": "all parameters"},
-    "Tokens per second": {"tokens_per_second": "all ranks, padding not counted"},
+    "Tokens per second": {"tokens_per_second": "all ranks, without padding"},
 }
 STROKES = (charts.colour("ft"), charts.colour("qar"))
 
@@ -25,14 +25,14 @@ def write_run_page(rows: Rows, settings: Mapping[str, Any], folder: Path) -> Pat
 
     Args:
         rows: what transformers logged, one row a step (``step``, ``loss``, ``lm_loss``, ...).
-        settings: of the run, as :meth:`train.config.TrainConfig.to_dict` gives them.
-        folder: the run's.
+        settings: those of the run, as :meth:`train.config.TrainConfig.to_dict` gives them.
+        folder: the output_dir of the run.
     """
     steps = [row for row in rows if "loss" in row]
     last = steps[-1]["lm_loss"] if steps else float("nan")
     found = [f"{len(steps)} steps, last loss {last:.3f}"]
     drawn = [figure(caption, _chart(rows, names)) for caption, names in FIGURES.items() if _has(rows, names)]
-    note = "A faint line of logged values under its running mean."
+    note = "The running mean over a faint line of the logged values."
     body = [section("Curves", figures(drawn), note=note), section("Settings", facts(_shown(settings)))]
     return write_html(document("Training run", str(folder), found, body), folder)
 

@@ -1,57 +1,58 @@
-"""Sections of the report, each from its part of the data; a part that is missing gives an empty string."""
+"""Sections of the report, each from its part of the data; a missing part gives an empty string."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from train.metrics.wording import COMPARED, LABELS, MISSING, SUMMARY, digits, in_units
 from train.report import charts
-from train.report.markup import answer_cards, facts, figure, figures, score, section, table, text
-from train.report.wording import difference, label, number
+from train.report.markup import answer_cards, facts, figure, figures, score_cell, section, table, text
+from train.report.wording import difference, label
 
 Part = Mapping[str, Any]
+_COLUMNS = (*SUMMARY, "perplexity")
 _FADED = f"{charts.colour('qar')}80"  # half transparent: QAR asked as another querier
 
 
 def methods(scores: Mapping[str, Part]) -> str:
     """All methods with their scores and 95 % intervals, as a table and as dots with error bars."""
-    header = ["Method", "NLL", "Perplexity", "ROUGE-1", "ROUGE-2", "ROUGE-L", "Empty", "Replies", "Windows"]
+    header = ["Method", *(LABELS[key] for key in _COLUMNS), "Empty", "Replies", "Windows"]
     rows = [(name, _method_row(name, found)) for name, found in scores.items()]
     dots = [
-        _method_dots(scores, "nll", "NLL per token (lower is better)"),
-        _method_dots(scores, "rougeL", "ROUGE-L (higher is better)"),
+        _method_dots(scores, "nll", "lower is better"),
+        _method_dots(scores, "rougeL", "higher is better"),
     ]
     note = (
-        "Held-out windows: NLL (nats per token) of all of them, ROUGE of the replies that were generated. "
-        "Brackets: 95 % bootstrap interval over dialogues."
+        "NLL (in nats) and perplexity of all held-out windows; the other scores (in points) of the generated "
+        "replies. Brackets: 95 % bootstrap interval over dialogues."
     )
     return section("Methods", table(header, rows), figures(dots), note=note)
 
 
 def _method_row(name: str, scores: Part) -> list[str]:
     ci = scores.get("ci95") or {}
-    rouge = [score(scores.get(key), ci.get(key)) for key in ("rouge1", "rouge2", "rougeL")]
-    counts = [text(scores.get(key, "–")) for key in ("empty", "generated", "examples")]
-    return [
-        text(label(name)),
-        score(scores.get("nll"), ci.get("nll")),
-        number(scores.get("perplexity"), 2),
-        *rouge,
-        *counts,
-    ]
+    cells = [score_cell(key, scores.get(key), ci.get(key)) for key in _COLUMNS]
+    counts = [text(scores.get(key, MISSING)) for key in ("empty", "generated", "examples")]
+    return [text(label(name)), *cells, *counts]
 
 
-def _method_dots(methods: Mapping[str, Part], key: str, caption: str) -> str:
+def _method_dots(methods: Mapping[str, Part], key: str, direction: str) -> str:
     known = {name: scores for name, scores in methods.items() if _finite(scores.get(key))}
     if not known:
         return ""
-    values = [scores[key] for scores in known.values()]
-    cis = [(scores.get("ci95") or {}).get(key) for scores in known.values()]
-    colours = [charts.colour(name) for name in known]
-    return figure(caption, charts.interval_dots([label(name) for name in known], values, cis, colours))
+    values = _in_units(key, [scores[key] for scores in known.values()])
+    cis = [_in_units(key, (scores.get("ci95") or {}).get(key) or ()) for scores in known.values()]
+    names, colours = [label(name) for name in known], [charts.colour(name) for name in known]
+    chart = charts.interval_dots(names, values, cis, colours, digits(key))
+    return figure(f"{LABELS[key]} ({direction})", chart)
+
+
+def _in_units(key: str, values: Iterable[float | None]) -> list[float | None]:
+    return [None if value is None else in_units(key, value) for value in values]
 
 
 def training_curves(curves: Mapping[str, Sequence[Part]]) -> str:
-    """Training loss against step; the language-model part (`lm_loss`) where a method logs it apart."""
+    """Training loss against step; the language-model part (`lm_loss`) if a method logs it separately."""
     series = {}
     for method, rows in curves.items():
         points = [(row["step"], row.get("lm_loss", row.get("loss"))) for row in rows]
@@ -62,7 +63,7 @@ def training_curves(curves: Mapping[str, Sequence[Part]]) -> str:
     if not series:
         return ""
     note = (
-        "Language-model loss on the training dialogues: a faint line of logged values under its running mean."
+        "Language-model loss on the training dialogues: its running mean over a faint line of logged values."
     )
     chart = figure("Loss against step", charts.lines(series, "step", "loss"))
     return section("Training", figures([chart]), note=note, half=True)
@@ -95,20 +96,21 @@ def _nll_changes(names: Sequence[str], gains: Mapping[str, float]) -> str:
 
 def _rouge_bars(names: Sequence[str], sides: Mapping[str, Part]) -> str:
     series = {
-        label(side): ([found[name].get("rougeL") for name in names], charts.colour(side))
+        label(side): (_in_units("rougeL", [found[name].get("rougeL") for name in names]), charts.colour(side))
         for side, found in sides.items()
     }
     if all(value is None for values, _ in series.values() for value in values):
         return ""
-    return figure("ROUGE-L", charts.grouped_bars(names, series, "", digits=3))
+    return figure(LABELS["rougeL"], charts.grouped_bars(names, series, "", digits=digits("rougeL")))
 
 
 def _querier_table(names: Sequence[str], sides: Mapping[str, Part]) -> str:
-    header = ["Querier", "Windows", "NLL, FT", "NLL, QAR", "ROUGE-L, FT", "ROUGE-L, QAR"]
+    columns = [(key, side) for key in COMPARED for side in ("ft", "qar")]
+    header = ["Querier", "Windows", *(f"{LABELS[key]}, {label(side)}" for key, side in columns)]
     rows = []
     for name in names:
-        cells = [number(sides[side][name].get(key)) for key in ("nll", "rougeL") for side in ("ft", "qar")]
-        rows.append(("", [text(name), text(sides["qar"][name].get("examples", "–")), *cells]))
+        cells = [score_cell(key, sides[side][name].get(key)) for key, side in columns]
+        rows.append(("", [text(name), text(sides["qar"][name].get("examples", MISSING)), *cells]))
     return f"<details><summary>The numbers</summary>{table(header, rows)}</details>"
 
 
@@ -117,21 +119,19 @@ def querier_swap(swap: Part | None) -> str:
     if not swap:
         return ""
     parts = []
-    for key, title in (("nll", "NLL per token"), ("rougeL", "ROUGE-L")):
+    for key in COMPARED:
         pair = [swap.get(f"{key}_{side}") for side in ("true", "swapped")]
         if all(map(_finite, pair)):
-            gap = difference(swap.get(f"{key}_diff"), swap.get(f"{key}_ci95"))
-            caption = f"{title}: swapped − true = {gap}"
-            series = {"": (pair, [charts.colour("qar"), _FADED])}
-            parts.append(
-                figure(caption, charts.grouped_bars(["True querier", "Swapped"], series, "", digits=3))
-            )
-    note = "Held-out questions under another querier's name: a model that uses who asks gets worse."
+            gap = difference(key, swap.get(f"{key}_diff"), swap.get(f"{key}_ci95"))
+            series = {"": (_in_units(key, pair), [charts.colour("qar"), _FADED])}
+            chart = charts.grouped_bars(["True querier", "Swapped"], series, "", digits=digits(key))
+            parts.append(figure(f"{LABELS[key]}: swapped − true = {gap}", chart))
+    note = "Held-out questions asked under another querier's id: a model that uses the id gets worse."
     return section("Querier swap", figures(parts), note=note) if parts else ""
 
 
 def planted(test: Part | None) -> str:
-    """Accuracy where a dependence on who asks was planted in the data, with the chance line."""
+    """Accuracy, against chance, on data whose replies depend on the querier by construction."""
     if not test:
         return ""
     people = test.get("per_querier") or {}
@@ -144,21 +144,23 @@ def planted(test: Part | None) -> str:
     }
     chance = (test["chance"], "chance") if _finite(test.get("chance")) else None
     chart = charts.grouped_bars(["All", *people], series, "accuracy", chance)
-    note = "A dependence on who asks was planted in the data; accuracy on held-out questions."
+    note = "Accuracy on held-out questions of a data set whose replies depend on the querier by construction."
     return section(
         "Planted test", figures([figure("Accuracy, overall and by querier", chart)]), note=note, half=True
     )
 
 
 def expert_similarity(similarity: Part | None) -> str:
-    """Heat map of {"names": [...], "matrix": [[...]]}: cosine between the queriers' expert weights."""
+    """Heat map of {"names": [...], "matrix": [[...]]}: how alike the experts move the hidden states."""
     if not similarity or len(similarity["names"]) < 2:
         return ""
     chart = charts.heat_map(similarity["names"], similarity["matrix"], "cosine")
-    note = "Experts of queriers who are answered alike point the same way. The diagonal is 1 and left blank."
-    return section(
-        "Querier similarity", figures([figure("Cosine of expert weights", chart)]), note=note, half=True
+    note = (
+        "All experts read the same windows; an effect is the last hidden state minus its mean over queriers. "
+        "Queriers who are answered alike have experts of similar effect. The diagonal is 1 and left blank."
     )
+    caption = "Cosine of the experts' effects on hidden states"
+    return section("Querier similarity", figures([figure(caption, chart)]), note=note, half=True)
 
 
 def answers(samples: Sequence[Part]) -> str:
@@ -170,11 +172,15 @@ def answers(samples: Sequence[Part]) -> str:
 
 
 def settings(report: Part) -> str:
-    """What was trained on what, and how long each stage took."""
+    """Data, settings, and how long each stage took."""
     shown = {name: report[name] for name in ("dataset", "model") if report.get(name)}
     if report.get("seconds"):
-        shown["seconds"] = {stage: number(value, 0) for stage, value in report["seconds"].items()}
+        shown["seconds"] = {stage: _seconds(value) for stage, value in report["seconds"].items()}
     return section("Run", facts(shown), half=True) if shown else ""
+
+
+def _seconds(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.0f}"
 
 
 def _finite(value: float | None) -> bool:

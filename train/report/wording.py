@@ -1,11 +1,11 @@
-"""Numbers and sentences of the report: what the run shows, in words that the intervals allow."""
+"""Sentences of the report: what the run shows, claiming no more than the intervals allow."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.metrics import wording as scores
+
 LABELS = {"zero_shot": "Zero-shot", "ft": "FT", "qar": "QAR", "rpg": "RPG", "qcg": "QCG"}
-METRICS = {"nll": "NLL", "rougeL": "ROUGE-L"}
 LOWER_IS_BETTER = {"nll": True, "rougeL": False}
 
 
@@ -14,11 +14,9 @@ def label(method: str) -> str:
     return LABELS.get(method, method.replace("_", " ").capitalize())
 
 
-def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
-    """`value` with a true minus sign, or a dash where it is missing or not finite."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "\N{MINUS SIGN}")
+def typeset(numbers: str) -> str:
+    """`numbers` with true minus signs."""
+    return numbers.replace("-", "\N{MINUS SIGN}")
 
 
 def percent(value: float | None) -> str:
@@ -26,17 +24,9 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
-def interval(ci: Sequence[float | None] | None, signed: bool = False) -> str:
-    """A 95 % interval as "[lo, hi]", or nothing where there is none."""
-    if not ci or None in ci:
-        return ""
-    low, high = ci
-    return f"[{number(low, signed=signed)}, {number(high, signed=signed)}]"
-
-
 def outcome(ci: Sequence[float | None] | None, lower_is_better: bool) -> str:
     """`better`, `worse`, `unclear` (the interval includes zero) or `unknown` (no interval)."""
-    if not interval(ci):
+    if not ci or None in ci:
         return "unknown"
     low, high = ci
     if low <= 0 <= high:
@@ -62,52 +52,53 @@ def headline(report: Mapping[str, Any]) -> str:
     }
     clauses = []
     for kind, phrase in _PHRASES.items():
-        named = [METRICS[metric] for metric, found in outcomes.items() if found == kind]
+        named = [scores.LABELS[metric] for metric, found in outcomes.items() if found == kind]
         if named:
             clauses.append(phrase.format(" and ".join(named)))
     return f"QAR is {', and '.join(clauses)}."
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
-    """The sentences under the headline, one for each measurement that the run has."""
+    """The sentences under the headline, one for each measurement of the run."""
     lines = [_paired_line(metric, found, report) for metric, found in _paired(report).items()]
     if (report.get("querier_swap") or {}).get("nll_diff") is not None:
         lines.append(_swap_line(report["querier_swap"]))
     if report.get("planted"):
         lines.append(_planted_line(report["planted"]))
-    for method, scores in report["methods"].items():
-        if scores.get("empty"):
-            lines.append(_empty_line(method, scores))
-        if number(scores.get("nll")) == "–":
+    for method, found in report["methods"].items():
+        if found.get("empty"):
+            lines.append(_empty_line(method, found))
+        if scores.score("nll", found.get("nll")) == scores.MISSING:
             lines.append(f"{label(method)} has no finite NLL: it diverged, or nothing was scored.")
     return lines
 
 
 def _paired(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     differences = (report.get("paired") or {}).get("qar_vs_ft") or {}
-    known = {metric: differences.get(metric) or {} for metric in METRICS}
+    known = {metric: differences.get(metric) or {} for metric in scores.COMPARED}
     return {metric: found for metric, found in known.items() if found.get("diff") is not None}
 
 
-def difference(diff: float | None, ci: Sequence[float | None] | None) -> str:
-    """A difference with its interval, as in "+0.120 [+0.050, +0.190]"."""
-    return f"{number(diff, signed=True)} {interval(ci, signed=True)}".rstrip()
+def difference(key: str, value: float | None, ci: Sequence[float | None] | None) -> str:
+    """A difference of scores with its interval, as in "+0.120 [+0.050, +0.190]"."""
+    return typeset(scores.difference(key, value, ci))
 
 
 def _paired_line(metric: str, paired: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    qar, ft = (report["methods"].get(method, {}).get(metric) for method in ("qar", "ft"))
+    found = (report["methods"].get(method, {}).get(metric) for method in ("qar", "ft"))
+    qar, ft = (scores.score(metric, value) for value in found)
     direction = "lower" if LOWER_IS_BETTER[metric] else "higher"
-    gap = difference(paired["diff"], paired.get("ci95"))
-    return f"{METRICS[metric]} ({direction} is better): QAR {number(qar)}, FT {number(ft)}, difference {gap}."
+    gap = difference(metric, paired["diff"], paired.get("ci95"))
+    return f"{scores.LABELS[metric]} ({direction} is better): QAR {qar}, FT {ft}, difference {gap}."
 
 
 def _swap_line(swap: Mapping[str, Any]) -> str:
-    gap = difference(swap.get("nll_diff"), swap.get("nll_ci95"))
-    # The wrong querier should cost: swapped - true is good news when it is above zero.
+    gap = difference("nll", swap.get("nll_diff"), swap.get("nll_ci95"))
+    # A wrong querier should make NLL worse: swapped - true is good news if it is above zero.
     verdict = {
-        "better": "the model predicts replies less well when told the wrong querier, so it does use who asks",
-        "worse": "the model does better when told the wrong querier, so the experts do not help",
-        "unclear": "the interval includes zero, so there is no sign that the model uses who asks",
+        "better": "the model predicts replies less well under a wrong id, so it does use the id",
+        "worse": "the model does better under a wrong id, so the experts do not help",
+        "unclear": "the interval includes zero, so there is no sign that the model uses the id",
         "unknown": "without an interval this is not evidence either way",
     }[outcome(swap.get("nll_ci95"), lower_is_better=False)]
     return f"Asked as another querier, QAR's NLL changes by {gap}: {verdict}."
@@ -118,7 +109,7 @@ def _planted_line(planted: Mapping[str, Any]) -> str:
     return "Planted test: accuracy {} with QAR and {} with FT; chance is {}.".format(*accuracies)
 
 
-def _empty_line(method: str, scores: Mapping[str, Any]) -> str:
-    total = scores.get("generated") or scores.get("examples")
-    share = f"{scores['empty']} of {total}" if total else f"{scores['empty']}"
+def _empty_line(method: str, found: Mapping[str, Any]) -> str:
+    total = found.get("generated") or found.get("examples")
+    share = f"{found['empty']} of {total}" if total else f"{found['empty']}"
     return f"{label(method)}: {share} replies were empty; each scores 0 and is counted."
