@@ -73,7 +73,7 @@ def remove_qar(model: nn.Module) -> nn.Module:
     for name in ("norm_specific", "qar", "trained_ids", "tower_memo"):
         if hasattr(decoder, name):
             delattr(decoder, name)
-    del base.contrast, base.qar, base.config.qar
+    del base.contrast, base.config.qar
     for instance in (decoder.norm, decoder, base, base.config):
         family.to_plain(instance)
     base._no_split_modules = decoder._no_split_modules = {family.plain.layer.__name__}
@@ -96,7 +96,7 @@ def install(model: PreTrainedModel) -> None:
     decoder = model.model
     family.to_aware(decoder.norm)
     family.to_aware(decoder)
-    model.qar = decoder.qar = qar
+    decoder.qar = qar
     decoder.trained_ids = []
     decoder.tower_memo = TowerMemo()
     model._no_split_modules = decoder._no_split_modules = {family.aware.layer.__name__}

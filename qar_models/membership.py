@@ -28,6 +28,28 @@ class MembershipMixin:
     """
 
     @property
+    def qar(self) -> QARConfig:
+        """The settings. Setting them here updates the decoder, the configuration and every bank of experts.
+
+        What modules are built from (counts, sizes, tower, layers, contrastive softmax) must stay the same.
+        On a PEFT model read them as usual, and set those of its ``get_base_model()``.
+
+        Raises:
+            TypeError: on setting anything but a QARConfig.
+        """
+        return self.model.qar
+
+    @qar.setter
+    def qar(self, qar: QARConfig) -> None:
+        if not isinstance(qar, QARConfig):
+            raise TypeError(f"qar: got a {type(qar).__name__}, expected a QARConfig")
+        self.model.qar = qar
+        self.config.qar = qar.to_dict()
+        for module in self.model.modules():  # PEFT may have wrapped a layer's experts
+            if isinstance(module, Experts):
+                module.qar = qar
+
+    @property
     def queriers(self) -> dict[str, int]:
         """Querier name -> id; empty where no names were given."""
         return {name: index for index, name in enumerate(self.qar.querier_names or ())}
@@ -184,15 +206,7 @@ class MembershipMixin:
             self.contrast.num_queriers = len(kept) + added
 
     def _set_names(self, names: tuple[str, ...]) -> None:
-        self.set_qar(dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names))
-
-    def set_qar(self, qar: QARConfig) -> None:
-        """Change the settings everywhere that they are kept; the modules must fit them already."""
-        self.qar = self.model.qar = qar
-        self.config.qar = qar.to_dict()
-        for layer in self.model.layers:
-            if layer.experts is not None:
-                layer.experts.qar = qar
+        self.qar = dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names)
 
 
 def _as_list(names: Names) -> list[str]:

@@ -50,7 +50,7 @@ def merge_shared(model: PreTrainedModel) -> None:
         _widen(layer, base, added, qar.expert_scale)
     model.config.intermediate_size = intermediate + added
     unknown = "none" if qar.unknown_querier == "shared" else qar.unknown_querier
-    model.set_qar(dataclasses.replace(qar, experts="per_querier", unknown_querier=unknown))
+    model.qar = dataclasses.replace(qar, experts="per_querier", unknown_querier=unknown)
 
 
 def _plain(mlp: nn.Module) -> BaseMLP:

@@ -35,7 +35,8 @@ def upper_part(model: PreTrainedModel, first_layer: int) -> PreTrainedModel:
     part.model = _decoder_part(model.model, part.config, first_layer, model.config.num_hidden_layers)
     if getattr(model, "qar", None) is not None:
         first_expert = max(0, model.qar.first_expert_layer - first_layer)
-        part.qar = part.model.qar = dataclasses.replace(model.qar, first_expert_layer=first_expert)
+        # setting part.qar would change the experts' settings too, which are the whole model's
+        part.model.qar = dataclasses.replace(model.qar, first_expert_layer=first_expert)
         part.config.qar = part.qar.to_dict()
     return part
 

@@ -81,6 +81,6 @@ def test_other_queriers_or_policies_are_grouped_anew():
     with pytest.raises(ValueError, match="querier_ids: got 4, expected ids from -1 to 3"):
         model(input_ids, querier_ids=ids)
     model(input_ids, querier_ids=-torch.ones(1, dtype=torch.int64))
-    model.set_qar(dataclasses.replace(model.qar, unknown_querier="error"))
+    model.qar = dataclasses.replace(model.qar, unknown_querier="error")
     with pytest.raises(ValueError, match="unknown_querier='error'"):
         model(input_ids, querier_ids=-torch.ones(1, dtype=torch.int64))
