@@ -22,7 +22,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 INDEX = "index.json"
-_SAMPLES = 16  # of each parameter
+_SAMPLES = 16  # of each weight
 
 
 def rows(model: nn.Module, index: int) -> dict[str, Tensor]:
@@ -33,6 +33,12 @@ def rows(model: nn.Module, index: int) -> dict[str, Tensor]:
         if layer.experts is not None
         for name in ("gate", "up", "down")
     }
+
+
+def weight_sample(weight: Tensor) -> Tensor:
+    """Up to 16 evenly spaced values of a tensor, by which it is recognised later: float32, on the CPU."""
+    values = weight.detach().reshape(-1)
+    return values[:: max(1, len(values) // _SAMPLES)][:_SAMPLES].cpu().float()
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Base:
         floating = {parameter.dtype for _, parameter in parameters if parameter.is_floating_point()}
         # quantised weights are integers, and exact
         coarsest = max(floating, key=lambda d: torch.finfo(d).eps)
-        samples = [_sample(parameter).cpu().float() for _, parameter in parameters]
+        samples = [weight_sample(parameter) for _, parameter in parameters]
         return cls(names, str(coarsest).removeprefix("torch."), torch.cat(samples))
 
     @classmethod
@@ -86,11 +92,6 @@ class Base:
         eps = max(torch.finfo(getattr(torch, dtype)).eps for dtype in (self.dtype, other.dtype))
         # below float16's smallest normal number its steps no longer shrink
         return torch.allclose(self.sample, other.sample, rtol=eps, atol=2**-24)
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    values = parameter.reshape(-1)
-    return values[:: max(1, len(values) // _SAMPLES)][:_SAMPLES]
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str, int]) -> None:

