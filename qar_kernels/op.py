@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ from qar_kernels.segments import Segments
 from qar_kernels.triton.configs import has_kernels
 
 _HAS_TRITON = find_spec("triton") is not None
-BACKENDS = ("auto", "triton", "torch", "reference")
+Backend = Literal["auto", "triton", "torch", "reference"]
+BACKENDS = get_args(Backend)
 MAX_TRITON_RANK = 128  # of an expert: beyond it tiles do not fit into shared memory
 
 

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from qar_kernels.op import Backend
+
 Tower = Literal["residual", "replace"]
 ExpertKind = Literal["per_querier", "shared", "shared+per_querier"]
 UnknownPolicy = Literal["none", "error", "mean", "shared"]
 ContrastKind = Literal["masked", "reference"]
 GradientLayout = Literal["dense", "sparse"]
-Backend = Literal["auto", "triton", "torch", "reference"]
 
 _OUTPUTS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
 CACHE = "cache" if "cache" in _OUTPUTS else "past_key_values"
@@ -34,6 +35,9 @@ _LOWEST = {
 @dataclass(frozen=True)
 class QARConfig:
     """Settings of the querier-specific tower (arXiv 2412.11736, section 3).
+
+    ``train.config.TrainConfig`` has defaults of its own for ``experts``, ``expert_rank`` and
+    ``contrastive_weight``.
 
     Attributes:
         num_queriers: number of querier ids, ``0 .. num_queriers - 1``.
