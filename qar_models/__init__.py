@@ -24,7 +24,7 @@ for _family in FAMILIES:
     _aware = _family.aware
     AutoConfig.register(_aware.config.model_type, _aware.config)
     AutoModelForCausalLM.register(_aware.config, _aware.causal_lm)
-    # Trainer's label smoothing shifts the labels only for classes that are named here
+    # with label smoothing, transformers' Trainer shifts labels only for the classes listed here
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_aware.config.model_type] = _aware.causal_lm.__name__
 
 __all__ = [

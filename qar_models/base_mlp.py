@@ -1,7 +1,7 @@
-"""What of a layer's base MLP the fused operations can take over: plain weights, and LoRA adapters on them.
+"""The parts of a base MLP that the fused operations can take over: plain weights, and LoRA adapters on them.
 
-H hidden, I intermediate. Everything else (quantised weights, DoRA, other tuners, hooks) is right only when
-its own modules run. PEFT need not be installed: its layers are known by name.
+H hidden, I intermediate. Anything else (quantised weights, DoRA, other tuners, hooks) must run in its own
+modules. PEFT need not be installed: its layers are recognised by name.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ class BaseMLP:
 
 
 class _NotFusableError(Exception):
-    """Why a module has to be called."""
+    """Why a base MLP must run in its own modules."""
 
 
 def fusable(mlp: nn.Module) -> BaseMLP | None:
-    """The weights and adapters of a base MLP, or None where only calling the modules is right.
+    """The weights and adapters of a base MLP, or None if its own modules must run.
 
-    None has a reason, which is logged once. Read anew in every forward pass: adapters are enabled,
-    disabled, merged and put in training mode at any time.
+    The reason for None is logged once. Called in every forward pass, because adapters may be enabled,
+    disabled, merged or put in training mode at any time.
     """
     try:
-        activation = getattr(mlp, "act_fn", None)  # classes that others put in place may have none
+        activation = getattr(mlp, "act_fn", None)  # a replacement's class may have none
         if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
             raise _NotFusableError(f"the activation of {type(mlp).__name__} is not a SiLU in act_fn")
-        owner = type(mlp).forward.__module__  # a patched class tells too
+        owner = type(mlp).forward.__module__  # also tells where a class was patched
         if not owner.startswith("transformers.models."):
-            raise _NotFusableError(f"the forward method of {type(mlp).__name__} is of {owner}")
+            raise _NotFusableError(f"the forward method of {type(mlp).__name__} comes from {owner}")
         _refuse_hooks(mlp)
         _refuse_hooks(activation)
         gate, up, down = (_read(projection) for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
@@ -63,7 +63,7 @@ def _read(projection: nn.Module) -> tuple[Tensor, Adapter | None]:
         return _weight(projection), None
     _refuse_hooks(projection)
     if projection.disable_adapters and projection.merged:
-        raise _NotFusableError("a merged adapter is disabled, which PEFT undoes in its own forward")
+        raise _NotFusableError("a disabled adapter is merged, and PEFT unmerges it in its own forward")
     weight = _weight(projection.base_layer)
     if projection.disable_adapters or projection.merged:
         return weight, None
@@ -84,7 +84,7 @@ def _adapter(projection: nn.Module, name: str) -> Adapter:
 
 
 def _join(adapters: list[Adapter]) -> Adapter | None:
-    """Several active adapters are one of the sum of their ranks."""
+    """Several active adapters as one, whose rank is the sum of theirs."""
     if len(adapters) < 2:
         return adapters[0] if adapters else None
     if any(adapter.dropout for adapter in adapters):
@@ -96,10 +96,7 @@ def _join(adapters: list[Adapter]) -> Adapter | None:
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    """The weight of a Linear that has nothing else to it.
-
-    Not of a subclass (quantised), nor with a bias, hooks (offloading) or a shard of the weight (ZeRO-3).
-    """
+    """The weight of a plain Linear: no subclass (quantised), bias, hooks (offloading) or shard (ZeRO-3)."""
     if type(linear) is not nn.Linear:
         kind = type(linear)
         raise _NotFusableError(f"a projection is a {kind.__module__}.{kind.__qualname__}, not a torch Linear")
@@ -108,15 +105,15 @@ def _weight(linear: nn.Module) -> Tensor:
     _refuse_hooks(linear)
     weight = linear.weight
     if weight.shape != (linear.out_features, linear.in_features):
-        raise _NotFusableError("a projection holds a part of its weight only")
+        raise _NotFusableError("a projection holds only a part of its weight")
     return weight
 
 
 def _refuse_hooks(module: nn.Module) -> None:
-    # not getattr: a module's own costs 1 us, and every layer asks for each projection
+    # not getattr: a module's takes 1 us, and every layer asks for each projection
     state = module.__dict__
     if any(state[hooks] for hooks in _HOOKS) or "_hf_hook" in state:
-        raise _NotFusableError(f"a {type(module).__name__} of it has hooks")
-    own = state.get("forward")  # the class's own where accelerate has taken its hooks off again
+        raise _NotFusableError(f"its {type(module).__name__} has hooks")
+    own = state.get("forward")  # the class's, if accelerate has removed its hooks
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:
-        raise _NotFusableError(f"a {type(module).__name__} of it has a forward method of its own")
+        raise _NotFusableError(f"its {type(module).__name__} has a patched forward")

@@ -24,11 +24,11 @@ from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
 from qar_models.modeling import QARModelOutput
 from qar_models.packing import ids_of_windows
-from qar_models.queriers import as_ids, check_prompt_ids, ids_that_stay
+from qar_models.queriers import as_ids, assume_ids_unchanged, check_prompt_ids
 from qar_models.row_sparse import sparse_parameters
 
 IGNORE_INDEX = -100
-# what answers depend on; the contrastive loss may start afresh, or be left out to serve a model
+# parameters that answers depend on; the contrastive loss may start afresh, or be left out for serving
 _ANSWERING = re.compile(r"(^|\.)(experts|norm_specific)\.")
 
 
@@ -44,8 +44,8 @@ class QARForCausalLMMixin(MembershipMixin):
     """The language model head, both losses, loading and saving."""
 
     def post_init(self) -> None:
-        """Called at the end of the base class's ``__init__``: add the querier-aware parts, then finish."""
-        from qar_models.conversion import install  # conversion builds on the classes of this module
+        """Add the querier-aware parts. The base class calls this at the end of its ``__init__``."""
+        from qar_models.conversion import install  # which imports this module
 
         install(self)
         super().post_init()
@@ -58,6 +58,10 @@ class QARForCausalLMMixin(MembershipMixin):
             model_or_path: a loaded model (converted in place) or what ``from_pretrained`` takes.
             qar: the settings of the querier-specific tower.
             **kwargs: for ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, ...).
+
+        Raises:
+            TypeError: if the model is not a plain one of this class's family.
+            TypeError, ValueError: as :func:`~qar_models.apply_qar` does.
         """
         from qar_models.conversion import apply_qar
 
@@ -73,16 +77,17 @@ class QARForCausalLMMixin(MembershipMixin):
         """As the base class, for a querier-aware checkpoint; use :meth:`from_base` for a plain one.
 
         Raises:
-            ValueError: if the checkpoint lacks experts or norms that its configuration asks for, or holds
-                others: it is of a plain model, or of another tower.
+            ValueError: if the checkpoint's experts and norms are not those that its configuration asks for:
+                it is of a plain model, or of another tower.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem in ("missing", "unexpected"):
             keys = sorted(key for key in info[f"{problem}_keys"] if _ANSWERING.search(key))
             if keys:
                 raise ValueError(
-                    f"checkpoint: {problem} {keys[0]} and {len(keys) - 1} more, tower={model.qar.tower!r} "
-                    f"and experts={model.qar.experts!r}; a plain model loads with from_base"
+                    f"checkpoint: {problem} tensors ({len(keys)}, first {keys[0]}) for a configuration "
+                    f"with tower={model.qar.tower!r} and experts={model.qar.experts!r}; load a plain model "
+                    "with from_base"
                 )
         if "contrast.norm_role_proj.weight" in info["missing_keys"]:
             # the loss starts afresh, as after apply_qar
@@ -90,38 +95,44 @@ class QARForCausalLMMixin(MembershipMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As the base class, with a model card (``README.md``) where there is none yet.
+        """As the base class, with a model card (``README.md``) unless the folder has one.
 
-        With ``push_to_hub`` transformers puts its own card in its place: upload the folder to keep this one.
+        With ``push_to_hub`` transformers replaces it by its own card; to keep it, upload the folder instead.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_model_card(self, save_directory)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the base class, with ``querier_ids`` (B,), one per prompt, checked before any work."""
+        """As the base class, with ``querier_ids`` (B,), one per prompt, checked before any work.
+
+        Raises:
+            ValueError, TypeError: for ``querier_ids`` that are missing, out of range, or of another shape or
+                dtype.
+        """
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         batch_size = next((len(prompt) for prompt in prompts if prompt is not None), 1)
-        querier_ids = as_ids(kwargs.pop("querier_ids", None))  # beams repeat tensors only
+        querier_ids = as_ids(kwargs.pop("querier_ids", None))  # beam search repeats only tensors
         check_prompt_ids(querier_ids, self.qar, batch_size)
         if querier_ids is not None:
             kwargs["querier_ids"] = querier_ids
-        with ids_that_stay():
+        with assume_ids_unchanged():
             return super().generate(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching (``generate_batch``) packs prompts and hands on no ``querier_ids``.
+        """Refused: continuous batching (``generate_batch``) packs prompts without their ``querier_ids``.
 
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("generate_batch: continuous batching knows no queriers, expected generate")
+        raise NotImplementedError("generate_batch: continuous batching knows no queriers; use generate")
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel, for dense gradients, must leave to average_row_gradients."""
+        """Parameters with row-sparse gradients, which DDP must leave to average_row_gradients."""
         names = sparse_parameters(self)
-        return [*names, *(f"base_model.model.{name}" for name in names)]  # the latter inside a PEFT model
+        in_peft_model = [f"base_model.model.{name}" for name in names]
+        return [*names, *in_peft_model]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, QuerierContrast):
@@ -155,21 +166,21 @@ class QARForCausalLMMixin(MembershipMixin):
             querier_ids: ``(B,)``, or ``(B, S)`` for packed rows; -1 for an unknown querier.
             response_mask: ``(B, S)``, 1 on the responder's tokens (contrastive loss).
             cluster_ids: ``(B,)``, the query cluster of each sequence (contrastive loss).
-            cu_seq_lens_q: ``(N + 1,)`` bounds of N windows packed into one row (B = 1): windows do not see
-                each other, and the ids are ``(N,)`` (or ``querier_ids`` ``(1, S)``). Fast on a CPU with
+            cu_seq_lens_q: ``(N + 1,)`` bounds of N windows packed into one row (B = 1). No window sees
+                another, and the ids are ``(N,)`` (or ``querier_ids`` ``(1, S)``). Fast on a CPU with
                 ``model.set_attn_implementation("packed_sdpa")``, on CUDA with flash attention (which also
-                wants ``max_length_q`` and ``max_length_k``).
-            skip_logits: compute logits at the labelled positions only and return ``logits=None``; a
-                quarter of the time where the vocabulary is large and few tokens are labelled.
-            num_items_in_batch: labelled tokens of the whole optimizer step; the losses are then that
-                step's share, so that their sum over micro-batches is the mean over tokens.
+                needs ``max_length_q`` and ``max_length_k``).
+            skip_logits: compute logits at the labelled positions only, and return ``logits=None``. With a
+                large vocabulary and few labelled tokens this takes a quarter of the time.
+            num_items_in_batch: labelled tokens of the whole optimizer step; the losses are then this batch's
+                share of the step's, so that their sum over micro-batches is the mean over tokens.
 
         Raises:
-            ValueError, TypeError: naming the argument, what came and what was expected; for ``shift_labels``
-                too, which the base class takes beside ``labels``.
+            ValueError, TypeError: naming the argument, what came and what was expected; also for
+                ``shift_labels``, which the base class accepts.
         """
         if kwargs.get("shift_labels") is not None:
-            raise TypeError("shift_labels: got labels that are shifted already, expected them as 'labels'")
+            raise TypeError("shift_labels: got shifted labels, expected 'labels', which are not shifted")
         querier_ids = as_ids(querier_ids)
         outputs: QARModelOutput = self.model(
             input_ids=input_ids,
@@ -229,7 +240,7 @@ class QARForCausalLMMixin(MembershipMixin):
 
 
 def _checked_labels(labels: Tensor, hidden_states: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
-    """``(B, S)`` int64 on the states' device; a packed window's first token is predicted by nothing."""
+    """``(B, S)`` int64 on the states' device; the first token of a packed window is not predicted."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: got a {type(labels).__name__}, expected an integer tensor (B, S)")
     if labels.shape != hidden_states.shape[:2]:

@@ -42,30 +42,36 @@ class QARConfig:
     Attributes:
         num_queriers: number of querier ids, ``0 .. num_queriers - 1``.
         expert_rank: rank R of the low-rank SwiGLU experts.
-        tower: ``"residual"`` adds the expert to the base MLP in one stream of hidden states and starts
-            as the base model exactly; ``"replace"`` runs a second stream whose MLP is the expert (the paper).
-        experts: one expert each, one for everybody (the paper's code), or both added.
+        tower: ``"residual"`` adds the expert's output to the base MLP's, in one stream of hidden states; an
+            untrained model computes exactly what its base does. ``"replace"`` runs a second stream, whose MLP
+            is the expert (the paper).
+        experts: ``"per_querier"``: one each. ``"shared"``: one for everybody (the paper's code).
+            ``"shared+per_querier"``: the sum of both.
         expert_scale: factor on the experts' output in the ``"residual"`` tower.
-        first_expert_layer: first decoder layer with experts; the layers below stay plain (all of them, where
-            it equals the number of layers: the base model under the same interface).
-        unknown_querier: what id -1 gets. ``"none"`` (no per-querier expert, ``"residual"`` only),
-            ``"mean"`` (the mean of all experts, all are read), ``"shared"`` (only the shared expert, with
-            ``experts="shared+per_querier"``) or ``"error"``. Default: ``"none"`` for ``"residual"``,
-            ``"error"`` for ``"replace"``.
+        first_expert_layer: first decoder layer with experts; the layers below stay plain. If it equals the
+            number of layers, there are no experts: the base model under the same interface.
+        unknown_querier: what id -1 gets: ``"none"`` (no per-querier expert; ``"residual"`` only), ``"mean"``
+            (the mean of all experts, which reads them all), ``"shared"`` (the shared expert alone, with
+            ``experts="shared+per_querier"``) or ``"error"`` (a ``ValueError``). Default: ``"none"`` for
+            ``"residual"``, ``"error"`` for ``"replace"``.
         querier_names: names in order of id, saved with the model.
         num_clusters: query clusters of the contrastive loss; 0 turns the loss off.
-        memory_size: last projections kept per view, cluster and querier (K). The memory is allocated for all
-            queriers, ``contrastive_memory_bytes``: 21 GB for 1000 queriers, 10 clusters and K = P = 512.
+        memory_size: projections remembered per view, cluster and querier (K). Memory is allocated for all
+            queriers, :attr:`contrastive_memory_bytes`: 21 GB for 1000 queriers, 10 clusters, K = P = 512.
         projection_dim: width of the two views (P).
         temperature: τ of the contrastive softmax.
         contrastive_weight: λ, the weight of the contrastive loss in the total.
-        contrast: who competes in the contrastive softmax: ``"masked"`` only queriers that have spoken, or
-            ``"reference"`` as the paper's code, see :func:`~qar_models.load_upstream`.
+        contrast: the classes of the contrastive softmax: ``"masked"``, only queriers with something in the
+            memory, or ``"reference"``, those of the paper's code, see :func:`~qar_models.load_upstream`.
         expert_gradients: layout of the gradients of the per-querier experts ``(E, R, H)``. ``"dense"`` works
-            with any optimizer and costs time and memory for all queriers at every step; ``"sparse"`` holds
-            rows for the queriers present only and takes :class:`~qar_models.RowSparseAdamW`. Weights and
+            with any optimizer, but every step costs time and memory for all queriers. ``"sparse"`` holds rows
+            only for the queriers present and needs :class:`~qar_models.RowSparseAdamW`. Weights and
             checkpoints are the same.
-        backend: kernel backend, see :func:`qar_kernels.fused_mlp`.
+        backend: of the kernels, see :func:`qar_kernels.fused_mlp`. The shared expert beside per-querier ones
+            and the mean of all experts do not depend on it: they are ordinary PyTorch operations.
+
+    Raises:
+        TypeError, ValueError: naming the attribute, what came and what was expected.
     """
 
     num_queriers: int
@@ -97,7 +103,7 @@ class QARConfig:
         self._check_choice("unknown_querier", UnknownPolicy)
         if self.querier_names is not None:
             names = self.querier_names if isinstance(self.querier_names, str) else tuple(self.querier_names)
-            # one name alone is a sequence of strings too: its letters
+            # a single string is a sequence of strings too: its letters
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
                 raise TypeError(f"querier_names: got {names!r}, expected a sequence of strings")
             object.__setattr__(self, "querier_names", names)
@@ -115,7 +121,7 @@ class QARConfig:
                 raise TypeError(f"{name}: got {value!r}, expected an integer")
             if value < lowest:
                 raise ValueError(f"{name}: got {value}, expected at least {lowest}")
-            object.__setattr__(self, name, int(value))  # numpy's integers are no JSON
+            object.__setattr__(self, name, int(value))  # JSON does not take NumPy's integers
         for name in ("expert_scale", "temperature", "contrastive_weight"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
@@ -141,7 +147,7 @@ class QARConfig:
             )
         if self.expert_gradients == "sparse" and self.experts == "shared":
             raise ValueError(
-                "expert_gradients: got 'sparse' with experts='shared', where every row has the one expert; "
+                "expert_gradients: got 'sparse' with experts='shared', where all rows share one expert; "
                 "expected 'dense'"
             )
         names = self.querier_names
@@ -158,13 +164,13 @@ class QARConfig:
 
     @property
     def contrastive_memory_bytes(self) -> int:
-        """Of the contrastive memory: 2 views, C clusters, Q queriers, K fp32 entries and an fp64 sum."""
+        """Size of the contrastive memory: 2 views, C clusters, Q queriers, K fp32 entries and an fp64 sum."""
         entry = 4 * self.memory_size + 8
         return 2 * self.num_clusters * self.num_queriers * entry * self.projection_dim
 
     @property
     def num_experts(self) -> int:
-        """Experts in each layer's bank (E); the extra expert of ``shared+per_querier`` not counted."""
+        """Experts in each layer's bank (E), without the extra one of ``"shared+per_querier"``."""
         return 1 if self.experts == "shared" else self.num_queriers
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,7 +179,11 @@ class QARConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QARConfig:
-        """The inverse of :meth:`to_dict`; an error names keys that are unknown, or one that is missing."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            TypeError, ValueError: for bad values, unknown keys, or without ``num_queriers``.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -184,7 +194,7 @@ class QARConfig:
 
 
 class QARConfigMixin:
-    """A model configuration whose ``qar`` may be set as a :class:`QARConfig`, and is held as JSON is."""
+    """A model configuration whose ``qar`` may be set to a :class:`QARConfig`; it is kept as a dictionary."""
 
     # outputs that are not predictions; a list, because transformers' Trainer adds to it
     keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE, "lm_loss", "contrastive_loss"]

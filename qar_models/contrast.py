@@ -29,7 +29,7 @@ class QuerierContrast(nn.Module):
     """Two linear views per cluster, and a memory of the last K projections of every querier.
 
     The mean of a querier's remembered projections is its prototype. Sums are kept beside the ring
-    buffer, so that a step costs the same for every K and touches the batch's own queriers only.
+    buffer, so that a step costs the same for every K and touches only the batch's own queriers.
     """
 
     def __init__(self, qar: QARConfig, hidden_size: int, norm: nn.Module) -> None:
@@ -41,7 +41,7 @@ class QuerierContrast(nn.Module):
             logger.warning_once(
                 f"The contrastive memory takes {qar.contrastive_memory_bytes / 2**30:.1f} GiB: {queriers} "
                 f"queriers, {clusters} clusters, projection_dim {width}, memory_size {qar.memory_size}; a "
-                "smaller memory_size makes it smaller in proportion"
+                "smaller memory_size reduces it in proportion"
             )
         like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
         self.head_weight = nn.Parameter(torch.empty(2, clusters, width, hidden_size, **like))
@@ -55,9 +55,9 @@ class QuerierContrast(nn.Module):
         self.register_buffer("writes", torch.zeros(clusters, queriers, device=device, dtype=torch.int64))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves go through, casts do not: ``model.bfloat16()`` must not round what is remembered.
+        """Moves the memory between devices, but never casts it: ``model.bfloat16()`` must not round it.
 
-        The bits travel as integers, which ``nn.Module.to`` never casts.
+        Its bits travel as integers, which ``nn.Module.to`` does not cast.
         """
         exact = {id(self.memory): torch.int32, id(self.totals): torch.int64}
 
@@ -83,7 +83,7 @@ class QuerierContrast(nn.Module):
     ) -> Tensor:
         """The loss, a scalar; its mean over the ranks is in [0, 10].
 
-        In training the memory takes in the batch of all ranks afterwards.
+        In training mode the memory then takes in the batch of all ranks.
 
         Args:
             querier_states: ``(B, S, H)``, last layer's states of the specific tower, before the final norm.
@@ -92,6 +92,9 @@ class QuerierContrast(nn.Module):
             cluster_ids: ``(B,)``, the query cluster of each sequence.
             cu_seq_lens: ``(N + 1,)`` bounds of N sequences packed into one row of S tokens; the ids are then
                 ``(N,)``, the other inputs ``(1, S, ...)``.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what was expected.
         """
         self._check(querier_states, response_mask, querier_ids, cluster_ids, cu_seq_lens)
         device = querier_states.device
@@ -101,7 +104,7 @@ class QuerierContrast(nn.Module):
         summed, count = (_sum_sequences(values, cu_seq_lens) for values in (weighted, mask.unsqueeze(-1)))
         pooled = summed / count.clamp(min=1)
         views = self._project(pooled, cluster_ids)
-        # cosines are divided by the temperature: bf16 would leave two digits of the logits
+        # cosines are divided by the temperature: bf16 would leave the logits two digits
         views = views.to(torch.promote_types(views.dtype, torch.float32))
         usable = (querier_ids >= 0) & (count.squeeze(1) > 0)
         loss = self._loss(views, querier_ids, cluster_ids, usable)
@@ -118,7 +121,7 @@ class QuerierContrast(nn.Module):
         """Prototypes of every querier in every cluster, and who takes part.
 
         Returns:
-            ``(2, C, Q, P)``, up to a positive factor (their cosine is all that counts), and ``(C, Q)`` bool.
+            ``(2, C, Q, P)``, up to a positive factor (only their cosine counts), and ``(C, Q)`` bool.
         """
         return self.totals, self.writes > 0
 
@@ -137,8 +140,8 @@ class QuerierContrast(nn.Module):
     def _mean(self, total: Tensor, count: Tensor) -> Tensor:
         """This rank's part of the mean over the sequences of all ranks, clipped to [0, 10].
 
-        The parts' mean over the ranks, which data parallelism takes, is what one rank would compute with
-        the whole batch.
+        The mean of the parts over the ranks, which data parallelism takes, is what one rank would compute
+        for the whole batch.
         """
         if not self.training:
             return (total / count.clamp(min=1)).clamp(0.0, MAX_LOSS)
@@ -150,7 +153,7 @@ class QuerierContrast(nn.Module):
     def _remember(self, views: Tensor, querier_ids: Tensor, cluster_ids: Tensor, usable: Tensor) -> None:
         """Write every usable sequence of all ranks into its querier's ring buffer; the oldest give way."""
         views, querier_ids, cluster_ids, usable = gather_batch(views, querier_ids, cluster_ids, usable)
-        # a running sum would never get rid of one NaN, though the ring overwrites it
+        # a running sum would keep a NaN forever, although the ring overwrites it
         usable = usable & views.isfinite().all(-1).all(0)
         clusters, queriers, slots = self.memory.shape[1:4]
         pair = torch.where(usable, cluster_ids * queriers + querier_ids, clusters * queriers)
@@ -210,10 +213,10 @@ class QuerierContrast(nn.Module):
 def _cosines(views: Tensor, prototypes: Tensor, cluster_ids: Tensor) -> Tensor:
     """Views ``(2, B, P)`` against prototypes ``(2, C, Q, P)`` of each sequence's own cluster: ``(2, B, Q)``.
 
-    Against all clusters in one product: a copy of its cluster's prototypes for each sequence costs far more.
+    Against all clusters in one product: copying its cluster's prototypes for each sequence costs far more.
     """
     directions = F.normalize(views, dim=-1), F.normalize(prototypes, dim=-1)
-    # autocast's bf16 would leave two digits of the logits; the meta device has no autocast, and raises
+    # autocast's bf16 would leave the logits two digits; the meta device has no autocast, and raises
     with nullcontext() if views.is_meta else torch.autocast(views.device.type, enabled=False):
         every = torch.einsum("vbp,vcqp->vbcq", *directions)
     return every[:, torch.arange(views.shape[1], device=views.device), cluster_ids]
@@ -223,7 +226,7 @@ def _sum_sequences(values: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
     """Over each sequence's tokens: ``(B, S, H)`` -> ``(B, H)``, or packed ``(1, S, H)`` -> ``(N, H)``."""
     if cu_seq_lens is None:
         return values.sum(1)
-    # segment_reduce asks for bounds to be checked on the host, unless told that they are right
+    # unless unsafe, segment_reduce checks the bounds on the host, which waits for the device
     return torch.segment_reduce(values[0], "sum", offsets=cu_seq_lens.long(), unsafe=True)
 
 

@@ -18,7 +18,7 @@ EMPTY = 1e-6  # every component of the prototype of a querier without memory
 
 
 class ReferenceContrast(QuerierContrast):
-    """Every class competes: also two that nobody is, and queriers whose memory is still empty."""
+    """All classes compete: also the two phantom ones, and queriers whose memory is still empty."""
 
     def __init__(self, qar: QARConfig, hidden_size: int, norm: nn.Module) -> None:
         classes = dataclasses.replace(

@@ -31,12 +31,17 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
 
     Returns:
         The same object. With ``tower="residual"`` it computes exactly what it did before, until trained.
+        The new parameters require gradients, even where the model's own are frozen.
 
     Raises:
-        TypeError: if ``qar`` is no QARConfig, the family is not supported, or others' classes or forward
-            methods took the place of its own.
+        TypeError: if ``qar`` is not a QARConfig, the family is not supported, or a module of the model was
+            replaced or has a patched ``forward``.
         ValueError: if the model is querier-aware already, the settings do not fit it, or its decoder is
             offloaded.
+
+    From then on ``model.model.norm``, the final norm, is the identity when called, because each tower applies
+    it later. Code that reads the hidden states of inner layers (a logit lens) must call
+    ``model.model.norm(states, now=True)``.
     """
     if not isinstance(qar, QARConfig):
         raise TypeError(f"qar: got a {type(qar).__name__}, expected a QARConfig")
@@ -58,7 +63,19 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
 
 
 def remove_qar(model: nn.Module) -> nn.Module:
-    """Give the base model back: the inverse of :func:`apply_qar`, in place."""
+    """Give the base model back: the inverse of :func:`apply_qar`, in place.
+
+    Args:
+        model: a querier-aware ``ForCausalLM``, or a PEFT model around one.
+
+    Returns:
+        The same object, without experts.
+
+    Raises:
+        TypeError: if the family is not supported, or a module of the model was replaced or has a patched
+            ``forward``.
+        ValueError: if the model is not querier-aware.
+    """
     base = unwrap(model)
     family = family_of(base)
     if type(base) is not family.aware.causal_lm:
@@ -82,9 +99,9 @@ def remove_qar(model: nn.Module) -> nn.Module:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Change the modules of ``model`` (whose config already carries ``qar``) and add the new ones.
+    """Convert the modules of ``model``, whose configuration already has ``qar``, and add the new ones.
 
-    The new parameters' values are left to initialisation or to a checkpoint.
+    Experts and contrastive heads get their values later, by initialisation or from a checkpoint.
     """
     family = family_of(model)
     if model.config.qar is None:
@@ -116,7 +133,7 @@ def _install_layer(family: Family, layer: nn.Module, index: int, qar: QARConfig)
     layer.towers_coincide = qar.tower == "replace" and index <= qar.first_expert_layer
     layer.experts = None
     if index >= qar.first_expert_layer:
-        # the norm's weight has the compute dtype and the layer's device also where the MLP is quantised
+        # unlike the weights of a quantised MLP, the norm's has the compute dtype
         like = layer.post_attention_layernorm.weight
         layer.experts = Experts(qar, like.shape[0], like.dtype, like.device).train(layer.training)
 
@@ -145,7 +162,7 @@ def _check_fits(model: PreTrainedModel, qar: QARConfig) -> None:
 
 
 def _own_config(model: nn.Module, config: PreTrainedConfig) -> None:
-    """Give the model a copy of ``config``, which other models may hold too, in every module that reads it."""
+    """Replace ``config``, which other models may share, by a copy in every module that refers to it."""
     own = copy.deepcopy(config)
     for module in model.modules():
         if getattr(module, "config", None) is config:
@@ -155,23 +172,24 @@ def _own_config(model: nn.Module, config: PreTrainedConfig) -> None:
 def _check_classes(model: PreTrainedModel, kinds: Classes) -> None:
     for module in (model, model.model, model.model.norm, *model.model.layers):
         if type(module) not in kinds or has_own_forward(module):
+            problem = "with a patched forward" if type(module) in kinds else "in it"
             raise TypeError(
-                f"model: got a {type(module).__name__} in it, or a forward method, that is not its family's "
-                "own, expected none; what replaces them comes after apply_qar and goes before remove_qar"
+                f"model: got a {type(module).__name__} {problem}, expected its family's own modules; patch "
+                "them after apply_qar, and undo that before remove_qar"
             )
 
 
 def _check_not_offloaded(model: PreTrainedModel) -> None:
-    """What is added lies where its layer does; an offloaded layer would look for it in the checkpoint."""
+    """New parameters go where their layer is; an offloaded layer would look for them in its checkpoint."""
     norms = model.model.norm, *(layer.post_attention_layernorm for layer in model.model.layers)
     hooked = any("_hf_hook" in module.__dict__ for module in model.modules())
     if hooked and any(norm.weight.is_meta for norm in norms):
         raise ValueError(
-            "model: got offloaded decoder layers (device_map), expected all on a device; convert the model "
-            "where it fits, save it, and load the saved folder with the device_map"
+            "model: got offloaded decoder layers (device_map), expected all of them on a device; convert the "
+            "model where it fits, save it, and load the saved folder with the device_map"
         )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The ``ForCausalLM``, also inside a PEFT model."""
+    """The ``ForCausalLM`` itself, or the one inside a PEFT model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -37,7 +37,7 @@ def gather_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _gather_lengths(length: int) -> list[int]:
-    """The batch size of every rank, exchanged between hosts: the device queue is not waited for."""
+    """The batch size of every rank, exchanged between hosts so as not to wait for the device."""
     size = torch.tensor([length])
     sizes = [torch.empty_like(size) for _ in range(num_ranks())]
     dist.all_gather(sizes, size, group=_host_group(dist.group.WORLD))

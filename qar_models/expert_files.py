@@ -1,6 +1,6 @@
-"""Experts on disk: one safetensors file per querier, and ``index.json``, which says whose and of what base.
+"""Experts on disk: one safetensors file per querier, and ``index.json``, with names and the base model.
 
-Files are named by their content and the index is replaced last, in one step: a crash at any point leaves
+Files are named by their content, and the index is replaced last, in one step: a crash at any point leaves
 the previous index and the files it names.
 """
 
@@ -46,9 +46,9 @@ class Base:
     """What a querier's expert depends on: every other parameter that takes part in answers.
 
     Attributes:
-        names: hash of the tower, of the experts' scale, and of their names and shapes.
-        dtype: the coarsest floating-point one of theirs, such as ``"bfloat16"``.
-        sample: a few values of each, in float32.
+        names: hash of the tower, the experts' scale, and the parameters' names and shapes.
+        dtype: the coarsest floating-point dtype among them, such as ``"bfloat16"``.
+        sample: the :func:`weight_sample` of each, one after the other.
     """
 
     names: str
@@ -69,7 +69,7 @@ class Base:
             json.dumps([model.qar.tower, model.qar.expert_scale, shapes]).encode()
         ).hexdigest()
         floating = {parameter.dtype for _, parameter in parameters if parameter.is_floating_point()}
-        # quantised weights are integers, and exact
+        # quantised weights are integers, which are exact
         coarsest = max(floating, key=lambda d: torch.finfo(d).eps)
         samples = [weight_sample(parameter) for _, parameter in parameters]
         return cls(names, str(coarsest).removeprefix("torch."), torch.cat(samples))
@@ -81,16 +81,16 @@ class Base:
         return cls(values["names"], values["dtype"], torch.from_numpy(sample.copy()))
 
     def to_json(self) -> dict[str, str]:
-        """As the index holds it."""
+        """As it is stored in the index."""
         sample = base64.b64encode(self.sample.numpy().astype("<f4").tobytes()).decode()
         return {"names": self.names, "dtype": self.dtype, "sample": sample}
 
     def fits(self, other: Base) -> bool:
-        """Whether both are the same but for what the coarser of the two dtypes rounds away."""
+        """Whether both are equal up to the rounding of the coarser dtype."""
         if self.names != other.names:
             return False
         eps = max(torch.finfo(getattr(torch, dtype)).eps for dtype in (self.dtype, other.dtype))
-        # below float16's smallest normal number its steps no longer shrink
+        # the steps between float16's numbers stop shrinking below the smallest normal one
         return torch.allclose(self.sample, other.sample, rtol=eps, atol=2**-24)
 
 
@@ -101,7 +101,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str
     base = Base.of(model)
     files = _read_index(folder, base)["queriers"] if (folder / INDEX).exists() else {}
     before = set(files.values())
-    state = model.state_dict()  # of a querier that trains alone, too, it has the latest values
+    state = model.state_dict()  # with the latest values of queriers in train_only, too
     for name, index in queriers.items():
         tensors = {key: state[_bank_key(key)][index].contiguous().cpu() for key in rows(model, index)}
         content = serialize(tensors)
@@ -143,7 +143,7 @@ def _read_index(folder: Path, base: Base) -> dict[str, Any]:
         if not all(isinstance(file, str) for file in dict(index["queriers"]).values()):
             raise TypeError("queriers: expected names of files")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected what save_experts writes; it is damaged ({error})") from error
+        raise ValueError(f"{path}: damaged ({error}), expected an index that save_experts wrote") from error
     if not found.fits(base):
         kind = (
             "other values" if found.names == base.names else "another architecture, tower, scale or adapters"
@@ -171,7 +171,7 @@ def _read(path: Path, name: str, expected: Mapping[str, torch.Size]) -> dict[str
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The whole file or none."""
+    """Write the whole file or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)

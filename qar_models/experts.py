@@ -65,7 +65,7 @@ class Experts(nn.Module):
         """Residual tower: ``mlp(x) + scale * expert(x)``. Replace tower: ``(mlp(x), expert(x_specific))``.
 
         Args:
-            base: weights and adapters of the layer's base MLP, or ``mlp(x)`` where only its own modules do.
+            base: weights and adapters of the layer's base MLP, or ``mlp(x)`` if its own modules must run.
             x: ``(..., H)`` rows of the base MLP.
             towers: the expert of each row of ``x``, or of ``x_specific`` where that is given.
             x_specific: ``(..., H)`` rows of the specific tower.
@@ -100,7 +100,7 @@ class Experts(nn.Module):
         return general, specific
 
     def _options(self) -> dict[str, Any]:
-        """What every call of the kernels gets."""
+        """Keyword arguments of every call of the kernels."""
         return {"backend": self.qar.backend, "sparse_gradients": self.qar.expert_gradients == "sparse"}
 
     def _extras(self, x: Tensor, towers: TowerBatch) -> Iterator[Tensor]:
@@ -118,8 +118,8 @@ class Experts(nn.Module):
             yield torch.where(unknown.view(*x.shape[:-1], 1), mean, 0.0)
 
     def _mean(self) -> tuple[Tensor, ...]:
-        """The mean of all experts; those that train alone count as they are now, but learn nothing here."""
-        # a mean's gradient is dense: with sparse gradients unknown queriers train nobody's expert
+        """The mean of all experts; those in training count with their latest values, but get no gradient."""
+        # a mean's gradient is dense: with sparse gradients, unknown queriers train nobody's expert
         bank = [weight.detach() for weight in self.bank] if self.sparse_parameters else self.bank
         means = tuple(weight.mean(0) for weight in bank)
         if self.trained is None:
@@ -130,10 +130,10 @@ class Experts(nn.Module):
         )
 
     def train_only(self, rows: list[int]) -> None:
-        """Freeze the bank and train copies of these rows; no rows: take the copies back into the bank.
+        """Train copies of these rows; without rows, write the copies back into the bank.
 
-        Copies keep gradients and optimizer states to what is trained, and no optimizer (weight decay!) can
-        touch anybody else.
+        With copies, gradients and optimizer states cover only what is trained, and no optimizer can change
+        anybody else's expert, as weight decay would.
         """
         if self.trained is not None:
             self.trained.write_back(self)
@@ -151,7 +151,7 @@ class Experts(nn.Module):
 
 
 class TrainedExperts(nn.Module):
-    """Copies of a few experts of a frozen bank. In state dicts they stand in the bank's own tensors."""
+    """Copies of a few experts of a frozen bank. State dicts hold their values in the bank's own tensors."""
 
     def __init__(self, experts: Experts, rows: list[int]) -> None:
         super().__init__()
@@ -182,4 +182,4 @@ class TrainedExperts(nn.Module):
             destination[key][self.rows] = trained.detach()
 
     def _load_from_state_dict(self, *_: Any) -> None:
-        """Nothing: the bank's own tensors hold it all, and :class:`Experts` hands it on."""
+        """Does nothing: the bank's tensors hold the values, and :class:`Experts` copies them from there."""

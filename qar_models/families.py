@@ -139,12 +139,12 @@ class Family:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether ``module``, or a hook of accelerate around it, calls another ``forward`` than its class's."""
+    """Whether ``module``, seen through accelerate's hooks, has a ``forward`` other than its class's."""
     own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
     if own is None:
         return False
     known = type(module).forward
-    # accelerate takes off mixed precision together with the decorators that transformers has put around
+    # with mixed precision, accelerate also takes off the decorators that transformers has put around it
     while known is not getattr(own, "__func__", None):
         known = getattr(known, "__wrapped__", None)
         if known is None:
@@ -154,10 +154,10 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def _change_class(instance: PreTrainedConfig | nn.Module, kind: type) -> None:
     instance.__class__ = kind
-    if "_old_forward" in instance.__dict__:  # bound by accelerate's hooks, which show its signature too
+    if "_old_forward" in instance.__dict__:  # accelerate's hooks bound it, and copied its signature
         instance._old_forward = MethodType(kind.forward, instance)
         functools.update_wrapper(instance.forward, instance._old_forward)
-    elif "forward" in instance.__dict__:  # left behind by hooks that were taken off
+    elif "forward" in instance.__dict__:  # left behind by removed hooks
         del instance.forward
 
 
@@ -178,7 +178,7 @@ FAMILIES = (
 
 
 for _family in FAMILIES:
-    # transformers enters a class here when its __init__ runs, which an in-place conversion skips; without
+    # transformers registers a class here when its __init__ runs, which an in-place conversion skips; without
     # the entry ``output_hidden_states`` and ``output_attentions`` would silently return None
     _decoder = _family.aware.decoder
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(_decoder), _decoder._can_record_outputs)

@@ -1,4 +1,4 @@
-"""Queriers come and go: names, experts added and removed, one querier trained while all else rests.
+"""Queriers are named, added, removed, trained on their own, and saved to and loaded from a folder.
 
 E experts in a bank, C clusters, Q queriers, K memory slots, P projection.
 """
@@ -23,8 +23,8 @@ Names = str | Sequence[str]
 class MembershipMixin:
     """Methods of every querier-aware ``ForCausalLM``.
 
-    Adding and removing make new parameters, so optimizers are built afterwards. Nobody else's answer
-    changes by a bit, except where ``unknown_querier="mean"`` averages over all queriers.
+    Adding and removing create new parameters, so build optimizers afterwards. Everybody else's answers stay
+    the same to the bit, except that ``unknown_querier="mean"`` averages over all queriers.
     """
 
     @property
@@ -51,11 +51,16 @@ class MembershipMixin:
 
     @property
     def queriers(self) -> dict[str, int]:
-        """Querier name -> id; empty where no names were given."""
+        """Querier name -> id; empty if no names were given."""
         return {name: index for index, name in enumerate(self.qar.querier_names or ())}
 
     def name_queriers(self, names: Sequence[str]) -> None:
-        """Give every querier a (new) name, in order of id."""
+        """Give every querier a (new) name, in order of id.
+
+        Raises:
+            TypeError: for a single string.
+            ValueError: for another number of names than there are queriers, or for duplicates.
+        """
         if isinstance(names, str):
             raise TypeError(f"names: got {names!r}, expected a sequence of names")
         if len(names) != self.qar.num_queriers:
@@ -69,11 +74,12 @@ class MembershipMixin:
 
         Args:
             names: one name or several, all new.
-            init: ``"zero"`` (the expert says nothing yet, but can learn) or ``"mean"`` (of all experts).
-            like: start as a copy of this querier instead.
+            init: ``"zero"`` (the expert gives zeros, but can learn) or ``"mean"`` (the mean of all experts).
+            like: start as copies of this querier's expert instead.
 
         Raises:
-            ValueError: naming names that are duplicate, or a ``like`` that is unknown.
+            ValueError: for names that exist or occur twice, an unknown ``init`` or ``like``, a model whose
+                queriers have no names or are fixed (a reference checkpoint's), or while ``train_only`` is on.
         """
         names = _as_list(names)
         self._check_idle()
@@ -92,10 +98,10 @@ class MembershipMixin:
         self._set_names((*self.queriers, *names))
 
     def remove_queriers(self, names: Names) -> None:
-        """Forget queriers; those behind them move up, so ids are to be looked up in :attr:`queriers` again.
+        """Remove queriers. Later ids move up: look them up in :attr:`queriers` again.
 
         Raises:
-            ValueError: naming names that are unknown, or if nobody would be left.
+            ValueError: for unknown names, if nobody would be left, or while ``train_only`` is on.
         """
         self._check_idle()
         removed = set(self._ids(_as_list(names)))
@@ -107,13 +113,13 @@ class MembershipMixin:
         self._set_names(tuple(remaining[index] for index in kept))
 
     def train_only(self, names: Names | None) -> None:
-        """Train these queriers' experts and nothing else; ``None`` ends it and thaws what was frozen.
+        """Train these queriers' experts and nothing else; ``None`` ends it and unfreezes what it froze.
 
-        Meanwhile the experts train as ``experts.trained.*``, and everybody can be answered. Saved models
-        hold the trained values in the usual place.
+        Until then the trained parameters are ``experts.trained.*``. The model still answers everybody, and
+        saved models hold the trained values in the usual place.
 
         Raises:
-            ValueError: naming names that are unknown, or if experts are shared by everybody.
+            ValueError: for unknown names, or with ``experts="shared"``.
         """
         ids = [] if names is None else self._ids(_as_list(names))
         self._check_own_experts()
@@ -128,25 +134,29 @@ class MembershipMixin:
     def save_experts(self, folder: str | PathLike[str], queriers: Names | None = None) -> None:
         """Write experts to ``folder``, one safetensors file per querier and an ``index.json``.
 
-        Experts of other queriers that ``folder`` holds already stay. A crash leaves the old state.
+        ``folder`` keeps the experts of other queriers that it has. A crash leaves it as it was.
 
         Args:
-            folder: made where it does not exist.
-            queriers: names; default all.
+            folder: created if missing.
+            queriers: names; default: all.
 
         Raises:
-            ValueError: on unknown names, or if ``folder`` holds experts of another base model.
+            ValueError: for unknown names, or if ``folder`` holds experts of another base model.
         """
         self._check_own_experts()
         names = list(self.queriers) if queriers is None else _as_list(queriers)
         expert_files.save(self, folder, dict(zip(names, self._ids(names), strict=True)))
 
     def load_experts(self, folder: str | PathLike[str], queriers: Names | None = None) -> None:
-        """Read experts that :meth:`save_experts` wrote; unknown names are added, known ones replaced.
+        """Read experts that :meth:`save_experts` wrote; new names are added, known ones replaced.
+
+        Args:
+            folder: what :meth:`save_experts` was given.
+            queriers: names; default: all that ``folder`` has.
 
         Raises:
-            ValueError: if names are not there, a file is damaged, or the base model is another. The model
-                is then as it was.
+            ValueError: if ``folder`` lacks a name, a file is damaged, or the base model is another one. The
+                model is then unchanged.
         """
         self._check_own_experts()
         self._check_idle()
@@ -164,7 +174,7 @@ class MembershipMixin:
         unknown = [name for name in names if name not in self.queriers]
         if unknown or not names or len(set(names)) != len(names):
             wrong = unknown or names
-            raise ValueError(f"names: got {wrong}, expected different names of {list(self.queriers)}")
+            raise ValueError(f"names: got {wrong}, expected distinct names out of {list(self.queriers)}")
         return [self.queriers[name] for name in names]
 
     def _banks(self) -> Iterator[Experts]:
@@ -196,7 +206,7 @@ class MembershipMixin:
             raise ValueError("contrast: got 'reference', whose queriers are fixed")
 
     def _resize(self, kept: list[int], added: int) -> None:
-        """Keep these rows of every bank, and of the contrastive memory, and append empty ones."""
+        """Keep these rows of every bank and of the contrastive memory, and append rows of zeros."""
         for experts in self._banks():
             for name in ("gate", "up", "down"):
                 _replace_tensor(experts, name, lambda old: _take(old, 0, kept, added))

@@ -1,4 +1,4 @@
-"""The shared expert as a part of the base MLP, for serving.
+"""Merging the shared expert into the base MLP, for serving.
 
 H hidden, I intermediate, R expert rank.
 """
@@ -16,22 +16,25 @@ from qar_kernels.lora import NO_LORA
 from qar_models.base_mlp import BaseMLP, fusable
 from qar_models.conversion import unwrap
 
-_WIDTH = 16  # whole 16-byte rows of any dtype
+_WIDTH = 16  # makes a row a multiple of 16 bytes in any dtype
 
 
 @torch.no_grad()
 def merge_shared(model: PreTrainedModel) -> None:
     """Widen every base MLP by the shared expert, in place; ``experts`` becomes ``"per_querier"``.
 
-    Units of a SwiGLU add up, so ``base(x) + scale * shared(x)`` is one MLP of I + R units: the shared expert
-    then costs R / I of the base instead of calls of its own. Answers change by rounding only. Layers without
-    experts, and what is missing to a multiple of 16 where I is one, are filled with units that give zero.
-    Optimizers are built afterwards.
+    The units of a SwiGLU add up, so ``base(x) + scale * shared(x)`` is one MLP of I + R units. The shared
+    expert then needs no calls of its own and costs R / I of the base. Answers change only by rounding. Units
+    that give zero fill up layers without experts and, if I is a multiple of 16, the width to the next one.
+    Build optimizers afterwards.
+
+    Args:
+        model: a ``tower="residual"`` model with ``experts="shared+per_querier"``, or a PEFT model around one.
 
     Raises:
-        ValueError: without a shared expert beside those of one's own, for ``tower="replace"`` (where it
-            belongs to the other stream), while ``train_only`` is on, or where a base MLP has adapters,
-            biases or quantised weights.
+        ValueError: for another tower (in ``"replace"`` the shared expert belongs to the other stream) or
+            kind of experts, while ``train_only`` is on, or if a base MLP has adapters, biases or quantised
+            weights.
     """
     model = unwrap(model)
     qar = model.qar

@@ -34,7 +34,7 @@ model.generate(**tokens, querier_ids=torch.tensor([ID]), max_new_tokens=64)  # m
 
 
 def write_model_card(model: nn.Module, folder: str | PathLike[str]) -> None:
-    """Write ``README.md`` into ``folder``, unless it has one already."""
+    """Write ``README.md`` into ``folder``, unless it has one."""
     path = Path(folder) / "README.md"
     if path.exists():
         return

@@ -30,7 +30,7 @@ from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, 
 
 
 def check_no_other_cache(kwargs: dict[str, Any]) -> None:
-    """Raise ``TypeError`` for a cache by yet another name: unread, answers would come from the last token."""
+    """Raise ``TypeError`` for a cache by any other name, which would be ignored without a word."""
     for name, value in kwargs.items():
         if isinstance(value, Cache):
             raise TypeError(f"{name}: got a cache, expected it as 'cache' or 'past_key_values'")
@@ -44,21 +44,21 @@ class QARModelOutput(BaseModelOutputWithPast):
 
 
 class DeferredNormMixin:
-    """A final norm that does nothing where the decoder calls it; :class:`QARModelMixin` applies it.
+    """A final norm that is the identity when called: :class:`QARModelMixin` applies it later, per tower.
 
-    Nor where others call it: what would tell them apart (a context variable) is lost where a compiled forward
-    pass falls back to eager code, which then would normalise twice.
+    Callers other than the decoder get the identity too. A context variable could tell them apart, but is lost
+    where a compiled forward pass falls back to eager code, which would then normalise twice.
     """
 
     def forward(self, hidden_states: Tensor, now: bool = False) -> Tensor:
-        """The identity, or ``now`` the norm itself."""
+        """The identity; with ``now`` the norm itself."""
         return super().forward(hidden_states) if now else hidden_states
 
 
 class QARDecoderLayerMixin:
-    """A decoder layer whose MLP is joined by experts. Llama, Qwen2 and Qwen3 layers share this forward."""
+    """A decoder layer with experts beside its MLP. Llama, Qwen2 and Qwen3 layers share this forward."""
 
-    experts: Experts | None  # or what PEFT puts around them, which hides their settings
+    experts: Experts | None  # or PEFT's wrapper around them, which hides their settings
     tower: Tower
     towers_coincide: bool  # replace tower, up to the first layer with experts: run the general rows only
 
@@ -72,7 +72,7 @@ class QARDecoderLayerMixin:
         towers: TowerBatch | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As the base class, with the cache among ``kwargs``; ``towers`` says which expert each row has."""
+        """As the base class, with the cache among ``kwargs``; ``towers`` holds each row's expert."""
         if self.towers_coincide:
             hidden_states, attention_mask, position_ids, position_embeddings = (
                 general_rows(value, towers.batch_size)
@@ -105,16 +105,16 @@ class QARDecoderLayerMixin:
         return hidden_states + interleave(general, specific)
 
     def _base(self, x: Tensor) -> BaseMLP | Tensor:
-        """What the experts need of the base MLP. Not the module: hooks that offload would move it."""
+        """The base MLP's weights, or else its output. Not the module, which offloading hooks would move."""
         return fusable(self.mlp) or self.mlp(x)
 
 
 class QARModelMixin:
-    """The decoder stack: who asks goes in once, both towers come out."""
+    """The decoder stack: takes the queriers' ids, runs one tower or both, and joins them at the end."""
 
     tower_memo: TowerMemo
 
-    # transformers asks the innermost pretrained model around a module
+    # transformers calls this on the innermost pretrained model that holds the module
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Experts):
             module.reset_parameters(self.config.initializer_range)
@@ -138,8 +138,11 @@ class QARModelMixin:
 
         Args:
             querier_ids: ``(B,)`` or ``(B, S)``, -1 for an unknown querier; packed: ``(N,)`` or ``(1, T)``.
-            cu_seq_lens_q: ``(N + 1,)`` bounds of N windows packed into one row of T tokens, which do not see
-                each other. ``position_ids`` start anew in each window if not given.
+            cu_seq_lens_q: ``(N + 1,)`` bounds of N windows packed into one row of T tokens; no window sees
+                another. Unless given, ``position_ids`` restart in each window.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what was expected.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
@@ -176,7 +179,7 @@ class QARModelMixin:
         """Attention mask and positions of windows packed into one row."""
         mask = None
         if self.config._attn_implementation == PACKED_ATTENTION:
-            # a mask of four dimensions is handed on as it is: none of (T, T) is built; nobody reads it
+            # transformers passes a 4-D mask on as it is, instead of building one of (T, T); nobody reads it
             mask = inputs_embeds.new_empty(1, 1, 1, 1)
         if position_ids is None:
             position_ids = restarting_positions(cu_seq_lens, inputs_embeds.shape[1])
@@ -199,7 +202,7 @@ class QARModelMixin:
         if self.qar.tower == "residual":
             last_hidden_state = self.norm(states, now=True)
         else:
-            # without a layer that has experts the towers never part
+            # without any layer of experts the towers never part
             never = self.qar.first_expert_layer == len(self.layers)
             general, states = (states, states) if never else split(states)
             last_hidden_state = (self.norm(general, now=True) + self.norm_specific(states)) / 2

@@ -18,29 +18,32 @@ from qar_models.row_sparse import rows_of
 class RowSparseAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) that leaves absent rows alone.
 
-    Of a parameter with a row-sparse gradient only the rows present in it are touched: weights, moments,
-    weight decay and the step count of the bias correction, which every row has of its own. A querier is
-    thus trained as by AdamW on the steps in which they occur. Dense gradients are treated as PyTorch does.
+    A row-sparse gradient updates only its own rows: their weights (decay included), their moments, and their
+    step counts for the bias correction. Each querier is thus trained as by AdamW on the steps in which they
+    occur. Dense gradients are handled as in PyTorch.
 
-    State of such a parameter ``(E, ...)``: ``step`` (E,) float32, ``exp_avg`` and ``exp_avg_sq``
-    ``(E, ...)``, at least float32, and where the parameter is of 16 bits ``master``, its float32 weights.
-    Weights that are loaded between two steps are taken over, but not those written through ``.data``.
+    State of such a parameter ``(E, ...)``: ``step`` (E,) float32; ``exp_avg`` and ``exp_avg_sq``
+    ``(E, ...)``, at least float32; and for a 16-bit parameter ``master``, its weights in float32. Weights
+    loaded between two steps are picked up, unless they were written through ``.data``.
 
     Args:
-        params: parameters or groups, dense ones too.
-        options: as :class:`torch.optim.AdamW`, except ``amsgrad``; ``fused`` is on unless given. On a card
-            it updates all rows of a parameter in one launch of a Triton kernel.
+        params: parameters or groups; dense ones may be among them.
+        options: as for :class:`torch.optim.AdamW`, except ``amsgrad``. ``fused`` is on by default (but not
+            with ``foreach``); on a CUDA device one Triton kernel then updates all rows of a parameter.
+
+    Raises:
+        ValueError: for ``amsgrad=True``, and as the base class does.
     """
 
     def __init__(self, params: Any, **options: Any) -> None:
         if options.get("amsgrad"):
-            raise ValueError("amsgrad: got True, which row-sparse gradients do not have; expected False")
+            raise ValueError("amsgrad: got True, expected False: row-sparse gradients do not support it")
         super().__init__(params, **{"fused": not options.get("foreach"), **options})
         self._watch_steps()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_rounded" not in self.__dict__:  # a copy, which comes without hooks
+        if "_rounded" not in self.__dict__:  # a copy, which has no hooks
             self._watch_steps()
 
     def _watch_steps(self) -> None:
@@ -48,8 +51,8 @@ class RowSparseAdamW(torch.optim.AdamW):
         self._versions: dict[nn.Parameter, int] = {}  # of weights, as this optimizer left them
         self.register_step_post_hook(RowSparseAdamW._round_masters)
 
-    # AdamW.step calls this once per group and then updates what it put into the lists. It refuses sparse
-    # gradients; their rows join the lists as views, so that one fused kernel runs for everything.
+    # AdamW.step calls this once per group and then updates what is in the lists. The base class refuses
+    # sparse gradients; here their rows join the lists as views, so that one fused kernel runs for everything.
     def _init_group(
         self,
         group: dict[str, Any],
@@ -85,7 +88,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         return has_complex
 
     def _has_rows(self, parameter: nn.Parameter) -> bool:
-        """Whether rows are counted one by one: here and now, or in the state that a dense gradient meets."""
+        """Whether steps are counted per row: the gradient is sparse, or the state is of sparse gradients."""
         if parameter.grad is None:
             return False
         step = self.state.get(parameter, {}).get("step")
@@ -99,16 +102,16 @@ class RowSparseAdamW(torch.optim.AdamW):
         state: dict[str, Tensor],
         group: dict[str, Any],
     ) -> None:
-        """One launch for all rows: on a card a view of each row costs more than its update."""
+        """One launch for all rows: on a CUDA device a view of each row costs more than its update."""
         from qar_kernels.triton.adamw import adamw_rows
 
-        # GradScaler's, which may live on another card
+        # set by GradScaler, maybe on another device
         scale, found_inf = (
             None if value is None else value.to(parameter.device, non_blocking=True)
             for value in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         )
         if scale is not None:
-            d_rows = d_rows.float() / scale  # in 16 bits small ones would be lost
+            d_rows = d_rows.float() / scale  # in 16 bits, small gradients would be lost
         adamw_rows(
             state.get("master", parameter),
             parameter if "master" in state else None,
@@ -127,7 +130,7 @@ class RowSparseAdamW(torch.optim.AdamW):
     def _state_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[parameter]
         if "step" not in state or state["step"].dim() == 0:
-            # none, or that of dense gradients, which had every row
+            # no state yet, or that of dense gradients, with one count for all rows
             weights = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
             device = parameter.device if group["fused"] or group["capturable"] else "cpu"
             step = state.get("step", torch.zeros(())).to(device, torch.float32)
@@ -147,9 +150,9 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the base class, which would round the float32 state of 16-bit parameters to 16 bits."""
+        """As the base class, but without rounding the float32 state of 16-bit parameters to 16 bits."""
         super().load_state_dict(state_dict)
-        self._versions.clear()  # the masters are others now
+        self._versions.clear()  # the masters are replaced
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
         own = (parameter for group in self.param_groups for parameter in group["params"])
         for index, parameter in zip(saved, own, strict=True):
@@ -160,7 +163,7 @@ class RowSparseAdamW(torch.optim.AdamW):
 
 @torch.no_grad()
 def _take_over(parameter: nn.Parameter, master: Tensor) -> None:
-    """Weights that somebody else has written since (loaded experts) are not what their master rounds to."""
+    """Update the master where it no longer rounds to the weights: somebody wrote them (loaded experts)."""
     same = master.to(parameter.dtype) == parameter
     master.copy_(torch.where(same, master, parameter.to(master.dtype)))
 

@@ -1,7 +1,7 @@
-"""Packed rows: windows one behind the other in one row, so that nothing is computed for padding.
+"""Packed rows: windows laid end to end in one row, so that nothing is computed for padding.
 
-N windows, T tokens of all of them together, D head width. ``cu_seq_lens_q`` (N + 1,) are the windows'
-bounds, under the name that transformers' flash attention reads them from.
+N windows, T tokens in all, D head width. ``cu_seq_lens_q`` (N + 1,) are the windows' bounds, under the
+name by which transformers' flash attention reads them.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def packed_sdpa(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside every window, one call per window; as "sdpa" where rows are not packed.
+    """Causal attention within every window, one call per window; the same as "sdpa" if rows are not packed.
 
-    With "sdpa" packed rows have a block-diagonal mask (T, T) and cost as much as one window of T tokens.
+    With "sdpa", packed rows have a block-diagonal mask (T, T) and cost as much as one window of T tokens.
 
     Args:
-        query: ``(rows, heads, T, D)``; rows hold the same windows (one row per tower).
+        query: ``(rows, heads, T, D)``; all rows hold the same windows (one row per tower).
         key, value: ``(rows, key heads, T, D)``.
         cu_seq_lens_q: ``(rows * N + 1,)``, bounds of the windows of all rows laid end to end.
-        sliding_window: positions that a token attends to, itself included; default all before it.
+        sliding_window: positions that a token attends to, itself included; default: all up to itself.
 
     Returns:
-        ``(rows, T, heads, D)``, and no attention weights.
+        ``(rows, T, heads, D)``, and None for the attention weights.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -49,7 +49,7 @@ def packed_sdpa(
         )
     windows = (len(cu_seq_lens_q) - 1) // query.shape[0]
     lengths = cu_seq_lens_q[: windows + 1].diff().tolist()
-    # split, not slices: the gradients of all windows are joined once instead of added N times
+    # split, not slices: its backward pass joins the windows' gradients once, instead of adding up N of size T
     parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     gqa = query.shape[1] != key.shape[1]
     attended = [
@@ -62,7 +62,7 @@ def packed_sdpa(
 
 
 def _causal(query: Tensor, sliding_window: int | None) -> dict[str, Any]:
-    """What makes attention within a window causal, and no wider than the layer's sliding window."""
+    """Arguments that make attention causal, and no wider than the layer's sliding window."""
     length = query.shape[2]
     if sliding_window is None or length <= sliding_window:
         return {"is_causal": True}
@@ -82,7 +82,7 @@ def check_packed(
     cache: Any,
     use_cache: bool | None,
 ) -> None:
-    """Raise ``ValueError`` or ``TypeError`` for what packed rows cannot be, naming the argument.
+    """Raise ``ValueError`` or ``TypeError`` for what packed rows do not support, naming the argument.
 
     The values of ``cu_seq_lens`` (N + 1,) are read where that costs no device sync.
     """
@@ -108,7 +108,7 @@ def check_packed(
 def check_positions(position_ids: Tensor, cu_seq_lens: Tensor) -> None:
     """Raise ``ValueError`` where positions ``(1, T)`` run on from one window into the next.
 
-    transformers' masks are built from positions: such windows would see each other. Values are read where
+    transformers builds masks from positions, so such windows would see each other. Values are read where
     that costs no device sync.
     """
     if position_ids.device.type != "cpu" or torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""From the ids of those who ask to the kernels' segments. B sequences, S tokens."""
+"""From the queriers' ids to the kernels' segments. B sequences, S tokens."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def make_towers(
     return TowerBatch(segments, batch_size, own, may_be_unknown)
 
 
-# Who promised that nobody writes to the ids' memory between forward passes, if anybody did
-_promise: ContextVar[object | None] = ContextVar("ids_that_stay", default=None)
+# identifies the block of assume_ids_unchanged that is active, if one is
+_promise: ContextVar[object | None] = ContextVar("assume_ids_unchanged", default=None)
 
 
 @contextmanager
-def ids_that_stay() -> Iterator[None]:
-    """Promise that while this lasts, as in generation, no tensor of ids changes its values."""
+def assume_ids_unchanged() -> Iterator[None]:
+    """Within this block, such as a call of ``generate``, no tensor of ids is modified in place."""
     token = _promise.set(object())
     try:
         yield
@@ -67,14 +67,14 @@ def ids_that_stay() -> Iterator[None]:
 
 
 class TowerMemo:
-    """The towers of the last forward pass, for the next: generation asks with the same ids at every token.
+    """Reuses the towers of the last forward pass: generation repeats the same ids for every token.
 
     Ids on the host are compared by value. On an accelerator, where that would wait for the device, the
-    tensor must be the same one, under :func:`ids_that_stay`.
+    tensor must be the same object, within :func:`assume_ids_unchanged`.
     """
 
     def __init__(self) -> None:
-        # one attribute, so that threads cannot mix theirs; the ids live on, or another tensor got their id()
+        # one attribute, so that threads cannot mix entries; the ids are held, so that their id() stays theirs
         self._last: tuple[tuple | None, Tensor | None, TowerBatch | None] = None, None, None
 
     def __call__(self, qar: QARConfig, querier_ids: Tensor | None, *where: Any) -> TowerBatch:
@@ -85,7 +85,7 @@ class TowerMemo:
         content = _content(querier_ids)
         if cu_seq_lens is not None or content is None or _is_capturing():
             return make_towers(qar, querier_ids, *where)
-        # what inference mode makes no backward pass can save
+        # no backward pass can save tensors that were made in inference mode
         mode = torch.is_inference_mode_enabled()
         key = (qar, mode, querier_ids.dtype, content, *shape_and_device, list(trained_ids))
         last_key, _, towers = self._last
@@ -127,9 +127,9 @@ def _segments(ids: Tensor, seq_len: int, cu_seq_lens: Tensor | None = None) -> S
 
 
 def check_prompt_ids(querier_ids: Tensor | None, qar: QARConfig, batch_size: int) -> None:
-    """Raise what a forward pass would; in generation a prompt has one querier, so ``(B,)`` only.
+    """Raise what a forward pass would. A prompt has one querier, so only ``(B,)`` will do.
 
-    Values are read from a device too: once a call, where an assertion on the device would end the process.
+    Values are read from an accelerator too, once per call: a failed assertion there would end the process.
     """
     if qar.needs_querier_ids:
         _checked_ids(querier_ids if querier_ids is None else querier_ids.cpu(), qar, [(batch_size,)])
@@ -150,7 +150,7 @@ def as_ids(querier_ids: Tensor | Sequence[int] | None) -> Tensor | None:
 
 
 def _checked_ids(querier_ids: Tensor | None, qar: QARConfig, shapes: list[tuple[int, ...]]) -> Tensor:
-    """Shape and dtype are checked always; the values too where reading them costs no device sync."""
+    """Always checks shape and dtype, and the values where reading them costs no device sync."""
     if querier_ids is None:
         raise ValueError(
             f"querier_ids: missing, but the model has experts={qar.experts!r}; pass querier_ids, an integer "

@@ -1,4 +1,4 @@
-"""Row-sparse gradients (:mod:`qar_kernels.row_sparse`) in training: found, averaged over ranks, clipped.
+"""Row-sparse gradients (:mod:`qar_kernels.row_sparse`) in training: finding, averaging and clipping them.
 
 n experts present. A gradient has indices ``(1, n)`` and values ``(n, ...)``.
 """
@@ -15,9 +15,9 @@ from qar_models.distributed import gather_batch, num_ranks
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids ``(n,)``, each once, and rows ``(n, ...)`` of a row-sparse gradient; repeated rows are added."""
+    """Ids ``(n,)``, each once, and rows ``(n, ...)`` of a row-sparse gradient; rows of one id are summed."""
     ids = gradient._indices()[0]
-    # accumulating a gradient drops the mark that says so, but one backward pass leaves ids in ascending order
+    # accumulation drops the coalesced flag, but the ids of a single backward pass are in ascending order
     if not gradient.is_coalesced() and not bool((ids[1:] > ids[:-1]).all()):
         gradient = gradient.coalesce()
     return gradient._indices()[0], gradient._values()
@@ -37,8 +37,8 @@ def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def average_row_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average row-sparse gradients over all ranks, in place; only rows that some rank has are exchanged.
 
-    Every rank calls it with the same parameters, after the backward pass and before the optimizer. A
-    rank without a gradient counts as zeros. Does nothing in a single process.
+    Call it on every rank with the same parameters, after the backward pass and before the optimizer's step.
+    A rank without a gradient counts as zeros. In a single process it does nothing.
     """
     if num_ranks() == 1:
         return
@@ -55,7 +55,11 @@ def average_row_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def clip_grad_norm_(parameters: nn.Parameter | Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """As :func:`torch.nn.utils.clip_grad_norm_` (2-norm), which refuses sparse gradients."""
+    """As :func:`torch.nn.utils.clip_grad_norm_` (2-norm), but row-sparse gradients may be among the dense.
+
+    Returns:
+        The norm of all gradients together before clipping, a scalar.
+    """
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     values = []
     for parameter in parameters:

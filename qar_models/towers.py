@@ -26,8 +26,8 @@ class TowerBatch:
     Attributes:
         segments: the expert of each of the B * S rows.
         batch_size: B, sequences as the caller sees them.
-        trained: rows of the experts that train alone, see :meth:`Experts.train_only`; ``segments`` leaves
-            them out.
+        trained: rows of the queriers in training, see :meth:`Experts.train_only`; ``segments`` leaves them
+            out.
         may_be_unknown: False where the host knows that every row's querier is known.
     """
 
@@ -38,7 +38,7 @@ class TowerBatch:
     _elsewhere: dict[torch.device, TowerBatch] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TowerBatch:
-        """The same on another device, made once: the layers of a model may lie on several."""
+        """The same on another device, made once: the layers of a model may be on several."""
         device = torch.device(device)
         if device == self.segments.device:
             return self
@@ -81,7 +81,7 @@ def general_rows(value: Any, batch_size: int) -> Any:
 
 
 class TowerCache:
-    """A view on a cache of B rows through which 2B interleaved rows read and write.
+    """A view of a cache of B rows, through which 2B interleaved rows are read and written.
 
     Layers below the first expert run on B rows, because the towers still coincide there; their keys and
     values pass through as they are.
@@ -98,7 +98,7 @@ class TowerCache:
         """As :meth:`transformers.Cache.update`, with both towers as two groups of heads.
 
         Raises:
-            ValueError: where the cache holds keys and values of one tower.
+            ValueError: if the cache holds keys and values of one tower only.
         """
         if keys.shape[0] == self.batch_size:
             return self.cache.update(keys, values, layer_idx, *args, **kwargs)
@@ -113,7 +113,7 @@ class TowerCache:
     def _check_heads(self, layer_idx: int, expected: int) -> None:
         layers = self.cache.layers
         held = layers[layer_idx].keys if layer_idx < len(layers) else None
-        # an empty one has one dimension
+        # the keys of an empty layer have one dimension
         if held is not None and held.dim() == 4 and held.shape[1] != expected:
             raise ValueError(
                 f"cache: got {held.shape[1]} heads in layer {layer_idx}, expected {expected}, those of both "

@@ -1,4 +1,4 @@
-"""Checkpoints of the paper's code (arXiv 2412.11736): its names and conventions, translated once, here.
+"""Checkpoints of the paper's code (arXiv 2412.11736): the one place that knows its names and conventions.
 
 C clusters, Q queriers and phantom classes, K memory slots, P projection, R expert rank, H hidden.
 """
@@ -16,7 +16,7 @@ from qar_models.config import QARConfig
 from qar_models.families import FAMILIES, Family
 
 _RANK_KEY = "model.layers.0.mlp_specific.gate_proj_low_rank.weight"
-_IGNORED = "rotary_emb.inv_freq"  # older transformers saved what follows from the configuration
+_IGNORED = "rotary_emb.inv_freq"  # older transformers saved it, although it follows from the configuration
 
 
 def load_upstream(
@@ -47,7 +47,7 @@ def load_upstream(
 
     Raises:
         TypeError: if the family is not supported.
-        ValueError: if tensors are missing, unknown or of another shape than the arguments say.
+        ValueError: if tensors are missing or unknown, or their shapes do not match the arguments.
     """
     family = _family_of(hf_config)
     if _RANK_KEY not in state_dict:
@@ -132,7 +132,7 @@ def _check_names(state_dict: Mapping[str, Tensor], expected: set[str], config: P
 def _writes(memory: Tensor, pointer: Tensor) -> Tensor:
     """Entries written so far ``(C, Q)``, or as many modulo K once the ring is full.
 
-    The pointer says where the next one goes; how many slots are filled shows in the memory itself.
+    The pointer says where the next one goes; the memory itself shows how many slots are filled.
     """
     slots = memory.shape[3]
     filled = (memory[0] != 0).any(-1).sum(-1)

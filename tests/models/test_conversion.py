@@ -244,7 +244,7 @@ def test_a_forward_method_of_ones_own_is_named_and_nothing_changes(where):
         module, kind = whole.get_submodule(where), type(whole)
         own = module.forward
         module.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs)
-        with pytest.raises(TypeError, match=f"got a {type(module).__name__} in it, or a forward method"):
+        with pytest.raises(TypeError, match=f"got a {type(module).__name__} with a patched forward"):
             convert()
         assert type(whole) is kind
 

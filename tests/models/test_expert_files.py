@@ -93,7 +93,7 @@ def test_experts_of_another_rank_are_refused(tmp_path):
 @pytest.mark.parametrize("index", ["{", "{}", '{"base": "0123", "queriers": {}}'])
 def test_a_damaged_index_is_refused(index, tmp_path):
     (tmp_path / "index.json").write_text(index, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"index\.json: expected what save_experts writes; it is damaged"):
+    with pytest.raises(ValueError, match=r"index\.json: damaged .*, expected an index"):
         named_model().load_experts(tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_an_index_with_a_wrong_entry_is_refused(change, tmp_path):
     index["base"].update({key: value for key, value in change.items() if key == "dtype"})
     index.update({key: value for key, value in change.items() if key == "queriers"})
     path.write_text(json.dumps({key: value for key, value in index.items() if value is not None}), "utf-8")
-    with pytest.raises(ValueError, match=r"index\.json: expected what save_experts writes; it is damaged"):
+    with pytest.raises(ValueError, match=r"index\.json: damaged .*, expected an index"):
         named_model().load_experts(tmp_path)
 
 

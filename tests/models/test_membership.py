@@ -122,11 +122,11 @@ def test_shared_experts_still_have_queriers_to_contrast():
         (lambda m: m.add_queriers([]), r"names: got \[\]"),
         (
             lambda m: m.add_queriers("Leonard", like="Stuart"),
-            r"got \['Stuart'\], expected different names of",
+            r"got \['Stuart'\], expected distinct names out of",
         ),
         (lambda m: m.add_queriers("Leonard", init="ones"), "init: got 'ones', expected 'zero' or 'mean'"),
         (lambda m: m.remove_queriers("Stuart"), r"got \['Stuart'\]"),
-        (lambda m: m.remove_queriers(["Amy", "Amy"]), r"got \['Amy', 'Amy'\], expected different names"),
+        (lambda m: m.remove_queriers(["Amy", "Amy"]), r"got \['Amy', 'Amy'\], expected distinct names"),
         (lambda m: m.remove_queriers(NAMES), "expected at least one to stay"),
         (lambda m: m.train_only("Stuart"), r"got \['Stuart'\]"),
         (lambda m: m.train_only([]), r"names: got \[\]"),

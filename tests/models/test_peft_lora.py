@@ -232,7 +232,7 @@ def hooked(model):
         (None, {"config": IA3Config(target_modules=MLP, feedforward_modules=MLP)}, "peft.tuners.ia3"),
         (quantised, {}, "Quantised, not a torch Linear"),
         (with_bias, {}, "a projection has a bias"),
-        (hooked, {}, "a Linear of it has hooks"),
+        (hooked, {}, "its Linear has hooks"),
     ],
     ids=["DoRA", "IA3", "quantised", "bias", "hook"],
 )
