@@ -39,6 +39,8 @@ def test_upper_part_trains_the_model_itself(loaded, windows, tmp_path):
     states = lower_states(model, windows, 1, tmp_path)
     apply_qar(model, QARConfig(3, expert_rank=4, first_expert_layer=1))
     part = upper_part(model, 1)
+    assert part.qar.first_expert_layer == part.config.qar["first_expert_layer"] == 0
+    assert model.qar.first_expert_layer == model.model.layers[1].experts.qar.first_expert_layer == 1
     batch = Collator(tokenizer.pad_token_id)([Windows(windows, states)[0]])
     part(**batch).loss.backward()
     assert model.model.layers[1].experts.down.grad.abs().sum() > 0
