@@ -153,7 +153,7 @@ def prepare(config: TrainConfig, found: RunData) -> Prepared:
             f"{positions} positions"
         )
     peft = build(model, config, tuple(data.queriers), data.num_clusters)
-    trained = upper_part(model, first) if first else model
+    trained = upper_part(model, first)
     return Prepared(peft, trained, tokenizer, windows, valid)
 
 
