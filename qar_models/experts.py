@@ -106,7 +106,7 @@ class Experts(nn.Module):
     def _extras(self, x: Tensor, towers: TowerBatch) -> Iterator[Tensor]:
         """What comes on top of the bank: experts that train alone, the shared one, the mean of all."""
         if self.trained is not None:
-            yield expert_mlp(x, *self.trained.bank, towers.trained, self.qar.backend)
+            yield expert_mlp(x, *self.trained.bank, towers.trained, backend=self.qar.backend)
         if self.qar.experts == "shared+per_querier":
             yield swiglu_mlp(x, self.shared_gate, self.shared_up, self.shared_down)
         if self.qar.unknown_querier == "mean" and towers.may_be_unknown:
