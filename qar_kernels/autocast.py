@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qar_kernels.host import is_readable
 from qar_kernels.row_sparse import Three
 from qar_kernels.segments import Segments
 
@@ -40,8 +41,7 @@ def autocast_experts(experts: Three, segments: Segments, dtype: torch.dtype) -> 
     """
     if experts[0].dtype == experts[1].dtype == experts[2].dtype == dtype:
         return experts, segments
-    is_known = segments.device.type == "cpu" and not torch.compiler.is_compiling()
-    ids, renumbered = segments.present if is_known else segments.slots
+    ids, renumbered = segments.present if is_readable(segments.experts) else segments.slots
     if ids.shape[0] < experts[0].shape[0]:
         experts, segments = tuple(weight.index_select(0, ids) for weight in experts), renumbered
     return tuple(weight.to(dtype) for weight in experts), segments

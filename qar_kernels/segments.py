@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qar_kernels.host import is_capturing, is_readable
 from qar_kernels.row_products import Products, make_products
 from qar_kernels.tile_plan import TilePlan, build_tile_plan
 
@@ -28,8 +29,7 @@ def _circumstances() -> str:
     """How what is computed now comes to hold something."""
     if torch.compiler.is_compiling():
         return "traced"
-    captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return "captured" if captures else "eager"
+    return "captured" if is_capturing() else "eager"
 
 
 def _ordinary_tensors() -> AbstractContextManager:
@@ -233,15 +233,10 @@ def _tensor(values: Sequence[int], name: str) -> Tensor:
         raise TypeError(f"{name}: got {type(values).__name__}, expected integers ({error})") from error
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether its values are there, and reading them waits for no device: not traced, no fake tensor."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
-
-
 def _checked_ids(expert_ids: IdsLike) -> tuple[Tensor, int | None]:
     """The ids as int64 and, where reading them costs no device sync, their largest value."""
     ids = _integers(expert_ids, "expert_ids")
-    if not _readable(ids) or not ids.numel():
+    if not is_readable(ids) or not ids.numel():
         return ids, None
     low, high = (int(v) for v in ids.aminmax())
     if low < -1:
@@ -255,7 +250,7 @@ def _check_bounds(bounds: Tensor, num_sequences: int, num_rows: int | None) -> N
             f"cu_seqlens: got {bounds.shape[0]} values for {num_sequences} sequences, "
             f"expected {num_sequences + 1}"
         )
-    if not _readable(bounds):
+    if not is_readable(bounds):
         return
     if int(bounds[0]) != 0 or bool((bounds.diff() < 0).any()):
         raise ValueError(f"cu_seqlens: got {bounds.tolist()}, expected non-decreasing values from 0")

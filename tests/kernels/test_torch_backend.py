@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import TOWERS, Case, check
 from test_triton import CASES
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
@@ -160,6 +161,19 @@ def test_autocast_casts_the_experts_of_the_batch_only(compiled):
     for weight, lone in zip(bank, few, strict=True):
         assert torch.equal(weight.grad[[4, 31, 997]], lone.grad.float())
         assert weight.grad.count_nonzero() == lone.grad.count_nonzero()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_fake_tensors_have_shapes(dtype, backend):
+    """Nothing can read which experts are present, autocast neither."""
+    leaves, _ = leaves_and_segments()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.autocast("cpu", dtype, enabled=dtype is not None):
+        fakes = [mode.from_tensor(leaf) for leaf in leaves]
+        segments = Segments.from_ids(mode.from_tensor(torch.tensor([0, 1, 1, -1, 3, 0, 2])))
+        y = fused_mlp(*fakes, segments, backend=backend)
+    assert isinstance(y, FakeTensor) and y.shape == leaves[0].shape and y.dtype == (dtype or torch.float32)
 
 
 def test_autocast_leaves_float64_alone_like_linear():
