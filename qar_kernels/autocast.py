@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qar_kernels.host import is_readable
-from qar_kernels.row_sparse import Three
 from qar_kernels.segments import Segments
+from qar_kernels.weights import SwiGLUWeights
 
 
 def is_on(tensor: Tensor) -> bool:
@@ -33,7 +33,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(cast_dtype(tensor)) for tensor in tensors)
 
 
-def autocast_experts(experts: Three, segments: Segments, dtype: torch.dtype) -> tuple[Three, Segments]:
+def autocast_experts(
+    experts: SwiGLUWeights, segments: Segments, dtype: torch.dtype
+) -> tuple[SwiGLUWeights, Segments]:
     """The experts ``(E, ...)`` in ``dtype``, that of their rows, and segments that index them.
 
     A bank of thousands is not cast for a batch of a few: their rows are taken first. How many they are is
@@ -43,5 +45,5 @@ def autocast_experts(experts: Three, segments: Segments, dtype: torch.dtype) -> 
         return experts, segments
     ids, renumbered = segments.present if is_readable(segments.experts) else segments.slots
     if ids.shape[0] < experts[0].shape[0]:
-        experts, segments = tuple(weight.index_select(0, ids) for weight in experts), renumbered
-    return tuple(weight.to(dtype) for weight in experts), segments
+        experts, segments = [weight.index_select(0, ids) for weight in experts], renumbered
+    return SwiGLUWeights(*(weight.to(dtype) for weight in experts)), segments

@@ -23,9 +23,10 @@ from qar_kernels.checks import (
     check_towers,
 )
 from qar_kernels.lora import NO_LORA, LoRA
-from qar_kernels.row_sparse import Three, present_rows
+from qar_kernels.row_sparse import present_rows
 from qar_kernels.segments import Segments
 from qar_kernels.triton.configs import has_kernels
+from qar_kernels.weights import SwiGLUWeights
 
 _HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -82,12 +83,13 @@ def fused_mlp(
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
     rows = _rows(x)
     name = _resolve(backend, expert_gate.shape[1], rows)
-    bank = expert_gate, expert_up, expert_down
+    bank = SwiGLUWeights(expert_gate, expert_up, expert_down)
     experts, seg, sparse = _experts_for(name, bank, seg, rows, sparse_gradients)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
-        y = triton_backend.fused_mlp(rows, (gate, up, down), experts, seg, expert_scale, recompute, lora)
+        base = SwiGLUWeights(gate, up, down)
+        y = triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute, lora)
         return y.reshape(x.shape)
     base = _module(name).swiglu_mlp(rows, gate, up, down, lora)
     expert = _run_experts(name, rows, experts, seg, sparse)
@@ -128,14 +130,13 @@ def dual_mlp(
     check_experts(x_specific, "x_specific", expert_gate, expert_up, expert_down, seg)
     rows, specific_rows = _rows(x_general), _rows(x_specific)
     name = _resolve(backend, expert_gate.shape[1], rows, specific_rows)
-    bank = expert_gate, expert_up, expert_down
+    bank = SwiGLUWeights(expert_gate, expert_up, expert_down)
     experts, seg, sparse = _experts_for(name, bank, seg, specific_rows, sparse_gradients)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
-        general, specific = triton_backend.dual_mlp(
-            rows, specific_rows, (gate, up, down), experts, seg, recompute, lora
-        )
+        base = SwiGLUWeights(gate, up, down)
+        general, specific = triton_backend.dual_mlp(rows, specific_rows, base, experts, seg, recompute, lora)
         return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
     general = _module(name).swiglu_mlp(rows, gate, up, down, lora)
     specific = _run_experts(name, specific_rows, experts, seg, sparse)
@@ -175,7 +176,7 @@ def expert_mlp(
         check_base_y(x, base_y)
         base_y = base_y.reshape(rows.shape)
     name = _resolve(backend, expert_gate.shape[1], rows)
-    bank = expert_gate, expert_up, expert_down
+    bank = SwiGLUWeights(expert_gate, expert_up, expert_down)
     experts, seg, sparse = _experts_for(name, bank, seg, rows, sparse_gradients)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
@@ -219,8 +220,8 @@ def _check_triton(rank: int) -> None:
 
 
 def _experts_for(
-    backend: str, bank: Three, seg: Segments, rows: Tensor, sparse: bool
-) -> tuple[Three, Segments, bool]:
+    backend: str, bank: SwiGLUWeights, seg: Segments, rows: Tensor, sparse: bool
+) -> tuple[SwiGLUWeights, Segments, bool]:
     """The experts that the backend gets, and whether their gradients are left for it to make row-sparse.
 
     The torch backend reads the bank in place and can; for the others the present experts' rows are taken.
@@ -232,7 +233,7 @@ def _experts_for(
     return *autocast_experts(bank, seg, rows.dtype), False
 
 
-def _run_experts(backend: str, rows: Tensor, experts: Three, seg: Segments, sparse: bool) -> Tensor:
+def _run_experts(backend: str, rows: Tensor, experts: SwiGLUWeights, seg: Segments, sparse: bool) -> Tensor:
     """Experts of the backends in plain PyTorch."""
     if backend == "reference":
         return reference.expert_mlp(rows, *experts, seg)

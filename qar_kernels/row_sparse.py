@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qar_kernels.weights import SwiGLUWeights
+
 if TYPE_CHECKING:  # segments keep products, which make these gradients
     from qar_kernels.segments import Segments
-
-Three = tuple[Tensor, Tensor, Tensor]
 
 
 # a graph break under torch.compile: compiled graphs have neither sparse tensors nor sizes that ids decide
 @torch.compiler.disable
-def present_rows(bank: Three, segments: Segments) -> tuple[Three, Segments]:
+def present_rows(bank: SwiGLUWeights, segments: Segments) -> tuple[SwiGLUWeights, Segments]:
     """Copies ``(n, ...)`` of the weights of the experts present, and the segments that index them.
 
     Kernels, autocast and autograd then see n experts, so that no step of theirs costs anything for the
     others. Gradients arrive at ``bank`` row-sparse.
     """
     ids, renumbered = segments.present
-    return _TakeRows.apply(ids, *bank), renumbered
+    return SwiGLUWeights(*_TakeRows.apply(ids, *bank)), renumbered
 
 
 class _TakeRows(torch.autograd.Function):

@@ -13,22 +13,27 @@ from torch import Tensor
 
 from qar_kernels import dispatch
 from qar_kernels.lora import NO_LORA, LoRA
-from qar_kernels.row_sparse import Three
 from qar_kernels.segments import Segments
 from qar_kernels.tile_plan import TilePlan
 from qar_kernels.triton import launch, ops
 from qar_kernels.triton.base_mlp import swiglu_mlp
 from qar_kernels.triton.configs import CONFIGS, select_config
 from qar_kernels.triton.lora import prepare
+from qar_kernels.weights import SwiGLUWeights
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLAN_FIELDS = tuple(field.name for field in fields(TilePlan))
 
 
 def fused_mlp(
-    x: Tensor, base: Three, experts: Three, segments: Segments, scale: float, recompute: bool,
+    x: Tensor,
+    base: SwiGLUWeights,
+    experts: SwiGLUWeights,
+    segments: Segments,
+    scale: float,
+    recompute: bool,
     lora: LoRA = NO_LORA,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """``base(x) + scale * expert_q(x)``, on the fused path in one gate/up and one down launch.
 
     ``x`` (T, H) -> (T, H).
@@ -39,9 +44,14 @@ def fused_mlp(
 
 
 def dual_mlp(
-    x: Tensor, x_expert: Tensor, base: Three, experts: Three, segments: Segments, recompute: bool,
+    x: Tensor,
+    x_expert: Tensor,
+    base: SwiGLUWeights,
+    experts: SwiGLUWeights,
+    segments: Segments,
+    recompute: bool,
     lora: LoRA = NO_LORA,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """``base(x)`` (T, H) and ``expert_q(x_expert)`` (S, H), on the fused path in the same two launches."""
     if _path((x, x_expert), base, experts, segments, recompute, lora) == "grouped":
         return swiglu_mlp(x, *base, lora), expert_mlp(x_expert, experts, segments)
@@ -49,7 +59,7 @@ def dual_mlp(
 
 
 def expert_mlp(
-    x: Tensor, experts: Three, segments: Segments, scale: float = 1.0, base_y: Tensor | None = None
+    x: Tensor, experts: SwiGLUWeights, segments: Segments, scale: float = 1.0, base_y: Tensor | None = None
 ) -> Tensor:
     """``scale * expert_q(x)``, added to ``base_y`` (S, H) where given. ``x`` (S, H) -> (S, H)."""
     return _run("expert", None, (), x, experts, base_y, segments, scale, False)[1]
@@ -61,7 +71,12 @@ def plan_tensors(plan: TilePlan) -> list[Tensor]:
 
 
 def _path(
-    rows: tuple[Tensor, ...], base: Three, experts: Three, segments: Segments, recompute: bool, lora: LoRA
+    rows: tuple[Tensor, ...],
+    base: SwiGLUWeights,
+    experts: SwiGLUWeights,
+    segments: Segments,
+    recompute: bool,
+    lora: LoRA,
 ) -> str:
     """``"fused"``, or ``"grouped"``: the base is left to the vendor library, which cannot recompute."""
     if recompute:
@@ -90,7 +105,7 @@ def _run(
     x: Tensor | None,
     base: Sequence[Tensor],
     x_expert: Tensor | None,
-    experts: Three,
+    experts: SwiGLUWeights,
     base_y: Tensor | None,
     segments: Segments,
     scale: float,

@@ -25,6 +25,7 @@ from qar_kernels.triton.kernels_gate_up import gate_up_kernel
 from qar_kernels.triton.kernels_weight_grad import expert_weight_grad_kernel
 from qar_kernels.triton.lora import LoraOperands
 from qar_kernels.triton.runner import cdiv, run_kernel
+from qar_kernels.weights import SwiGLUWeights
 
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
@@ -36,14 +37,6 @@ _RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded inst
 
 # Whether the kernels were decorated under TRITON_INTERPRET=1.
 INTERPRETED = not isinstance(gate_up_kernel, triton.JITFunction)
-
-
-class Weights(NamedTuple):
-    """SwiGLU weights, of the base ``(I, H), (I, H), (H, I)`` or of the experts, stacked in front."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
 
 
 class Hidden(NamedTuple):
@@ -71,8 +64,8 @@ class Call:
     """
 
     tower: str
-    base: Weights
-    experts: Weights
+    base: SwiGLUWeights
+    experts: SwiGLUWeights
     perm: Tensor
     plan: TilePlan
     scale: float
@@ -199,10 +192,10 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
     return d_x, d_x_expert
 
 
-def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) -> Weights:
+def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) -> SwiGLUWeights:
     """Gradients of the expert weights, zeros for experts that are absent."""
     gemm, hidden = call.config.weight_grad, x.shape[1]
-    grads = Weights(*(torch.zeros_like(weight) for weight in call.experts))
+    grads = SwiGLUWeights(*(torch.zeros_like(weight) for weight in call.experts))
     tiles = 2 * (call.plan.experts.shape[0] - 1) * cdiv(hidden, gemm.block_n)
     run_kernel(
         expert_weight_grad_kernel, _grid("expert", x, tiles),

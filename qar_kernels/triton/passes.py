@@ -14,8 +14,9 @@ from torch import Tensor
 from qar_kernels.tile_plan import TilePlan
 from qar_kernels.triton import launch
 from qar_kernels.triton.configs import CONFIGS
-from qar_kernels.triton.launch import Call, Hidden, Weights
+from qar_kernels.triton.launch import Call, Hidden
 from qar_kernels.triton.lora import LoraOperands, operand_grads
+from qar_kernels.weights import SwiGLUWeights
 
 
 class Needs(NamedTuple):
@@ -115,8 +116,8 @@ def _call(
     scale: float,
     config: str,
 ) -> Call:
-    expert_weights = Weights(*experts)
-    base_weights = Weights(*base) if base else expert_weights
+    expert_weights = SwiGLUWeights(*experts)
+    base_weights = SwiGLUWeights(*base) if base else expert_weights
     operands = LoraOperands(*lora) if lora else LoraOperands.none(expert_weights.gate)
     return Call(tower, base_weights, expert_weights, perm, TilePlan(*plan), scale, CONFIGS[config], operands)
 
@@ -147,11 +148,11 @@ def _input_grads(
     return d_x if needed.x else none, d_x_expert if needed.x_expert else none
 
 
-def _base_weight_grads(tower: str, x: Tensor, d_y: Tensor, perm: Tensor, d_base: Hidden) -> Weights:
+def _base_weight_grads(tower: str, x: Tensor, d_y: Tensor, perm: Tensor, d_base: Hidden) -> SwiGLUWeights:
     """Plain GEMMs over all rows, in the order that ``d_base`` has: the vendor library's best case."""
     if tower == "fused":
         x, d_y = x.index_select(0, perm), d_y.index_select(0, perm)
-    return Weights(d_base.a.t() @ x, d_base.u.t() @ x, d_y.t() @ d_base.h)
+    return SwiGLUWeights(d_base.a.t() @ x, d_base.u.t() @ x, d_y.t() @ d_base.h)
 
 
 def _row_orders(call: Call) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:

@@ -16,9 +16,10 @@ from qar_kernels.segments import Segments
 from qar_kernels.triton import base_mlp, launch
 from qar_kernels.triton.adamw import adamw_rows
 from qar_kernels.triton.configs import CONFIGS, FAMILIES
-from qar_kernels.triton.launch import Call, Hidden, Weights
+from qar_kernels.triton.launch import Call, Hidden
 from qar_kernels.triton.lora import LoraOperands, draw_mask
 from qar_kernels.triton.runner import Recorded, recording
+from qar_kernels.weights import SwiGLUWeights
 
 # H and I: of the two models at which everything is compiled, and of others that can be asked for
 SHAPES = {"Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
@@ -153,9 +154,9 @@ def _call(case: Case, rows: int) -> tuple[Call, Tensor]:
 
     blocks = CONFIGS[case.config]
     segments = Segments.from_ids([0, 1, 2, 3] * (rows // 4))
-    base = Weights(empty(inter, hidden), empty(inter, hidden), empty(hidden, inter))
+    base = SwiGLUWeights(empty(inter, hidden), empty(inter, hidden), empty(hidden, inter))
     stacked = (empty(experts, case.rank, hidden), empty(experts, case.rank, hidden))
-    expert = Weights(*stacked, empty(experts, hidden, case.rank))
+    expert = SwiGLUWeights(*stacked, empty(experts, hidden, case.rank))
     plan = segments.tile_plan(blocks.block_rows, blocks.block_expert)
     lora = _adapters(empty, rows, hidden, inter, case.lora_rank)
     return Call(case.tower, base, expert, segments.perm, plan, 1.0, blocks, lora), empty(rows, hidden)
