@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qar_kernels.autograd import refuse_second_order
 from qar_kernels.weights import SwiGLUWeights
 
 if TYPE_CHECKING:  # segments keep products, which make these gradients
@@ -40,10 +41,7 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_rows: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "row-sparse gradients: their gradients (create_graph=True) are not implemented"
-            )
+        refuse_second_order("sparse_gradients")
         (ids,) = ctx.saved_tensors
         return None, *(row_sparse(ids, rows, shape) for rows, shape in zip(d_rows, ctx.shapes, strict=True))
 

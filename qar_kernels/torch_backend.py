@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qar_kernels.autograd import refuse_second_order
 from qar_kernels.lora import NO_LORA, LoRA, project
 from qar_kernels.row_products import Products, make_products
 from qar_kernels.segments import Segments
@@ -213,8 +214,7 @@ class _ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple:
-        if torch.is_grad_enabled():  # once_differentiable lets a d_y without gradient pass, and is wrong then
-            raise RuntimeError("expert_mlp: gradients of gradients (create_graph=True) are not implemented")
+        refuse_second_order("backend 'torch'")
         needs_x, gate, up, down, *_ = ctx.needs_input_grad
         needs = needs_x, gate or up or down
         saved, constants = ctx.saved_tensors, (ctx.products, ctx.shapes)

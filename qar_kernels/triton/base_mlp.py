@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qar_kernels.autograd import refuse_second_order
 from qar_kernels.lora import LoRA, add_update, project
 from qar_kernels.triton.kernels_swiglu import swiglu_backward_kernel, swiglu_kernel
 from qar_kernels.triton.ops import is_watched
@@ -71,10 +72,7 @@ class _SwiGLUDown(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, d_y: Tensor, d_h: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "backend 'triton': gradients of gradients (create_graph=True) are not implemented"
-            )
+        refuse_second_order("backend 'triton'")
         a, u, down = ctx.saved_tensors
         wants_down = ctx.needs_input_grad[2]
         d_h = torch.mm(d_y, down) if d_h is None else torch.addmm(d_h, d_y, down)

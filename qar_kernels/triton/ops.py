@@ -11,6 +11,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
+from qar_kernels.autograd import refuse_second_order
 from qar_kernels.triton.lora import NUM_ADAPTER_TENSORS
 from qar_kernels.triton.passes import Needs, backward, forward, row_sets
 
@@ -149,10 +150,7 @@ class _Passes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *d_outputs: Tensor | None) -> tuple:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "backend 'triton': gradients of gradients (create_graph=True) are not implemented"
-            )
+        refuse_second_order("backend 'triton'")
         wanted = _groups(ctx.needs_input_grad[3:], ctx.argument_sizes)
         call = swiglu_experts_backward if is_watched(d_outputs) else backward
         return None, None, None, *chain.from_iterable(_gradients(ctx, d_outputs, wanted, call))
