@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.distributed as dist
 
 from qar_kernels.dispatch_steps import Steps, look_up, measured_steps
 from qar_kernels.dispatch_table import MEASUREMENTS
+from qar_kernels.distributed import num_ranks
 
 PATHS = ("fused", "grouped")
 OVERRIDE = "QAR_KERNELS_PATH"
@@ -93,7 +93,7 @@ def _cached_steps(*kind: int | str | bool) -> Steps | None:
 
 @torch.compiler.assume_constant_result
 def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return num_ranks() > 1
 
 
 @torch.compiler.assume_constant_result

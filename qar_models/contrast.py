@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import logging
 
+from qar_kernels.distributed import num_ranks
 from qar_kernels.host import is_readable
 from qar_models.config import QARConfig
-from qar_models.distributed import gather_batch, mean_over_ranks, num_ranks
+from qar_models.distributed import gather_batch, mean_over_ranks
 
 logger = logging.get_logger(__name__)
 
