@@ -19,6 +19,7 @@ from qar_kernels.triton import launch, ops
 from qar_kernels.triton.base_mlp import swiglu_mlp
 from qar_kernels.triton.configs import CONFIGS, select_config
 from qar_kernels.triton.lora import prepare
+from qar_kernels.triton.operands import Constants, Operands
 from qar_kernels.weights import SwiGLUWeights
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -120,10 +121,8 @@ def _run(
     x, x_expert, base_y = (_dense(tensor) for tensor in (x, x_expert, base_y))
     base, experts = ([weight.contiguous() for weight in weights] for weights in (base, experts))
     adapters = [] if not lora.factors else list(prepare(lora, rows, base[0].shape[0]))
-    return ops.run(
-        tower, x, base, x_expert, experts, base_y, segments.perm, plan_tensors(plan), adapters,
-        float(scale), name, recompute,
-    )  # fmt: skip
+    operands = Operands(x, base, x_expert, experts, base_y, segments.perm, plan_tensors(plan), adapters)
+    return ops.run(operands, Constants(tower, float(scale), name), recompute)
 
 
 def _check_runnable(x: Tensor) -> None:

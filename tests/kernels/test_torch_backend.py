@@ -56,7 +56,7 @@ def test_opcheck_of_the_kernels(tower):
         "dual": (leaves[0], leaves[1:4], other, leaves[4:], None),
         "expert": (None, [], leaves[0], leaves[4:], other),
     }[tower]
-    args = (tower, *sets, seg.perm, plan, [], 0.7, "tiny", True)
+    args = (*sets, seg.perm, plan, [], tower, 0.7, "tiny", True)
     torch.library.opcheck(torch.ops.qar.swiglu_experts.default, args)
 
 
