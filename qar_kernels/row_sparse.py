@@ -6,16 +6,14 @@ E experts, n experts present. A gradient is a sparse COO tensor over dimension 0
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qar_kernels.autograd import refuse_second_order
+from qar_kernels.segments import Segments
 from qar_kernels.weights import SwiGLUWeights
-
-if TYPE_CHECKING:  # segments keep products, which make these gradients
-    from qar_kernels.segments import Segments
 
 
 # a graph break under torch.compile: compiled graphs have neither sparse tensors nor sizes that ids decide

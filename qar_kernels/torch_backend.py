@@ -22,6 +22,7 @@ from qar_kernels.row_products import Products, make_products
 from qar_kernels.segments import Segments
 from qar_kernels.silu import silu, silu_backward
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _no_view = torch.ops.aten._unsafe_view.default
 
 
@@ -48,10 +49,21 @@ def expert_mlp(
     # eager tensors do without.
     if not is_eager(x):
         return torch.ops.qar.expert_mlp(x, *weights, segments.perm, segments.offsets, segments.experts)[0]
-    products = segments.products(expert_gate)
+    products = products_of(segments, expert_gate)
     if torch.is_grad_enabled() and _need_gradients(x, *weights):
         return _ExpertMLP.apply(x, *weights, products, sparse_gradients)
     return _forward(x, *map(products.take, weights), products)[0]
+
+
+def products_of(segments: Segments, weight: Tensor) -> Products:
+    """The products of a batch with experts of the shape of ``weight`` (E, R, H).
+
+    Its groups are read on the host once per batch, see :meth:`Segments.memo`.
+    """
+    return segments.memo(
+        (weight.shape, weight.dtype),
+        lambda: make_products(segments.perm, segments.offsets, segments.experts, weight),
+    )
 
 
 def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -60,7 +72,7 @@ def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
 
 def is_eager(tensor: Tensor) -> bool:
     """Whether no trace, no tensor subclass and no tensor without data has to see a registered operator."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+    plain = type(tensor) in _PLAIN and not tensor.is_meta
     return plain and not torch.compiler.is_compiling()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from qar_kernels import dispatch
 from qar_kernels.lora import NO_LORA, LoRA
 from qar_kernels.segments import Segments
-from qar_kernels.tile_plan import TilePlan
+from qar_kernels.tile_plan import TilePlan, tile_plan
 from qar_kernels.triton import launch, ops
 from qar_kernels.triton.base_mlp import swiglu_mlp
 from qar_kernels.triton.configs import CONFIGS, select_config
@@ -117,7 +117,7 @@ def _run(
     _check_runnable(rows)
     name = select_config(rows.device, rows.dtype, rows.shape[0], tower)
     config = CONFIGS[name]
-    plan = segments.tile_plan(config.block_rows, config.block_expert)
+    plan = tile_plan(segments, config.block_rows, config.block_expert)
     x, x_expert, base_y = (_dense(tensor) for tensor in (x, x_expert, base_y))
     base, experts = ([weight.contiguous() for weight in weights] for weights in (base, experts))
     adapters = [] if not lora.factors else list(prepare(lora, rows, base[0].shape[0]))

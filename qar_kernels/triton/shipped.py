@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qar_kernels.segments import Segments
+from qar_kernels.tile_plan import tile_plan
 from qar_kernels.triton import base_mlp, launch
 from qar_kernels.triton.adamw import adamw_rows
 from qar_kernels.triton.configs import CONFIGS, FAMILIES
@@ -157,7 +158,7 @@ def _call(case: Case, rows: int) -> tuple[Call, Tensor]:
     base = SwiGLUWeights(empty(inter, hidden), empty(inter, hidden), empty(hidden, inter))
     stacked = (empty(experts, case.rank, hidden), empty(experts, case.rank, hidden))
     expert = SwiGLUWeights(*stacked, empty(experts, hidden, case.rank))
-    plan = segments.tile_plan(blocks.block_rows, blocks.block_expert)
+    plan = tile_plan(segments, blocks.block_rows, blocks.block_expert)
     lora = _adapters(empty, rows, hidden, inter, case.lora_rank)
     return Call(case.tower, base, expert, segments.perm, plan, 1.0, blocks, lora), empty(rows, hidden)
 

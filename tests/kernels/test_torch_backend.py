@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
+from qar_kernels.tile_plan import tile_plan
 from qar_kernels.triton import backend as triton_backend
 
 NAMES = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
@@ -49,7 +50,7 @@ def test_opcheck_of_the_kernels(tower):
     # Every row has an expert: the operator also returns the saved pre-activations, in which rows without
     # one are never written nor read, and opcheck compares all of what two runs return.
     leaves, seg = leaves_and_segments(ids=(0, 1, 1, 2, 3, 0, 2), H=16, I=16, R=16)
-    plan = triton_backend.plan_tensors(seg.tile_plan(16, 16))
+    plan = triton_backend.plan_tensors(tile_plan(seg, 16, 16))
     other = leaves[0].detach().clone().requires_grad_()
     sets = {
         "fused": (leaves[0], leaves[1:4], None, leaves[4:], None),

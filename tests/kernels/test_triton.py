@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qar_kernels import Adapter, LoRA, Segments, dual_mlp, expert_mlp, fused_mlp
+from qar_kernels.tile_plan import tile_plan
 from qar_kernels.triton import backend as triton_backend
 from qar_kernels.triton import launch, passes, split_k
 from qar_kernels.triton.configs import CONFIGS, Gemm
@@ -282,7 +283,7 @@ def test_nothing_is_read_back_from_the_device(tower, lora_rank):
     ids = torch.empty(300, dtype=torch.int64, device="meta")
     leaves = {name: t.to("meta", torch.float16) for name, t in Case([0] * 300, R=64).tensors.items()}
     segments = Segments.from_ids(ids)
-    plan = triton_backend.plan_tensors(segments.tile_plan(16, 16))
+    plan = triton_backend.plan_tensors(tile_plan(segments, 16, 16))
     base = [leaves[n] for n in ("gate", "up", "down")] if tower != "expert" else []
     x = leaves["x"] if tower != "expert" else None
     x_expert = leaves["x_specific"] if tower != "fused" else None
