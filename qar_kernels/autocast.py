@@ -1,4 +1,4 @@
-"""What autocast does to the arguments: cast as ``F.linear`` would, of the experts only those in the batch.
+"""In which dtype is computed: autocast's, as ``F.linear`` would, and for the experts that of their rows.
 
 E experts owned, C segment capacity.
 """
@@ -33,17 +33,18 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(cast_dtype(tensor)) for tensor in tensors)
 
 
-def autocast_experts(
+def cast_experts(
     experts: SwiGLUWeights, segments: Segments, dtype: torch.dtype
 ) -> tuple[SwiGLUWeights, Segments]:
     """The experts ``(E, ...)`` in ``dtype``, that of their rows, and segments that index them.
 
-    A bank of thousands is not cast for a batch of a few: their rows are taken first. How many they are is
-    known on the host where reading it is free; elsewhere there are at most C.
+    A bank of thousands is not cast for a batch of a few: the rows of the experts present are taken first. How
+    many they are is known where the host may read it; elsewhere there are at most C. Gradients come back to
+    the bank in its own dtype.
     """
-    if experts[0].dtype == experts[1].dtype == experts[2].dtype == dtype:
+    if experts.gate.dtype == experts.up.dtype == experts.down.dtype == dtype:
         return experts, segments
     ids, renumbered = segments.present if is_readable(segments.experts) else segments.slots
-    if ids.shape[0] < experts[0].shape[0]:
+    if ids.shape[0] < experts.gate.shape[0]:
         experts, segments = [weight.index_select(0, ids) for weight in experts], renumbered
     return SwiGLUWeights(*(weight.to(dtype) for weight in experts)), segments

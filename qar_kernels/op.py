@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qar_kernels import reference, torch_backend
-from qar_kernels.autocast import autocast, autocast_experts
+from qar_kernels.autocast import autocast, cast_experts
 from qar_kernels.checks import (
     check_base,
     check_base_y,
@@ -54,14 +54,16 @@ def fused_mlp(
     Args:
         x: ``(..., H)``, T rows in all.
         gate, up, down: base SwiGLU weights ``(I, H)``, ``(I, H)``, ``(H, I)``.
-        expert_gate, expert_up, expert_down: ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)``.
+        expert_gate, expert_up, expert_down: ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)``, all three of one
+            floating dtype. Where that is not the dtype of ``x``, the experts of the batch are cast to it, and
+            their gradients come back in their own.
         seg: the expert of each of the T rows.
         expert_scale: weight of the experts' output.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. ``"auto"`` is ``"triton"`` on
             NVIDIA devices that the kernels were compiled for, where Triton is installed (but for float64
             and R above 128), else ``"torch"``.
-        recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass ("triton" only,
-            always on its fused path).
+        recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass. "triton" only, and it
+            forces the fused path there: over what was measured, and over ``QAR_KERNELS_PATH``.
         lora: adapters of the base projections, of any floating dtype. Their dropout is drawn from
             PyTorch's generator, for the hidden units in another way in "triton" than in the others.
         sparse_gradients: gradients of the experts are sparse COO tensors with rows for the experts of the
@@ -227,10 +229,11 @@ def _experts_for(
     The torch backend reads the bank in place and can; for the others the present experts' rows are taken.
     """
     if sparse and torch.is_grad_enabled() and any(weight.requires_grad for weight in bank):
-        if backend == "torch" and torch_backend.is_eager(rows) and {w.dtype for w in bank} == {rows.dtype}:
+        alike = rows.dtype == bank.gate.dtype == bank.up.dtype == bank.down.dtype
+        if backend == "torch" and alike and torch_backend.is_eager(rows):
             return bank, seg, True
         bank, seg = present_rows(bank, seg)
-    return *autocast_experts(bank, seg, rows.dtype), False
+    return *cast_experts(bank, seg, rows.dtype), False
 
 
 def _run_experts(backend: str, rows: Tensor, experts: SwiGLUWeights, seg: Segments, sparse: bool) -> Tensor:

@@ -157,6 +157,8 @@ def test_ids_are_copied():
 
 def test_segments_from_a_compiled_program_keep_what_eager_code_computes():
     """As behind a graph break: otherwise every layer would compute it again."""
-    made = torch.compile(lambda ids: Segments.from_ids(ids), backend="eager", fullgraph=True)(torch.tensor([1, 0]))
+    made = torch.compile(lambda ids: Segments.from_ids(ids), backend="eager", fullgraph=True)(
+        torch.tensor([1, 0])
+    )
     assert made._mode == "traced"
     assert made.present is made.present and tile_plan(made, 16, 16) is tile_plan(made, 16, 16)

@@ -283,3 +283,61 @@ def test_results_may_be_changed_in_place(backend, ids):
     y += 1
     assert torch.equal(y, expected)
     y.sum().backward()
+
+
+MIXED = [
+    ("torch", torch.float16),
+    ("torch", torch.bfloat16),
+    ("triton", torch.float16),
+    ("reference", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize(("backend", "dtype"), MIXED)
+def test_fp32_experts_beside_16_bit_rows(backend, dtype, tower, sparse):
+    """The bits are those of experts that were cast beforehand, the gradients the experts' own dtype."""
+    leaves, seg = leaves_and_segments(torch.float32, (6, 1, 1, -1, 3, 6, 2), E=9)
+    rows, bank = [t.detach().to(dtype).requires_grad_() for t in leaves[:4]], leaves[4:]
+    cast = [t.detach().to(dtype).requires_grad_() for t in bank]
+
+    def step(experts):
+        options = {"backend": backend, "sparse_gradients": sparse}
+        if tower == "fused":
+            outputs = (fused_mlp(*rows, *experts, seg, **options),)
+        elif tower == "dual":
+            outputs = dual_mlp(rows[0], *rows, *experts, seg, **options)
+        else:
+            outputs = (expert_mlp(rows[0], *experts, seg, **options),)
+        grads = torch.autograd.grad(sum(y.float().square().sum() for y in outputs), [rows[0], *experts])
+        return outputs, grads
+
+    outputs, grads = step(bank)
+    expected, expected_grads = step(cast)
+    assert all(map(torch.equal, outputs, expected)) and outputs[0].dtype == dtype
+    assert [grad.dtype for grad in grads] == [dtype, *[torch.float32] * 3]
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        assert got.is_sparse == wanted.is_sparse
+        assert torch.equal(got.to_dense(), wanted.to_dense().to(got.dtype))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_fp32_experts_compile_without_graph_breaks(backend):
+    torch._dynamo.reset()
+    leaves, seg = leaves_and_segments(torch.float32, H=32, I=48, E=12)
+    leaves = [t.detach().half().requires_grad_() for t in leaves[:4]] + leaves[4:]
+    step = functools.partial(fused_mlp, backend=backend)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(step(*leaves, seg).float().sum(), leaves)
+    for got, wanted in zip(
+        torch.autograd.grad(compiled(*leaves, seg).float().sum(), leaves), expected, strict=True
+    ):
+        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def test_only_the_experts_of_the_batch_are_cast():
+    bank = [torch.randn(shape) for shape in ((500, 8, 48), (500, 8, 48), (500, 48, 8))]
+    with LargestCast() as cast:
+        expert_mlp(torch.randn(3, 48).half(), *bank, Segments.from_ids([400, 7, 400]), backend="torch")
+    assert 0 < cast.size <= 2 * 8 * 48
