@@ -46,7 +46,7 @@ class Row:
     code: MachineCode
 
     def faults(self) -> list[str]:
-        """What must not be: empty for a kernel in order."""
+        """What is wrong with the kernel; empty if nothing is."""
         found = []
         if self.code.spills:
             found.append(f"{self.code.spills} spills")
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     cases, complete = _selected(args)
     if not cases:
-        parser.error("no shipped configuration is all of that")
+        parser.error("no shipped configuration matches all of these options")
     rows = []
     if not args.json:
         head = ("kernel", "shape", "config", "tower", "type", "R", "LoRA", "regs", "shared", "fit", "matrix")

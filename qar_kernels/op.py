@@ -121,8 +121,11 @@ def dual_mlp(
         x_general: ``(..., H)`` rows of the general tower.
         x_specific: ``(..., H)`` rows of the querier-specific tower; ``seg`` describes these.
 
-    Other arguments, errors and differentiability as in :func:`fused_mlp`. Specific rows without an
-    expert (-1) give zeros.
+    Other arguments, errors and differentiability as in :func:`fused_mlp`.
+
+    Returns:
+        Two tensors, like ``x_general`` and like ``x_specific``; rows of the latter without an expert (-1) are
+        zeros.
     """
     check_tensors(x_general=x_general, x_specific=x_specific, gate=gate, up=up, down=down)
     x_general, x_specific, gate, up, down = autocast(x_general, x_specific, gate, up, down)
@@ -159,10 +162,21 @@ def expert_mlp(
 ) -> Tensor:
     """``base_y + expert_scale * expert_q(x)``, for callers whose base MLP runs elsewhere.
 
-    That is where the base has adapters other than plain LoRA (DoRA) or quantised weights: its own modules
-    compute ``base_y`` (like ``x``), and "triton" adds the experts while it writes them. Without
-    ``base_y``, rows without an expert (-1) give zeros. Differentiable in all tensors; ``sparse_gradients``
-    as in :func:`fused_mlp`.
+    For example a base with quantised weights, or with adapters other than plain LoRA (DoRA). Differentiable
+    in all tensors.
+
+    Args:
+        x: ``(..., H)``, T rows in all.
+        expert_gate, expert_up, expert_down: ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)``, of one
+            floating dtype, as in :func:`fused_mlp`.
+        seg: the expert of each of the T rows.
+        expert_scale: weight of the experts' output.
+        base_y: like ``x``, the output of the base MLP; "triton" adds the experts in the same pass that writes
+            them. Without it, rows without an expert (-1) are zeros.
+        backend, sparse_gradients: as in :func:`fused_mlp`.
+
+    Returns:
+        A tensor like ``x``.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -193,12 +207,12 @@ def expert_mlp(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``(..., H)`` as ``(T, H)``; a call less where it is so already."""
+    """``(..., H)`` as ``(T, H)``, without a call if it already is."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _resolve(backend: str, rank: int, *rows: Tensor) -> str:
-    """The backend that runs: no kernel is launched for an empty batch, or where a rank fills no tile."""
+    """The backend that runs: torch instead of the kernels for an empty batch or a rank that no tile holds."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "triton":
@@ -224,9 +238,9 @@ def _check_triton(rank: int) -> None:
 def _experts_for(
     backend: str, bank: SwiGLUWeights, seg: Segments, rows: Tensor, sparse: bool
 ) -> tuple[SwiGLUWeights, Segments, bool]:
-    """The experts that the backend gets, and whether their gradients are left for it to make row-sparse.
+    """The experts as the backend takes them, and whether it must make their gradients row-sparse itself.
 
-    The torch backend reads the bank in place and can; for the others the present experts' rows are taken.
+    The torch backend can, and reads the bank in place; the others get copies of the present experts' rows.
     """
     if sparse and torch.is_grad_enabled() and any(weight.requires_grad for weight in bank):
         alike = rows.dtype == bank.gate.dtype == bank.up.dtype == bank.down.dtype

@@ -34,25 +34,26 @@ def _most_together(weight: Tensor) -> int:
 
 
 class Products(Protocol):
-    """The products of one batch. Rows are ``(T, n)`` in grouped order, in the form that :meth:`enter` gives.
+    """The products of one batch, every row with its own expert's matrix.
 
-    With every row through its own matrix: weights ``(E, m, n)``, gradients of the outputs ``(T, m)``.
+    Rows are ``(T, n)`` in grouped order, in the form that :meth:`to_grouped` returns. Weights are
+    ``(E, m, n)``, gradients of the outputs ``(T, m)``.
     """
 
-    def enter(self, tensor: Tensor) -> Tensor:
-        """``(T, n)`` in the batch's order as rows."""
+    def to_grouped(self, tensor: Tensor) -> Tensor:
+        """``(T, n)`` in the batch's order, reordered and reshaped to grouped rows."""
 
-    def leave(self, rows: Tensor) -> Tensor:
-        """The inverse of :meth:`enter`; zeros where a row has no expert."""
+    def to_batch_order(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`to_grouped`; zeros where a row has no expert."""
 
-    def shaped(self, tensor: Tensor) -> Tensor:
-        """``(T, n)`` in grouped order as rows."""
+    def as_grouped(self, tensor: Tensor) -> Tensor:
+        """``(T, n)`` already in grouped order, reshaped to grouped rows."""
 
-    def take(self, weight: Tensor) -> Tensor:
-        """The weights in the form that the products want: to be taken once for both passes."""
+    def select_weights(self, weight: Tensor) -> Tensor:
+        """The weights in the form that the products take; select once for both passes."""
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """As ``F.linear`` would."""
+        """``F.linear`` of every row with its own expert's weight."""
 
     def linear_backward(self, d_out: Tensor, weight: Tensor, add_to: Tensor | None = None) -> Tensor:
         """The gradient of ``x`` in :meth:`linear`, added to ``add_to`` if given."""
@@ -90,23 +91,23 @@ class OneGroup:
         self.groups, self.group, self.alone = groups, group, alone
         self.product = torch.mm if alone else torch.bmm
 
-    def enter(self, tensor: Tensor) -> Tensor:
+    def to_grouped(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
         if self.groups.order is not None:
             tensor = tensor.index_select(0, self.groups.order)
-        return self.shaped(tensor)
+        return self.as_grouped(tensor)
 
-    def leave(self, rows: Tensor) -> Tensor:
+    def to_batch_order(self, rows: Tensor) -> Tensor:
         """See :class:`Products`."""
         if not self.alone:
             rows = rows.view(-1, rows.shape[2])
         return rows if self.groups.order is None else _in_batch(rows, self.groups)
 
-    def shaped(self, tensor: Tensor) -> Tensor:
+    def as_grouped(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
         return tensor if self.alone else _batch(tensor, self.group)
 
-    def take(self, weight: Tensor) -> Tensor:
+    def select_weights(self, weight: Tensor) -> Tensor:
         """The group's experts ``(count, m, n)``, a lone one's ``(m, n)``."""
         return weight[self.group.experts.start] if self.alone else _weights(weight, self.group)
 
@@ -139,20 +140,20 @@ class ManyGroups:
     def __init__(self, groups: RowGroups) -> None:
         self.groups = groups
 
-    def enter(self, tensor: Tensor) -> Tensor:
+    def to_grouped(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
         order = self.groups.order
         return tensor if order is None else tensor.index_select(0, order)
 
-    def leave(self, rows: Tensor) -> Tensor:
+    def to_batch_order(self, rows: Tensor) -> Tensor:
         """See :class:`Products`."""
         return _in_batch(rows, self.groups)
 
-    def shaped(self, tensor: Tensor) -> Tensor:
+    def as_grouped(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
         return tensor
 
-    def take(self, weight: Tensor) -> Tensor:
+    def select_weights(self, weight: Tensor) -> Tensor:
         """All of them: copies are made group by group, and stay in the cache."""
         return weight
 
@@ -210,7 +211,7 @@ def _in_batch(tensor: Tensor, groups: RowGroups) -> Tensor:
 
 
 def _is_alone(group: Group, weight: Tensor) -> bool:
-    """Whether a plain product, fewer calls than a batch of one, gives the bits of a batched one."""
+    """Whether a plain product, with fewer calls than a batch of one, is bitwise equal to a batched one."""
     size = (group.stop - group.start) * weight.shape[1] * weight.shape[2]
     return group.count == 1 and size >= _LEAST_ALONE
 
@@ -221,14 +222,14 @@ def _batch(part: Tensor, group: Group) -> Tensor:
 
 
 def _weights(weight: Tensor, group: Group) -> Tensor:
-    """The group's experts: a view where they are neighbours, else a copy."""
+    """The group's experts: a view if their ids are consecutive, else a copy."""
     if isinstance(group.experts, slice):
         return weight[group.experts]
     return weight.index_select(0, group.experts)
 
 
 def _gradient(like: Tensor, groups: RowGroups, shape: torch.Size, sparse: bool) -> Tensor:
-    """What the experts' gradients are written into, cleared where a row is nobody's."""
+    """The buffer for the experts' gradients, zeroed if some experts are absent."""
     count = groups.present.shape[0]
-    # Where every row is written there is nothing to clear: filling is half the cost of a small batch.
+    # If every row gets written, nothing needs zeroing: filling is half the cost of a small batch.
     return like.new_empty(count, *shape[1:]) if sparse or count == shape[0] else like.new_zeros(shape)

@@ -159,6 +159,11 @@ class Segments:
         Args:
             expert_ids: ``(B,)`` integers, -1 for sequences without an expert.
             seq_len: rows of every sequence.
+
+        Raises:
+            TypeError: if the ids or ``seq_len`` are not integers.
+            ValueError: if the ids are not one-dimensional or (checked on the CPU) below -1, or ``seq_len`` is
+                negative.
         """
         _check_count(seq_len, "seq_len")
         ids, max_id = _checked_ids(expert_ids)
@@ -170,10 +175,17 @@ class Segments:
     ) -> Segments:
         """One id per packed sequence: sequence ``b`` owns rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
 
+        On an accelerator this waits for the device unless ``num_rows`` is given.
+
         Args:
             expert_ids: ``(B,)`` integers, -1 for sequences without an expert.
             cu_seqlens: ``(B + 1,)`` integers, non-decreasing, starting at 0.
-            num_rows: T. Give it on an accelerator to avoid reading ``cu_seqlens[-1]`` back to the host.
+            num_rows: T; default ``cu_seqlens[-1]``, read back to the host.
+
+        Raises:
+            TypeError: if the ids, the bounds or ``num_rows`` are not integers.
+            ValueError: if shapes do not match, or (checked on the CPU) an id is below -1, the bounds decrease
+                or do not start at 0, or ``num_rows`` is not the last bound.
         """
         if num_rows is not None:
             _check_count(num_rows, "num_rows")
@@ -188,7 +200,9 @@ class Segments:
     @classmethod
     def _group(cls, row_expert: Tensor, capacity: int, max_id: int | None) -> Segments:
         with _outside_inference_mode():
-            return cls._sorted(row_expert.clone(), capacity, max_id)  # nobody writes other ids into a copy
+            return cls._sorted(
+                row_expert.clone(), capacity, max_id
+            )  # a copy: the caller may overwrite the ids
 
     @classmethod
     def _sorted(cls, row_expert: Tensor, capacity: int, max_id: int | None) -> Segments:

@@ -52,7 +52,7 @@ def expert_mlp(
     products = products_of(segments, expert_gate)
     if torch.is_grad_enabled() and _need_gradients(x, *weights):
         return _ExpertMLP.apply(x, *weights, products, sparse_gradients)
-    return _forward(x, *map(products.take, weights), products)[0]
+    return _forward(x, *map(products.select_weights, weights), products)[0]
 
 
 def products_of(segments: Segments, weight: Tensor) -> Products:
@@ -71,7 +71,7 @@ def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether no trace, no tensor subclass and no tensor without data has to see a registered operator."""
+    """Whether the registered operator can be bypassed: a plain tensor with data, outside a trace."""
     plain = type(tensor) in _PLAIN and not tensor.is_meta
     return plain and not torch.compiler.is_compiling()
 
@@ -80,10 +80,10 @@ def _forward(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, products: Products
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y (T, H) in the batch's order; pre-activations of gate and up as the products' rows."""
-    x = products.enter(x)
+    x = products.to_grouped(x)
     gate_pre, up_pre = products.linear(x, gate), products.linear(x, up)
     y = products.linear(silu(gate_pre).mul_(up_pre), down)
-    return products.leave(y), gate_pre, up_pre
+    return products.to_batch_order(y), gate_pre, up_pre
 
 
 @torch.library.custom_op("qar::expert_mlp", mutates_args=())
@@ -91,7 +91,7 @@ def _expert_mlp(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, perm: Tensor, offsets: Tensor, experts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     products = make_products(perm, offsets, experts, gate)
-    y, *pre = _forward(x, *map(products.take, (gate, up, down)), products)
+    y, *pre = _forward(x, *map(products.select_weights, (gate, up, down)), products)
     return y, *(rows.view(x.shape[0], -1) for rows in pre)
 
 
@@ -122,7 +122,7 @@ def _grads(
     ``shapes`` are gate's and down's; the weights themselves are as the products take them. With
     ``h = silu(a) * u``: ``d_u = d_h * silu(a)`` and ``d_a = d_h * u * silu'(a)``.
     """
-    d_out = products.enter(d_y)
+    d_out = products.to_grouped(d_y)
     d_hidden = products.linear_backward(d_out, down)
     activated = silu(gate_pre)
     d_up_pre, d_gate_pre = d_hidden * activated, silu_backward(d_hidden.mul_(up_pre), gate_pre)
@@ -130,10 +130,10 @@ def _grads(
     d_x = None
     if needs_x:
         d_x = products.linear_backward(d_up_pre, up, add_to=products.linear_backward(d_gate_pre, gate))
-        d_x = products.leave(d_x)
+        d_x = products.to_batch_order(d_x)
     if not needs_weights:
         return d_x, None, None, None
-    rows, hidden = products.enter(x), activated.mul_(up_pre)
+    rows, hidden = products.to_grouped(x), activated.mul_(up_pre)
     return (
         d_x,
         products.weight_gradient(d_gate_pre, rows, shapes[0], sparse),
@@ -158,7 +158,7 @@ def _expert_mlp_backward(
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     products = make_products(perm, offsets, experts, gate)
-    taken, pre = map(products.take, (gate, up, down)), map(products.shaped, (gate_pre, up_pre))
+    taken, pre = map(products.select_weights, (gate, up, down)), map(products.as_grouped, (gate_pre, up_pre))
     grads = _grads(d_y, x, *taken, *pre, products, (gate.shape, down.shape), needs_x, needs_weights)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -217,7 +217,7 @@ class _ExpertMLP(torch.autograd.Function):
         products: Products,
         sparse_gradients: bool,
     ) -> Tensor:
-        taken = [products.take(weight) for weight in (gate, up, down)]
+        taken = [products.select_weights(weight) for weight in (gate, up, down)]
         y, *pre = _forward(x, *taken, products)
         ctx.save_for_backward(x, *taken, *pre)
         ctx.products, ctx.shapes, ctx.sparse = products, (gate.shape, down.shape), sparse_gradients

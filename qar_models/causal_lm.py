@@ -24,7 +24,7 @@ from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
 from qar_models.modeling import CACHE, QARModelOutput
 from qar_models.packing import ids_of_windows
-from qar_models.queriers import as_ids, check_prompt_ids, ids_that_stay
+from qar_models.queriers import as_ids, assume_ids_unchanged, check_prompt_ids
 from qar_models.row_sparse import sparse_parameters
 
 IGNORE_INDEX = -100
@@ -106,7 +106,7 @@ class QARForCausalLMMixin(MembershipMixin):
         check_prompt_ids(querier_ids, self.qar, batch_size)
         if querier_ids is not None:
             kwargs["querier_ids"] = querier_ids
-        with ids_that_stay():
+        with assume_ids_unchanged():
             return super().generate(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

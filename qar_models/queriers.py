@@ -53,13 +53,13 @@ def make_towers(
     return TowerBatch(segments, batch_size, own, may_be_unknown)
 
 
-# Who promised that nobody writes to the ids' memory between forward passes, if anybody did
-_promise: ContextVar[object | None] = ContextVar("ids_that_stay", default=None)
+# Identifies the innermost block of assume_ids_unchanged, None outside
+_promise: ContextVar[object | None] = ContextVar("assume_ids_unchanged", default=None)
 
 
 @contextmanager
-def ids_that_stay() -> Iterator[None]:
-    """Promise that while this lasts, as in generation, no tensor of ids changes its values."""
+def assume_ids_unchanged() -> Iterator[None]:
+    """Within this block, as in generation, no ids tensor is modified in place."""
     token = _promise.set(object())
     try:
         yield
@@ -71,7 +71,7 @@ class TowerMemo:
     """The towers of the last forward pass, for the next: generation asks with the same ids at every token.
 
     Ids on the host are compared by value. On an accelerator, where that would wait for the device, the
-    tensor must be the same one, under :func:`ids_that_stay`.
+    tensor must be the same one, under :func:`assume_ids_unchanged`.
     """
 
     def __init__(self) -> None:

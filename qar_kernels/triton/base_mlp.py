@@ -12,7 +12,7 @@ from torch import Tensor
 from qar_kernels.autograd import refuse_second_order
 from qar_kernels.lora import LoRA, add_update, project
 from qar_kernels.triton.kernels_swiglu import swiglu_backward_kernel, swiglu_kernel
-from qar_kernels.triton.ops import is_watched
+from qar_kernels.triton.ops import needs_operator
 from qar_kernels.triton.runner import cdiv, run_kernel
 
 _BLOCK = 2048
@@ -25,7 +25,7 @@ def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, lora: LoRA) ->
     three times and saves the two pre-activations.
     """
     a, u = project(x, gate, lora.gate), project(x, up, lora.up)
-    if is_watched((a, u)):
+    if needs_operator((a, u)):
         return project(F.silu(a) * u, down, lora.down)  # what a compiler fuses by itself
     a, u = a.contiguous(), u.contiguous()
     if torch.is_grad_enabled() and (a.requires_grad or u.requires_grad or down.requires_grad):

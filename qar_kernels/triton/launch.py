@@ -45,7 +45,7 @@ class Hidden(NamedTuple):
     a: Tensor
     u: Tensor
     h: Tensor
-    seen_h: Tensor | None = None  # h as the base's down adapter sees it: h itself where that has no dropout
+    dropped_h: Tensor | None = None  # h after the down adapter's dropout; h itself without dropout
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
         base.h, base.a, base.u,
         x_expert, call.experts.gate, call.experts.up, expert.h, expert.a, expert.u,
         call.perm, call.plan.rank, *_expert_tiles(call.plan),
-        lora.gate_low, lora.gate_b, lora.up_low, lora.up_b, base.seen_h, lora.mask, call.scale, x.shape[0],
+        lora.gate_low, lora.gate_b, lora.up_low, lora.up_b, base.dropped_h, lora.mask, call.scale, x.shape[0],
         **_shape(call, x), **_blocks(call, gemm), TOWER=call.tower, SAVE=save, TMA=tma,
         GATE_RANK=lora.gate_b.shape[1], UP_RANK=lora.up_b.shape[1], DROPOUT=lora.drops,
     )  # fmt: skip
@@ -160,7 +160,7 @@ def d_hidden(
         base.a, base.u, d_base.a, d_base.u, d_base.h,
         d_y_expert, call.experts.down, expert.a, expert.u, d_expert.a, d_expert.u, d_expert.h,
         call.perm, call.plan.rank, *_expert_tiles(call.plan),
-        call.lora.down_a if d_low is None else d_low, call.lora.down_a, d_base.seen_h, call.lora.mask,
+        call.lora.down_a if d_low is None else d_low, call.lora.down_a, d_base.dropped_h, call.lora.mask,
         call.scale, rows,
         **_shape(call, d_y), **_blocks(call, gemm), TOWER=call.tower, KEEP_H=keep_h, TMA=tma,
         LORA_RANK=call.lora.down_b.shape[1], DROPOUT=call.lora.drops,

@@ -40,7 +40,7 @@ def forward(operands: Operands, constants: Constants, save: bool) -> tuple[Tenso
     call = _call(operands, constants)
     rows, expert_rows = row_sets(call.tower, operands.x, operands.x_expert)
     hidden, expert_hidden = launch.gate_up(call, rows, expert_rows, save)
-    low = hidden.seen_h @ call.lora.down_a.t() if operands.lora else None
+    low = hidden.dropped_h @ call.lora.down_a.t() if operands.lora else None
     y, expert_y = launch.down(call, hidden.h, expert_hidden.h, rows, operands.base_y, low)
     return y, expert_y, hidden.a, hidden.u, expert_hidden.a, expert_hidden.u
 
@@ -78,7 +78,7 @@ def backward(
     if needed.experts:
         d_experts = launch.expert_weight_grads(call, expert_rows, d_expert_rows, d_expert)
     if adapted:
-        d_pre = d_base.a, d_base.u, d_base.seen_h
+        d_pre = d_base.a, d_base.u, d_base.dropped_h
         d_lora = operand_grads(call.lora, needed.lora, d_rows, d_low, *d_pre, *_row_orders(call))
     return [_own(grad) for grad in (d_x, *d_weights, d_x_expert, *d_experts, *d_lora)]
 

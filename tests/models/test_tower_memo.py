@@ -35,14 +35,14 @@ def test_on_the_host_equal_ids_share_their_towers(qar):
 def test_elsewhere_the_same_tensor_shares_its_towers_where_it_stays(qar, monkeypatch):
     monkeypatch.setattr(queriers, "is_readable", lambda ids: False)
     memo, ids = TowerMemo(), torch.tensor([1, 0])
-    with queriers.ids_that_stay():
+    with queriers.assume_ids_unchanged():
         first = towers(memo, qar, ids)
         assert towers(memo, qar, ids) is first
         assert towers(memo, qar, torch.tensor([1, 0])) is not first
         towers(memo, qar, ids)
     ids[0] = 2  # a buffer that a server writes the next batch's ids to
     assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
-    with queriers.ids_that_stay():
+    with queriers.assume_ids_unchanged():
         assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
 
 
