@@ -93,7 +93,7 @@ def _launches(case: Case, complete: bool) -> list[Recorded]:
 
 
 def _distinct(cases: Iterable[Case], complete: bool) -> Iterator[tuple[Case, list[int]]]:
-    """Each case with the positions of those of its launches that no earlier case has."""
+    """Each case with the positions of its launches that no earlier case has."""
     seen = set()
     for case in cases:
         new = []
@@ -128,7 +128,7 @@ def _line(row: Row) -> str:
 
 
 def _selected(args: argparse.Namespace) -> tuple[list[Case], bool]:
-    """The matrix where all of it or a part is asked for, else the representative cases; whether complete."""
+    """The matrix or the selected part of it, by default the representative cases; and whether complete."""
     options = ("config", "shape", "rank", "dtype", "tower", "lora_rank")
     wanted = {name: getattr(args, name) for name in options}
     wanted = {name: value for name, value in wanted.items() if value is not None}

@@ -1,7 +1,7 @@
 """Products of grouped rows with their own experts' matrices, on a CPU.
 
-Small experts of equally long segments share batched products, for which their weights are copied once a
-segment (never once a row); large ones, and an expert alone, are read in place. Absent experts are never
+Small experts of equally long segments share batched products, for which their weights are copied once per
+segment (never once per row); large ones, and a single expert, are read in place. Absent experts are never
 touched.
 
 T rows in grouped order, E experts.
@@ -18,12 +18,13 @@ from torch import Tensor
 from qar_kernels.row_groups import Group, RowGroups, group_rows
 from qar_kernels.row_sparse import row_sparse
 
-# Measured on one core: up to here a copy of an expert costs less than the calls that batched products save.
+# Measured on one core: up to this size copying an expert costs less than the calls that batched products
+# save.
 _COPY_BYTES = 64 * 2**10
-# Copies of a group stay in a core's second-level cache.
+# A group's copies stay within a core's second-level cache.
 _CACHE_BYTES = 2**20
-# Multiply-adds from which PyTorch leaves a product in a batch to the vendor's library, as it does with one
-# alone: the bits are the same from there on.
+# From this many multiply-adds on PyTorch leaves batched products to the vendor's library, as it does plain
+# ones: their bits are then the same.
 _LEAST_ALONE = 400
 
 
@@ -82,9 +83,9 @@ def make_products(perm: Tensor, offsets: Tensor, experts: Tensor, weight: Tensor
 
 
 class OneGroup:
-    """All rows are one group, as where all sequences are equally long: nothing is cut, half the calls.
+    """All rows are one group, as when all sequences are equally long: no splitting, half the calls.
 
-    Rows are ``(count, length, n)``, and ``(T, n)`` where one expert is ``alone``.
+    Rows are ``(count, length, n)``, or ``(T, n)`` for a single expert (``alone``).
     """
 
     def __init__(self, groups: RowGroups, group: Group, alone: bool) -> None:
@@ -135,7 +136,7 @@ class OneGroup:
 
 
 class ManyGroups:
-    """Group after group, into buffers for all. Rows are ``(T, n)``."""
+    """Group by group, into buffers shared by all groups. Rows are ``(T, n)``."""
 
     def __init__(self, groups: RowGroups) -> None:
         self.groups = groups
@@ -154,7 +155,7 @@ class ManyGroups:
         return tensor
 
     def select_weights(self, weight: Tensor) -> Tensor:
-        """All of them: copies are made group by group, and stay in the cache."""
+        """All of them: copies are made group by group, so that they stay in the cache."""
         return weight
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class ManyGroups:
         return row_sparse(self.groups.present, grad, shape) if sparse else grad
 
     def _parts(self, left: Tensor, right: Tensor) -> Iterator[tuple[Group, Tensor, Tensor]]:
-        """Each group with its rows of both; views made in one call cost a third of slices."""
+        """Each group with its rows of both; views made in one call cost a third of slicing."""
         lengths = self.groups.lengths
         lefts, rights = left.split_with_sizes(lengths), right.split_with_sizes(lengths)
         return zip(self.groups.groups, lefts, rights, strict=False)  # the rest has no expert

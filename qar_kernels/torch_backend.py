@@ -1,10 +1,10 @@
 """Segmented experts in plain PyTorch: what ``auto`` runs on a CPU.
 
-T rows, H hidden, I intermediate, R expert rank, E experts. Rows are grouped by expert once a batch, and every
-segment runs dense matrix products (:mod:`qar_kernels.row_products`).
+T rows, H hidden, I intermediate, R expert rank, E experts. Rows are grouped by expert once per batch, and
+every segment runs dense matrix products (:mod:`qar_kernels.row_products`).
 
-With one thread, and R and H multiples of 8, a segment's bits depend on its own rows alone; more threads may
-cut a product, or a buffer, according to its company.
+With one thread, and R and H multiples of 8, a segment's bits depend on its own rows alone; with more threads,
+how a product or a buffer is split may depend on the rest of the batch.
 
 Registered as custom operators because the loop over segments reads the segment bounds on the host:
 ``torch.compile`` then sees one opaque node instead of a graph break.
@@ -42,7 +42,7 @@ def expert_mlp(
 ) -> Tensor:
     """Row ``t`` through its own expert; rows without one give zeros. ``x`` (T, H) -> (T, H).
 
-    ``sparse_gradients``: of the experts, row-sparse; only where :func:`is_eager`.
+    ``sparse_gradients``: row-sparse gradients of the experts; only if :func:`is_eager`.
     """
     weights = expert_gate, expert_up, expert_down
     # A registered operator costs about 60 us a call, as much as the whole work at T = 8, H = 512:
@@ -221,7 +221,7 @@ class _ExpertMLP(torch.autograd.Function):
         y, *pre = _forward(x, *taken, products)
         ctx.save_for_backward(x, *taken, *pre)
         ctx.products, ctx.shapes, ctx.sparse = products, (gate.shape, down.shape), sparse_gradients
-        # autograd lets nobody change a view that was made in here in place
+        # autograd forbids changing a view that was made in here in place
         return _no_view(y, y.shape) if y._is_view() else y
 
     @staticmethod

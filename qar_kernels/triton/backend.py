@@ -67,7 +67,7 @@ def expert_mlp(
 
 
 def plan_tensors(plan: TilePlan) -> list[Tensor]:
-    """The plan as operators take it: its tensors in the order of its fields."""
+    """The plan's tensors in the order of its fields, as operators take them."""
     return [getattr(plan, field) for field in _PLAN_FIELDS]
 
 
@@ -83,8 +83,8 @@ def _path(
     if recompute:
         return "fused"
     trainable = *rows, *base, *experts, *lora.factors
-    # Dropout is drawn for training, and must come out the same where checkpointing runs a first pass without
-    # gradients: the two paths draw in their own ways.
+    # Checkpointing runs a first pass without gradients, which must draw the same dropout as the second: the
+    # two paths draw differently, so dropout counts as training.
     differentiates = torch.is_grad_enabled() or lora.drops
     intermediate, hidden = base[0].shape
     num_experts, rank, _ = experts[0].shape

@@ -26,7 +26,7 @@ def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, lora: LoRA) ->
     """
     a, u = project(x, gate, lora.gate), project(x, up, lora.up)
     if needs_operator((a, u)):
-        return project(F.silu(a) * u, down, lora.down)  # what a compiler fuses by itself
+        return project(F.silu(a) * u, down, lora.down)  # the compiler fuses this by itself
     a, u = a.contiguous(), u.contiguous()
     if torch.is_grad_enabled() and (a.requires_grad or u.requires_grad or down.requires_grad):
         y, h = _SwiGLUDown.apply(a, u, down)
@@ -44,7 +44,7 @@ def swiglu(a: Tensor, u: Tensor) -> Tensor:
 
 
 def swiglu_backward(d_h: Tensor, a: Tensor, u: Tensor, keep_h: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``a`` and ``u``, and ``h`` again where ``keep_h``: else no elements."""
+    """Gradients of ``a`` and ``u``, and ``h`` recomputed if ``keep_h``, else empty."""
     d_a, d_u, h = torch.empty_like(a), torch.empty_like(u), torch.empty_like(a) if keep_h else a.new_empty(0)
     _launch(swiglu_backward_kernel, d_h, a, u, d_a, d_u, h, KEEP_H=keep_h)
     return d_a, d_u, h

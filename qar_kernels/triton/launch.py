@@ -29,8 +29,9 @@ from qar_kernels.weights import SwiGLUWeights
 
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
-# Tiles of segments are small and wait for memory most of their time: several are on a multiprocessor at once,
-# and the hardware deals out more as they end. Not one a tile: the host's bound on tiles can be far too high.
+# Tiles of segments are small and mostly wait for memory: several run on a multiprocessor at once, and the
+# hardware schedules more as they end. Not one program per tile: the host's bound on tiles can be far too
+# high.
 _SEGMENT_PROGRAMS = 32
 _RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded instead of run
 
@@ -45,16 +46,16 @@ class Hidden(NamedTuple):
     a: Tensor
     u: Tensor
     h: Tensor
-    dropped_h: Tensor | None = None  # h after the down adapter's dropout; h itself without dropout
+    dropped_h: Tensor | None = None  # h after the down adapter's dropout; without it h itself
 
 
 @dataclass(frozen=True)
 class Call:
-    """What every launch of one operation shares.
+    """What all launches of one operation share.
 
     Attributes:
         tower: "fused", "dual" or "expert".
-        base: base weights; in the expert tower unused (the experts' stand in, so that pointers exist).
+        base: base weights; unused in the expert tower (the experts' stand in, so that pointers exist).
         experts: expert weights.
         perm: ``(S,)`` rows sorted by expert.
         plan: tiles over the sorted rows.
@@ -239,7 +240,7 @@ def _rank_pad(rank: int) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    """That of PyTorch's own GEMMs. Its older switches show here too; they raise once this one was used."""
+    """The precision of PyTorch's own GEMMs. Older switches show up here; they raise once this was used."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 

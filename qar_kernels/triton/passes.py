@@ -1,7 +1,7 @@
 """The forward and the backward pass as plain functions: which launches run, and what PyTorch runs between.
 
 T rows, S rows that have experts, H hidden, I intermediate, R rank, E experts. One function each serves the
-three towers; what a tower does not have is None on the way in and has no elements on the way out.
+three towers; what a tower lacks is None as an input and empty as an output.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _call(operands: Operands, constants: Constants) -> Call:
 
 
 def row_sets(tower: str, rows: Tensor | None, expert_rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Base rows and expert rows; where a tower has one set it stands in for both."""
+    """Base rows and expert rows; if a tower has only one of them, it stands in for both."""
     first = expert_rows if tower == "expert" else rows
     second = rows if tower == "fused" else expert_rows
     return first, second

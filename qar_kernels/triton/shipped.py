@@ -40,7 +40,7 @@ RANKS = (8, 16, 32, 64, 128)
 TOWERS = ("fused", "dual", "expert")
 LORA_RANKS = (16, 64)  # of adapters on all three base projections, with dropout
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Each of them gives the split K loops another number of parts at the shapes above.
+# Each gives the split K loops a different number of parts at the shapes above.
 _DECODE_ROWS = (64,)
 _PREFILL_ROWS = (1024, 512, 256, 128)
 
