@@ -65,9 +65,9 @@ def fused_mlp(
         recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass. "triton" only, and it
             forces the fused path there: over what was measured, and over ``QAR_KERNELS_PATH``.
         lora: adapters of the base projections, of any floating dtype. Their dropout is drawn from
-            PyTorch's generator, for the hidden units in another way in "triton" than in the others.
+            PyTorch's generator; "triton" draws that of the hidden units differently from the others.
         sparse_gradients: gradients of the experts are sparse COO tensors with rows for the experts of the
-            batch, as ``nn.Embedding(sparse=True)`` makes them: what a step costs does not grow with E.
+            batch, as ``nn.Embedding(sparse=True)`` makes them: the cost of a step does not grow with E.
 
     Returns:
         A tensor like ``x``.
