@@ -15,9 +15,8 @@ from qar_kernels.weights import SwiGLUWeights
 
 def is_on(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of ``tensor``."""
-    device_type = tensor.device.type
     # the meta device has no autocast, and raises
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def cast_dtype(tensor: Tensor) -> torch.dtype:
@@ -42,8 +41,6 @@ def cast_experts(
     many they are is known where the host may read it; elsewhere there are at most C. Gradients come back to
     the bank in its own dtype.
     """
-    if experts.gate.dtype == experts.up.dtype == experts.down.dtype == dtype:
-        return experts, segments
     ids, renumbered = segments.present if is_readable(segments.experts) else segments.slots
     if ids.shape[0] < experts.gate.shape[0]:
         experts, segments = [weight.index_select(0, ids) for weight in experts], renumbered

@@ -124,10 +124,10 @@ def _experts_fit(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
 def _check_segments(x: Tensor, name: str, segments: Segments, num_experts: int) -> None:
     if not isinstance(segments, Segments):
         raise TypeError(f"seg: got {type(segments).__name__}, expected Segments, e.g. Segments.from_ids(ids)")
-    rows = x.numel() // x.shape[-1]
-    if segments.num_rows != rows:
+    rows, row_expert = x.numel() // x.shape[-1], segments.row_expert
+    if row_expert.shape[0] != rows:
         raise ValueError(f"seg: got {segments.num_rows} rows, expected {rows} for {name} {tuple(x.shape)}")
-    if segments.device != x.device:
+    if row_expert.device != x.device:
         raise ValueError(f"seg: got device {segments.device}, expected {x.device} like {name}")
     segments.require_ids_below(num_experts)
 

@@ -242,11 +242,13 @@ def _experts_for(
 
     The torch backend can, and reads the bank in place; the others get copies of the present experts' rows.
     """
+    is_cast = rows.dtype == bank.gate.dtype == bank.up.dtype == bank.down.dtype
     if sparse and torch.is_grad_enabled() and any(weight.requires_grad for weight in bank):
-        alike = rows.dtype == bank.gate.dtype == bank.up.dtype == bank.down.dtype
-        if backend == "torch" and alike and torch_backend.is_eager(rows):
+        if backend == "torch" and is_cast and torch_backend.is_eager(rows):
             return bank, seg, True
         bank, seg = present_rows(bank, seg)
+    if is_cast:
+        return bank, seg, False
     return *cast_experts(bank, seg, rows.dtype), False
 
 

@@ -72,8 +72,7 @@ def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
 
 def is_eager(tensor: Tensor) -> bool:
     """Whether the registered operator can be bypassed: a plain tensor with data, outside a trace."""
-    plain = type(tensor) in _PLAIN and not tensor.is_meta
-    return plain and not torch.compiler.is_compiling()
+    return type(tensor) in _PLAIN and not tensor.is_meta and not torch.compiler.is_compiling()
 
 
 def _forward(
