@@ -50,17 +50,19 @@ def _report(name: str, error: BaseException) -> None:
 
 def _base_gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Callable[[], object]:
     """Our gate/up kernel where no row has an expert, compiled and run once."""
+    from qar_kernels.tile_plan import tile_plan
     from qar_kernels.triton import launch
     from qar_kernels.triton.configs import CONFIGS, select_config
-    from qar_kernels.triton.launch import Call, Weights
+    from qar_kernels.triton.launch import Call
     from qar_kernels.triton.lora import LoraOperands
+    from qar_kernels.weights import SwiGLUWeights
 
     segments = Segments.from_ids(torch.full((x.shape[0],), -1, device=x.device))
     config = CONFIGS[select_config(x.device, x.dtype, x.shape[0], "fused")]
-    plan = segments.tile_plan(config.block_rows, config.block_expert)
+    plan = tile_plan(segments, config.block_rows, config.block_expert)
     one = x.new_zeros(1, 16, x.shape[1])
-    experts = Weights(one, one, one.reshape(1, x.shape[1], 16))
+    experts = SwiGLUWeights(one, one, one.reshape(1, x.shape[1], 16))
     no_lora = LoraOperands.none(x)
-    call = Call("fused", Weights(gate, up, gate), experts, segments.perm, plan, 1.0, config, no_lora)
+    call = Call("fused", SwiGLUWeights(gate, up, gate), experts, segments.perm, plan, 1.0, config, no_lora)
     launch.gate_up(call, x, x, save=False)
     return lambda: launch.gate_up(call, x, x, save=False)

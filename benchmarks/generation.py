@@ -17,7 +17,7 @@ from benchmarks.models import Subject, model_shape, plain_model, prompts, subjec
 from benchmarks.runner import Step
 from benchmarks.session import Job, Refuse, attempt
 from benchmarks.shapes import Cell
-from benchmarks.verify import WrongResult
+from qar_kernels.testing import WrongResult
 
 PROVIDERS = ("base", "ours", "ours_replace", "one_by_one")
 Ask = Callable[[dict[str, Tensor]], Tensor]

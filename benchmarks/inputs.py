@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.shapes import Cell
 from qar_kernels import Adapter, LoRA, Segments, reference
 from qar_kernels.lora import NO_LORA
-from qar_kernels.row_sparse import Three
+from qar_kernels.weights import SwiGLUWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Inputs:
     cell: Cell
     x: Tensor
     d_y: Tensor
-    base: Three | None
-    experts: Three
+    base: SwiGLUWeights | None
+    experts: SwiGLUWeights
     present: list[int]
     segments: Segments
     lora: LoRA = NO_LORA
@@ -51,10 +51,11 @@ class Inputs:
             return values.requires_grad_(grad)
 
         e, r, h, i = cell.E, cell.R, cell.H, cell.I
-        base = (normal(i, h, fan_in=h), normal(i, h, fan_in=h), normal(h, i, fan_in=i)) if i else None
-        experts = tuple(
-            normal(*shape, fan_in=shape[-1], grad=training) for shape in ((e, r, h), (e, r, h), (e, h, r))
-        )
+        base = None
+        if i:
+            base = SwiGLUWeights(normal(i, h, fan_in=h), normal(i, h, fan_in=h), normal(h, i, fan_in=i))
+        shapes = (e, r, h), (e, r, h), (e, h, r)
+        experts = SwiGLUWeights(*(normal(*shape, fan_in=shape[-1], grad=training) for shape in shapes))
 
         def adapter(inputs: int, outputs: int) -> Adapter:
             a = normal(cell.A, inputs, fan_in=inputs, grad=training)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.shapes import MODELS, Cell
-from benchmarks.verify import check_close, relative_errors
+from qar_kernels.testing import check_close, relative_errors
 from qar_models import QARConfig, apply_qar
 
 VOCAB = 4096  # smaller than the real ones: the head is the same in every provider

@@ -28,9 +28,10 @@ from benchmarks.machine import describe, versions
 from benchmarks.runner import interleave
 from benchmarks.session import require_device
 from benchmarks.shapes import MODELS, Cell
+from qar_kernels.tile_plan import tile_plan
 from qar_kernels.triton import launch
 from qar_kernels.triton.configs import CONFIGS, Gemm, select_config
-from qar_kernels.triton.launch import Call, Weights
+from qar_kernels.triton.launch import Call
 from qar_kernels.triton.lora import LoraOperands
 from train.cli import run
 from train.errors import UserError
@@ -71,9 +72,10 @@ def prepare(inputs: Inputs, config: str, tower: str) -> tuple[Call, dict[str, Ou
     """
     x, d_y, segments = inputs.x, inputs.d_y, inputs.segments
     blocks = CONFIGS[config]
-    plan = segments.tile_plan(blocks.block_rows, blocks.block_expert)
-    weights = Weights(*(inputs.base if tower == "fused" else inputs.experts)), Weights(*inputs.experts)
-    call = Call(tower, *weights, segments.perm, plan, 1.0, blocks, LoraOperands.none(x))
+    plan = tile_plan(segments, blocks.block_rows, blocks.block_expert)
+    base_weights = inputs.base if tower == "fused" else inputs.experts
+    no_lora = LoraOperands.none(x)
+    call = Call(tower, base_weights, inputs.experts, segments.perm, plan, 1.0, blocks, no_lora)
     base, expert = launch.gate_up(call, x, x, save=True)
     d_base, d_expert = launch.d_hidden(call, d_y, d_y, base, expert, keep_h=False)
     base_y = None if tower == "fused" else d_y

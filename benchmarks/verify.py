@@ -7,10 +7,7 @@ from torch import Tensor
 
 from benchmarks.inputs import Inputs
 from benchmarks.providers import Answer, Trial
-
-
-class WrongResult(RuntimeError):
-    """A provider's output or gradient is not what the reference says."""
+from qar_kernels.testing import check_close, relative_errors
 
 
 class Reference:
@@ -21,7 +18,7 @@ class Reference:
         self._known: dict[Answer, dict[str, tuple[Tensor, tuple[float, float]]]] = {}
 
     def check(self, trial: Trial) -> None:
-        """Raise unless every result is as near as :func:`check_close` asks.
+        """Raise unless every result is as near as :func:`qar_kernels.testing.check_close` asks.
 
         Raises:
             WrongResult: naming the result and both errors.
@@ -67,25 +64,3 @@ def results(trial: Trial, inputs: Inputs) -> dict[str, Tensor]:
 
 def _dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
-
-
-def relative_errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
-    """``‖got - truth‖ / ‖truth‖`` in float64, and the worst row's error over the root mean square of rows."""
-    wrong = (got.double() - truth).reshape(-1, truth.shape[-1])
-    whole = truth.norm()
-    worst_row = wrong.norm(dim=-1).max() * wrong.shape[0] ** 0.5
-    return (wrong.norm() / whole).item(), (worst_row / whole).item()
-
-
-def check_close(name: str, got: Tensor, truth: Tensor, eager: tuple[float, float]) -> None:
-    """Raise ``WrongResult`` where ``got`` misses ``truth`` by more than twice what ``eager`` does.
-
-    One unit in the last place is granted on top: a few elements say little about eager's error. The worst row
-    is looked at by itself, since one among thousands does not show in the whole; four times eager's worst.
-    """
-    grant = torch.finfo(got.dtype).eps
-    kinds = zip(("", " of a row"), (2, 4), relative_errors(got, truth), eager, strict=True)
-    for what, times, error, known in kinds:
-        limit = times * known + grant
-        if not error <= limit:
-            raise WrongResult(f"{name}: relative error{what} {error:.1e}, expected at most {limit:.1e}")

@@ -1,4 +1,4 @@
-"""What autocast does to the arguments: cast as ``F.linear`` would, of the experts only those in the batch.
+"""In which dtype is computed: autocast's, as ``F.linear`` would, and for the experts that of their rows.
 
 E experts owned, C segment capacity.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qar_kernels.row_sparse import Three
+from qar_kernels.host import is_readable
 from qar_kernels.segments import Segments
+from qar_kernels.weights import SwiGLUWeights
 
 
 def is_on(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of ``tensor``."""
-    device_type = tensor.device.type
     # the meta device has no autocast, and raises
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def cast_dtype(tensor: Tensor) -> torch.dtype:
@@ -32,16 +32,16 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(cast_dtype(tensor)) for tensor in tensors)
 
 
-def autocast_experts(experts: Three, segments: Segments, dtype: torch.dtype) -> tuple[Three, Segments]:
+def cast_experts(
+    experts: SwiGLUWeights, segments: Segments, dtype: torch.dtype
+) -> tuple[SwiGLUWeights, Segments]:
     """The experts ``(E, ...)`` in ``dtype``, that of their rows, and segments that index them.
 
-    A bank of thousands is not cast for a batch of a few: their rows are taken first. How many they are is
-    known on the host where reading it is free; elsewhere there are at most C.
+    A bank of thousands is not cast for a batch of a few: the rows of the experts present are taken first. How
+    many they are is known where the host may read it; elsewhere there are at most C. Gradients come back to
+    the bank in its own dtype.
     """
-    if experts[0].dtype == experts[1].dtype == experts[2].dtype == dtype:
-        return experts, segments
-    is_known = segments.device.type == "cpu" and not torch.compiler.is_compiling()
-    ids, renumbered = segments.present if is_known else segments.slots
-    if ids.shape[0] < experts[0].shape[0]:
-        experts, segments = tuple(weight.index_select(0, ids) for weight in experts), renumbered
-    return tuple(weight.to(dtype) for weight in experts), segments
+    ids, renumbered = segments.present if is_readable(segments.experts) else segments.slots
+    if ids.shape[0] < experts.gate.shape[0]:
+        experts, segments = [weight.index_select(0, ids) for weight in experts], renumbered
+    return SwiGLUWeights(*(weight.to(dtype) for weight in experts)), segments

@@ -82,42 +82,52 @@ def check_base_y(x: Tensor, base_y: Tensor) -> None:
 def check_experts(
     x: Tensor, name: str, expert_gate: Tensor, expert_up: Tensor, expert_down: Tensor, segments: Segments
 ) -> None:
-    """Raise unless the experts are ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)`` and match ``x``."""
-    check_tensors(expert_gate=expert_gate, expert_up=expert_up, expert_down=expert_down)
+    """Raise unless the experts are ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)`` and fit ``x``.
+
+    They are of one floating dtype, which need not be that of ``x``.
+    """
     if not _experts_fit(x, expert_gate, expert_up, expert_down):
+        check_tensors(expert_gate=expert_gate, expert_up=expert_up, expert_down=expert_down)
         _check_floating(name, x)
+        _check_floating("expert_gate", expert_gate)
         hidden = _hidden(x, name)
         known = expert_gate.dim() == 3 and expert_gate.shape[1]
         experts, rank = expert_gate.shape[:2] if known else ("E", "R")
-        _check("expert_gate", expert_gate, (experts, rank, hidden), x, name)
-        _check("expert_up", expert_up, (experts, rank, hidden), x, name)
-        _check("expert_down", expert_down, (experts, hidden, rank), x, name)
+        _check("expert_gate", expert_gate, (experts, rank, hidden), expert_gate, "expert_gate")
+        _check("expert_up", expert_up, (experts, rank, hidden), expert_gate, "expert_gate")
+        _check("expert_down", expert_down, (experts, hidden, rank), expert_gate, "expert_gate")
+        if expert_gate.device != x.device:
+            raise ValueError(f"expert_gate: got device {expert_gate.device}, expected {x.device} like {name}")
     _check_segments(x, name, segments, expert_gate.shape[0])
 
 
 def _experts_fit(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
-    """The common case, all of one dtype: a small batch on a CPU takes no longer than its checks."""
+    """The common case, in one expression: a small batch on a CPU takes hardly longer than its checks."""
+    if not (isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor)):
+        return False
     shape = gate.shape
+    if len(shape) != 3 or x.dim() == 0:
+        return False
+    experts, rank, hidden = shape
     return (
-        len(shape) == 3
-        and 0 not in shape
-        and x.dim() > 0
-        and x.shape[-1] == shape[2]
+        0 not in shape
+        and x.shape[-1] == hidden
         and up.shape == shape
-        and down.shape == (shape[0], shape[2], shape[1])
-        and x.dtype == gate.dtype == up.dtype == down.dtype
+        and down.shape == (experts, hidden, rank)
+        and gate.dtype == up.dtype == down.dtype
         and x.device == gate.device == up.device == down.device
         and x.is_floating_point()
+        and gate.is_floating_point()
     )
 
 
 def _check_segments(x: Tensor, name: str, segments: Segments, num_experts: int) -> None:
     if not isinstance(segments, Segments):
         raise TypeError(f"seg: got {type(segments).__name__}, expected Segments, e.g. Segments.from_ids(ids)")
-    rows = x.numel() // x.shape[-1]
-    if segments.num_rows != rows:
+    rows, row_expert = x.numel() // x.shape[-1], segments.row_expert
+    if row_expert.shape[0] != rows:
         raise ValueError(f"seg: got {segments.num_rows} rows, expected {rows} for {name} {tuple(x.shape)}")
-    if segments.device != x.device:
+    if row_expert.device != x.device:
         raise ValueError(f"seg: got device {segments.device}, expected {x.device} like {name}")
     segments.require_ids_below(num_experts)
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.distributed as dist
 
 from qar_kernels.dispatch_steps import Steps, look_up, measured_steps
 from qar_kernels.dispatch_table import MEASUREMENTS
+from qar_kernels.distributed import num_ranks
 
 PATHS = ("fused", "grouped")
 OVERRIDE = "QAR_KERNELS_PATH"
@@ -24,10 +24,10 @@ OVERRIDE = "QAR_KERNELS_PATH"
 # +0.45 % at R 64, I 14336. Beyond 16 per tile (+7 %) the grouped path does less work.
 _MAX_SEGMENTS_PER_TILE = 16
 _ROW_TILE = 128
-# Up to here reading the base weights binds, or about does (cards make 150 to 300 operations a byte), and what
-# saves launches and passes wins. Beyond, matrix products bind: the vendor library's are the safe choice.
+# Up to here reading the base weights is about the bottleneck (cards do 150 to 300 operations per byte), and
+# fewer launches and passes win. Beyond, matrix products are: the vendor library's are the safe choice.
 _FUSED_ROWS = 512
-# Where no matrix unit multiplies, tiles of 64 rows cost more than reading the weights even at a single row.
+# Without a matrix unit, a tile of 64 rows costs more than reading the weights, even for a single row.
 _EXACT = "float32"
 
 
@@ -56,7 +56,7 @@ class Shape:
 def choose_path(device: torch.device, shape: Shape) -> str:
     """``"fused"`` or ``"grouped"``.
 
-    ``QAR_KERNELS_PATH=fused|grouped`` in the environment overrides it. Where several ranks train, all take
+    ``QAR_KERNELS_PATH=fused|grouped`` in the environment overrides it. If several ranks train, all take
     the same path.
 
     Raises:
@@ -68,8 +68,8 @@ def choose_path(device: torch.device, shape: Shape) -> str:
             raise ValueError(f"{OVERRIDE}: got {forced!r}, expected one of {', '.join(PATHS)}")
         return forced
     if shape.training and _several_ranks():
-        # Ranks have other numbers of rows, and the paths make gradients in another order: frameworks that
-        # pack gradients as they arrive (ZeRO) would add up different parameters.
+        # Ranks differ in their number of rows, and the paths produce gradients in different orders:
+        # frameworks that pack gradients as they arrive (ZeRO) would add up those of different parameters.
         return "fused" if shape.adapted and shape.dtype != _EXACT else "grouped"
     return _measured(_device_name(device), shape) or default_path(shape)
 
@@ -93,7 +93,7 @@ def _cached_steps(*kind: int | str | bool) -> Steps | None:
 
 @torch.compiler.assume_constant_result
 def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return num_ranks() > 1
 
 
 @torch.compiler.assume_constant_result

@@ -1,7 +1,7 @@
 """The table of measurements as step functions: which path is faster, for any number of segments and rows.
 
-A measured cell speaks for sizes near it; between two of them the step is at their geometric mean. A varying
-number of rows is then compared with as few constants as the answer has changes.
+A measured cell decides for sizes near it; between two cells the step is at their geometric mean. A varying
+number of rows is then compared with only as many constants as there are changes of the answer.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 # (limit, answer), limits rising: each answer holds up to and including its limit.
 Steps = tuple[tuple[int, Any], ...]
 
-# A cell speaks for numbers of rows, segments and ranks up to these factors away: what the benchmarks measure
-# leaves no gap between 1 and 65536 rows.
+# A cell decides for numbers of rows, segments and ranks up to these factors away: the cells that the
+# benchmarks measure leave no gap between 1 and 65536 rows.
 _REACH_ROWS, _REACH = 4, 2
 
 
 def look_up(steps: Steps | None, size: int) -> Any:
-    """The answer for ``size``; None behind the last step, and if there are none."""
+    """The answer for ``size``; None beyond the last step, or without any step."""
     for limit, answer in steps or ():
         if size <= limit:
             return answer
@@ -39,9 +39,9 @@ def measured_steps(
 ) -> Steps | None:
     """``look_up(look_up(steps, Q), T)`` is the faster path, or None if nothing near was measured.
 
-    Cells count whose device, H, I, dtype and pass are the same, and that have adapters or not as is asked.
-    Among them the nearest R decides, then the nearest Q, both within a factor of two, then the nearest T
-    within one of four.
+    A cell counts if its device, H, I, dtype and pass are the same, and if it has adapters exactly when
+    ``adapted``. Among these the nearest R decides, then the nearest Q, both within a factor of two, then the
+    nearest T within one of four.
     """
     kind = (device, hidden, intermediate, dtype, "fwd+bwd" if training else "fwd")
     keys = ("device", "H", "I", "dtype", "pass")
@@ -70,8 +70,7 @@ def _partition(cells: list[dict], key: str) -> list[tuple[int, list[dict]]]:
 def _nearest(answers: Mapping[int, Any], reach: int) -> Steps:
     """Of ascending sizes: the answer of the nearest by ratio, None beyond a factor of ``reach`` from all.
 
-    Where two are equally near, "grouped" decides, as the vendor library's base is the safe choice, then the
-    larger.
+    On a tie "grouped" wins, because the vendor library's base is the safe choice, then the larger size.
     """
     steps: list[tuple[int, Any]] = []
     for size, larger in pairwise([*answers, None]):
@@ -82,14 +81,14 @@ def _nearest(answers: Mapping[int, Any], reach: int) -> Steps:
 
 
 def _midpoint(size: int, larger: int, answers: Mapping[int, Any]) -> int:
-    """Up to which number ``size`` is the nearer one."""
+    """The largest number that is nearer to ``size`` than to ``larger``."""
     middle = isqrt(size * larger)
     is_tie = middle * middle == size * larger
     return middle - 1 if is_tie and answers[size] != "grouped" else middle
 
 
 def _merged(steps: list[tuple[int, Any]]) -> Steps:
-    """Without steps of no length, and one for neighbours of one answer."""
+    """Without empty steps, and with adjacent steps of the same answer joined."""
     rising: list[tuple[int, Any]] = []
     for limit, answer in steps:
         if limit > (rising[-1][0] if rising else 0):

@@ -46,7 +46,7 @@ class Row:
     code: MachineCode
 
     def faults(self) -> list[str]:
-        """What must not be: empty for a kernel in order."""
+        """What is wrong with the kernel; empty if nothing is."""
         found = []
         if self.code.spills:
             found.append(f"{self.code.spills} spills")
@@ -93,7 +93,7 @@ def _launches(case: Case, complete: bool) -> list[Recorded]:
 
 
 def _distinct(cases: Iterable[Case], complete: bool) -> Iterator[tuple[Case, list[int]]]:
-    """Each case with the positions of those of its launches that no earlier case has."""
+    """Each case with the positions of its launches that no earlier case has."""
     seen = set()
     for case in cases:
         new = []
@@ -128,7 +128,7 @@ def _line(row: Row) -> str:
 
 
 def _selected(args: argparse.Namespace) -> tuple[list[Case], bool]:
-    """The matrix where all of it or a part is asked for, else the representative cases; whether complete."""
+    """The matrix or the selected part of it, by default the representative cases; and whether complete."""
     options = ("config", "shape", "rank", "dtype", "tower", "lora_rank")
     wanted = {name: getattr(args, name) for name in options}
     wanted = {name: value for name, value in wanted.items() if value is not None}
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     cases, complete = _selected(args)
     if not cases:
-        parser.error("no shipped configuration is all of that")
+        parser.error("no shipped configuration matches all of these options")
     rows = []
     if not args.json:
         head = ("kernel", "shape", "config", "tower", "type", "R", "LoRA", "regs", "shared", "fit", "matrix")

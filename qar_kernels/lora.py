@@ -1,4 +1,4 @@
-"""LoRA on the base projections, as every backend takes it (Hu et al., arXiv 2106.09685, section 4.1).
+"""LoRA on the base projections, as all backends take it (Hu et al., arXiv 2106.09685, section 4.1).
 
 T rows, H hidden, I intermediate, r rank of the adapter.
 """
@@ -67,8 +67,8 @@ def project(x: Tensor, weight: Tensor, adapter: Adapter | None) -> Tensor:
 def add_update(y: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
     """``y`` (T, out) plus the adapter's update for ``x`` (T, in), in the dtype of ``y``.
 
-    Where dtypes agree the product adds by itself, and no pass over (T, out) is left. On accelerators they
-    always do, as in the kernels. A CPU keeps fp32 adapters as they are: few multiply 16-bit numbers faster.
+    If dtypes agree, the addition is part of the product and needs no pass over (T, out). On accelerators they
+    always do, as in the kernels. On a CPU fp32 adapters stay fp32: few CPUs multiply 16-bit numbers faster.
     """
     if adapter is None:
         return y

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qar_kernels import reference, torch_backend
-from qar_kernels.autocast import autocast, autocast_experts
+from qar_kernels.autocast import autocast, cast_experts
 from qar_kernels.checks import (
     check_base,
     check_base_y,
@@ -24,9 +24,10 @@ from qar_kernels.checks import (
     check_towers,
 )
 from qar_kernels.lora import NO_LORA, LoRA
-from qar_kernels.row_sparse import Three, present_rows
+from qar_kernels.row_sparse import present_rows
 from qar_kernels.segments import Segments
 from qar_kernels.triton.configs import has_kernels
+from qar_kernels.weights import SwiGLUWeights
 
 _HAS_TRITON = find_spec("triton") is not None
 Backend = Literal["auto", "triton", "torch", "reference"]
@@ -45,6 +46,7 @@ def fused_mlp(
     seg: Segments,
     expert_scale: float = 1.0,
     backend: str = "auto",
+    *,
     recompute: bool = False,
     lora: LoRA = NO_LORA,
     sparse_gradients: bool = False,
@@ -54,18 +56,20 @@ def fused_mlp(
     Args:
         x: ``(..., H)``, T rows in all.
         gate, up, down: base SwiGLU weights ``(I, H)``, ``(I, H)``, ``(H, I)``.
-        expert_gate, expert_up, expert_down: ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)``.
+        expert_gate, expert_up, expert_down: ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)``, all three of one
+            floating dtype. Where that is not the dtype of ``x``, the experts of the batch are cast to it, and
+            their gradients come back in their own.
         seg: the expert of each of the T rows.
         expert_scale: weight of the experts' output.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. ``"auto"`` is ``"triton"`` on
             NVIDIA devices that the kernels were compiled for, where Triton is installed (but for float64
             and R above 128), else ``"torch"``.
-        recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass ("triton" only,
-            always on its fused path).
+        recompute: save only ``x`` and run the gate/up GEMMs again in the backward pass. "triton" only, and it
+            forces the fused path there: over what was measured, and over ``QAR_KERNELS_PATH``.
         lora: adapters of the base projections, of any floating dtype. Their dropout is drawn from
-            PyTorch's generator, for the hidden units in another way in "triton" than in the others.
+            PyTorch's generator; "triton" draws that of the hidden units differently from the others.
         sparse_gradients: gradients of the experts are sparse COO tensors with rows for the experts of the
-            batch, as ``nn.Embedding(sparse=True)`` makes them: what a step costs does not grow with E.
+            batch, as ``nn.Embedding(sparse=True)`` makes them: the cost of a step does not grow with E.
 
     Returns:
         A tensor like ``x``.
@@ -83,12 +87,13 @@ def fused_mlp(
     check_experts(x, "x", expert_gate, expert_up, expert_down, seg)
     rows = _rows(x)
     name = _resolve(backend, expert_gate.shape[1], rows)
-    bank = expert_gate, expert_up, expert_down
+    bank = SwiGLUWeights(expert_gate, expert_up, expert_down)
     experts, seg, sparse = _experts_for(name, bank, seg, rows, sparse_gradients)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
-        y = triton_backend.fused_mlp(rows, (gate, up, down), experts, seg, expert_scale, recompute, lora)
+        base = SwiGLUWeights(gate, up, down)
+        y = triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute, lora)
         return y.reshape(x.shape)
     base = _module(name).swiglu_mlp(rows, gate, up, down, lora)
     expert = _run_experts(name, rows, experts, seg, sparse)
@@ -107,6 +112,7 @@ def dual_mlp(
     expert_down: Tensor,
     seg: Segments,
     backend: str = "auto",
+    *,
     recompute: bool = False,
     lora: LoRA = NO_LORA,
     sparse_gradients: bool = False,
@@ -117,8 +123,11 @@ def dual_mlp(
         x_general: ``(..., H)`` rows of the general tower.
         x_specific: ``(..., H)`` rows of the querier-specific tower; ``seg`` describes these.
 
-    Other arguments, errors and differentiability as in :func:`fused_mlp`. Specific rows without an
-    expert (-1) give zeros.
+    Other arguments, errors and differentiability as in :func:`fused_mlp`.
+
+    Returns:
+        Two tensors, like ``x_general`` and like ``x_specific``; rows of the latter without an expert (-1) are
+        zeros.
     """
     check_tensors(x_general=x_general, x_specific=x_specific, gate=gate, up=up, down=down)
     x_general, x_specific, gate, up, down = autocast(x_general, x_specific, gate, up, down)
@@ -128,14 +137,13 @@ def dual_mlp(
     check_experts(x_specific, "x_specific", expert_gate, expert_up, expert_down, seg)
     rows, specific_rows = _rows(x_general), _rows(x_specific)
     name = _resolve(backend, expert_gate.shape[1], rows, specific_rows)
-    bank = expert_gate, expert_up, expert_down
+    bank = SwiGLUWeights(expert_gate, expert_up, expert_down)
     experts, seg, sparse = _experts_for(name, bank, seg, specific_rows, sparse_gradients)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
-        general, specific = triton_backend.dual_mlp(
-            rows, specific_rows, (gate, up, down), experts, seg, recompute, lora
-        )
+        base = SwiGLUWeights(gate, up, down)
+        general, specific = triton_backend.dual_mlp(rows, specific_rows, base, experts, seg, recompute, lora)
         return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
     general = _module(name).swiglu_mlp(rows, gate, up, down, lora)
     specific = _run_experts(name, specific_rows, experts, seg, sparse)
@@ -148,17 +156,29 @@ def expert_mlp(
     expert_up: Tensor,
     expert_down: Tensor,
     seg: Segments,
-    backend: str = "auto",
+    *,
     expert_scale: float = 1.0,
+    backend: str = "auto",
     base_y: Tensor | None = None,
     sparse_gradients: bool = False,
 ) -> Tensor:
     """``base_y + expert_scale * expert_q(x)``, for callers whose base MLP runs elsewhere.
 
-    That is where the base has adapters other than plain LoRA (DoRA) or quantised weights: its own modules
-    compute ``base_y`` (like ``x``), and "triton" adds the experts while it writes them. Without
-    ``base_y``, rows without an expert (-1) give zeros. Differentiable in all tensors; ``sparse_gradients``
-    as in :func:`fused_mlp`.
+    For example a base with quantised weights, or with adapters other than plain LoRA (DoRA). Differentiable
+    in all tensors.
+
+    Args:
+        x: ``(..., H)``, T rows in all.
+        expert_gate, expert_up, expert_down: ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)``, of one
+            floating dtype, as in :func:`fused_mlp`.
+        seg: the expert of each of the T rows.
+        expert_scale: weight of the experts' output.
+        base_y: like ``x``, the output of the base MLP; "triton" adds the experts in the same pass that writes
+            them. Without it, rows without an expert (-1) are zeros.
+        backend, sparse_gradients: as in :func:`fused_mlp`.
+
+    Returns:
+        A tensor like ``x``.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -174,7 +194,7 @@ def expert_mlp(
         check_base_y(x, base_y)
         base_y = base_y.reshape(rows.shape)
     name = _resolve(backend, expert_gate.shape[1], rows)
-    bank = expert_gate, expert_up, expert_down
+    bank = SwiGLUWeights(expert_gate, expert_up, expert_down)
     experts, seg, sparse = _experts_for(name, bank, seg, rows, sparse_gradients)
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
@@ -189,12 +209,12 @@ def expert_mlp(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``(..., H)`` as ``(T, H)``; a call less where it is so already."""
+    """``(..., H)`` as ``(T, H)``, without a call if it already is."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _resolve(backend: str, rank: int, *rows: Tensor) -> str:
-    """The backend that runs: no kernel is launched for an empty batch, or where a rank fills no tile."""
+    """The backend that runs: torch instead of the kernels for an empty batch or a rank that no tile holds."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "triton":
@@ -218,20 +238,23 @@ def _check_triton(rank: int) -> None:
 
 
 def _experts_for(
-    backend: str, bank: Three, seg: Segments, rows: Tensor, sparse: bool
-) -> tuple[Three, Segments, bool]:
-    """The experts that the backend gets, and whether their gradients are left for it to make row-sparse.
+    backend: str, bank: SwiGLUWeights, seg: Segments, rows: Tensor, sparse: bool
+) -> tuple[SwiGLUWeights, Segments, bool]:
+    """The experts as the backend takes them, and whether it must make their gradients row-sparse itself.
 
-    The torch backend reads the bank in place and can; for the others the present experts' rows are taken.
+    The torch backend can, and reads the bank in place; the others get copies of the present experts' rows.
     """
+    is_cast = rows.dtype == bank.gate.dtype == bank.up.dtype == bank.down.dtype
     if sparse and torch.is_grad_enabled() and any(weight.requires_grad for weight in bank):
-        if backend == "torch" and torch_backend.is_eager(rows) and {w.dtype for w in bank} == {rows.dtype}:
+        if backend == "torch" and is_cast and torch_backend.is_eager(rows):
             return bank, seg, True
         bank, seg = present_rows(bank, seg)
-    return *autocast_experts(bank, seg, rows.dtype), False
+    if is_cast:
+        return bank, seg, False
+    return *cast_experts(bank, seg, rows.dtype), False
 
 
-def _run_experts(backend: str, rows: Tensor, experts: Three, seg: Segments, sparse: bool) -> Tensor:
+def _run_experts(backend: str, rows: Tensor, experts: SwiGLUWeights, seg: Segments, sparse: bool) -> Tensor:
     """Experts of the backends in plain PyTorch."""
     if backend == "reference":
         return reference.expert_mlp(rows, *experts, seg)

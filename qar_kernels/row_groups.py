@@ -1,6 +1,6 @@
-"""Segments as a CPU takes them: runs of equally long segments that share batched products.
+"""Segments as a CPU processes them: groups of equally long segments that share batched products.
 
-Known on the host, because a loop over them runs there. T rows, C segment capacity.
+The host reads them, because it loops over them. T rows, C segment capacity.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 class Group:
     """``count`` segments of equal length, rows ``start`` to ``stop`` of the grouped order.
 
-    ``experts`` are their ids, ``slots`` their places among the experts present in ascending order: a slice
-    where they are neighbours, else a ``(count,)`` tensor.
+    ``experts`` are their ids, ``slots`` their positions among the present experts in ascending order: a slice
+    if consecutive, else a ``(count,)`` tensor.
     """
 
     start: int
@@ -34,11 +34,11 @@ class RowGroups:
     """All rows of a batch.
 
     Attributes:
-        order: ``(T,)`` int64, row numbers in the grouped order, rows without an expert last; None where that
-            is the batch's own order.
+        order: ``(T,)`` int64, row numbers in the grouped order, rows without an expert last; None if that is
+            the batch's own order.
         groups: in the grouped order.
-        whole: the group that all rows are in, None where there is none.
-        lengths: rows of each group, and behind them the rows without an expert.
+        whole: the group that contains all rows, None if there is none.
+        lengths: the number of rows of each group, then of the rows without an expert.
         present: ``(n,)`` experts that have rows, ascending.
         max_id: the largest id among them, -1 without any.
     """
@@ -59,12 +59,12 @@ class RowGroups:
 class _Segment(NamedTuple):
     expert: int
     slot: int
-    """Its place among the experts present."""
+    """Its position among the present experts."""
     at: int
-    """Where it begins in ``perm``."""
+    """Its start in ``perm``."""
     length: int
     first_row: int
-    """In the batch's order: segments that keep it need no sorting of rows."""
+    """Its first row in the batch: segments in this order need no reordering of rows."""
 
 
 def group_rows(perm: Tensor, offsets: Tensor, experts: Tensor, most: int) -> RowGroups:
@@ -110,8 +110,8 @@ def _segments(perm: Tensor, offsets: Tensor, experts: Tensor) -> list[_Segment]:
 
 
 def _together(segments: list[_Segment], most: int) -> Iterator[list[_Segment]]:
-    """Cut ``segments``: ascending neighbours need no copy, so all at once, others ``most`` at a time."""
-    if most > 1 and _are_neighbours([segment.expert for segment in segments]):
+    """Cut ``segments``: consecutive experts need no copy, so all at once; others ``most`` at a time."""
+    if most > 1 and _are_consecutive([segment.expert for segment in segments]):
         yield segments
         return
     for at in range(0, len(segments), most):
@@ -119,11 +119,11 @@ def _together(segments: list[_Segment], most: int) -> Iterator[list[_Segment]]:
 
 
 def _index(numbers: list[int], device: torch.device) -> slice | Tensor:
-    """What picks these rows: a slice, which copies nothing, where they are neighbours."""
-    if _are_neighbours(numbers):
+    """An index for these rows: a slice, which copies nothing, if they are consecutive."""
+    if _are_consecutive(numbers):
         return slice(numbers[0], numbers[-1] + 1)
     return torch.tensor(numbers, device=device)
 
 
-def _are_neighbours(numbers: list[int]) -> bool:
+def _are_consecutive(numbers: list[int]) -> bool:
     return numbers == list(range(numbers[0], numbers[0] + len(numbers)))

@@ -1,7 +1,7 @@
 """Products of grouped rows with their own experts' matrices, on a CPU.
 
-Small experts of equally long segments share batched products, for which their weights are copied once a
-segment (never once a row); large ones, and an expert alone, are read in place. Absent experts are never
+Small experts of equally long segments share batched products, for which their weights are copied once per
+segment (never once per row); large ones, and a single expert, are read in place. Absent experts are never
 touched.
 
 T rows in grouped order, E experts.
@@ -18,12 +18,13 @@ from torch import Tensor
 from qar_kernels.row_groups import Group, RowGroups, group_rows
 from qar_kernels.row_sparse import row_sparse
 
-# Measured on one core: up to here a copy of an expert costs less than the calls that batched products save.
+# Measured on one core: up to this size copying an expert costs less than the calls that batched products
+# save.
 _COPY_BYTES = 64 * 2**10
-# Copies of a group stay in a core's second-level cache.
+# A group's copies stay within a core's second-level cache.
 _CACHE_BYTES = 2**20
-# Multiply-adds from which PyTorch leaves a product in a batch to the vendor's library, as it does with one
-# alone: the bits are the same from there on.
+# From this many multiply-adds on PyTorch leaves batched products to the vendor's library, as it does plain
+# ones: their bits are then the same.
 _LEAST_ALONE = 400
 
 
@@ -34,25 +35,26 @@ def _most_together(weight: Tensor) -> int:
 
 
 class Products(Protocol):
-    """The products of one batch. Rows are ``(T, n)`` in grouped order, in the form that :meth:`enter` gives.
+    """The products of one batch, every row with its own expert's matrix.
 
-    With every row through its own matrix: weights ``(E, m, n)``, gradients of the outputs ``(T, m)``.
+    Rows are ``(T, n)`` in grouped order, in the form that :meth:`to_grouped` returns. Weights are
+    ``(E, m, n)``, gradients of the outputs ``(T, m)``.
     """
 
-    def enter(self, tensor: Tensor) -> Tensor:
-        """``(T, n)`` in the batch's order as rows."""
+    def to_grouped(self, tensor: Tensor) -> Tensor:
+        """``(T, n)`` in the batch's order, reordered and reshaped to grouped rows."""
 
-    def leave(self, rows: Tensor) -> Tensor:
-        """The inverse of :meth:`enter`; zeros where a row has no expert."""
+    def to_batch_order(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`to_grouped`; zeros where a row has no expert."""
 
-    def shaped(self, tensor: Tensor) -> Tensor:
-        """``(T, n)`` in grouped order as rows."""
+    def as_grouped(self, tensor: Tensor) -> Tensor:
+        """``(T, n)`` already in grouped order, reshaped to grouped rows."""
 
-    def take(self, weight: Tensor) -> Tensor:
-        """The weights in the form that the products want: to be taken once for both passes."""
+    def select_weights(self, weight: Tensor) -> Tensor:
+        """The weights in the form that the products take; select once for both passes."""
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """As ``F.linear`` would."""
+        """``F.linear`` of every row with its own expert's weight."""
 
     def linear_backward(self, d_out: Tensor, weight: Tensor, add_to: Tensor | None = None) -> Tensor:
         """The gradient of ``x`` in :meth:`linear`, added to ``add_to`` if given."""
@@ -81,32 +83,32 @@ def make_products(perm: Tensor, offsets: Tensor, experts: Tensor, weight: Tensor
 
 
 class OneGroup:
-    """All rows are one group, as where all sequences are equally long: nothing is cut, half the calls.
+    """All rows are one group, as when all sequences are equally long: no splitting, half the calls.
 
-    Rows are ``(count, length, n)``, and ``(T, n)`` where one expert is ``alone``.
+    Rows are ``(count, length, n)``, or ``(T, n)`` for a single expert (``alone``).
     """
 
     def __init__(self, groups: RowGroups, group: Group, alone: bool) -> None:
         self.groups, self.group, self.alone = groups, group, alone
         self.product = torch.mm if alone else torch.bmm
 
-    def enter(self, tensor: Tensor) -> Tensor:
+    def to_grouped(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
         if self.groups.order is not None:
             tensor = tensor.index_select(0, self.groups.order)
-        return self.shaped(tensor)
+        return self.as_grouped(tensor)
 
-    def leave(self, rows: Tensor) -> Tensor:
+    def to_batch_order(self, rows: Tensor) -> Tensor:
         """See :class:`Products`."""
         if not self.alone:
             rows = rows.view(-1, rows.shape[2])
         return rows if self.groups.order is None else _in_batch(rows, self.groups)
 
-    def shaped(self, tensor: Tensor) -> Tensor:
+    def as_grouped(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
         return tensor if self.alone else _batch(tensor, self.group)
 
-    def take(self, weight: Tensor) -> Tensor:
+    def select_weights(self, weight: Tensor) -> Tensor:
         """The group's experts ``(count, m, n)``, a lone one's ``(m, n)``."""
         return weight[self.group.experts.start] if self.alone else _weights(weight, self.group)
 
@@ -134,26 +136,26 @@ class OneGroup:
 
 
 class ManyGroups:
-    """Group after group, into buffers for all. Rows are ``(T, n)``."""
+    """Group by group, into buffers shared by all groups. Rows are ``(T, n)``."""
 
     def __init__(self, groups: RowGroups) -> None:
         self.groups = groups
 
-    def enter(self, tensor: Tensor) -> Tensor:
+    def to_grouped(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
         order = self.groups.order
         return tensor if order is None else tensor.index_select(0, order)
 
-    def leave(self, rows: Tensor) -> Tensor:
+    def to_batch_order(self, rows: Tensor) -> Tensor:
         """See :class:`Products`."""
         return _in_batch(rows, self.groups)
 
-    def shaped(self, tensor: Tensor) -> Tensor:
+    def as_grouped(self, tensor: Tensor) -> Tensor:
         """See :class:`Products`."""
         return tensor
 
-    def take(self, weight: Tensor) -> Tensor:
-        """All of them: copies are made group by group, and stay in the cache."""
+    def select_weights(self, weight: Tensor) -> Tensor:
+        """All of them: copies are made group by group, so that they stay in the cache."""
         return weight
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ class ManyGroups:
         return row_sparse(self.groups.present, grad, shape) if sparse else grad
 
     def _parts(self, left: Tensor, right: Tensor) -> Iterator[tuple[Group, Tensor, Tensor]]:
-        """Each group with its rows of both; views made in one call cost a third of slices."""
+        """Each group with its rows of both; views made in one call cost a third of slicing."""
         lengths = self.groups.lengths
         lefts, rights = left.split_with_sizes(lengths), right.split_with_sizes(lengths)
         return zip(self.groups.groups, lefts, rights, strict=False)  # the rest has no expert
@@ -210,7 +212,7 @@ def _in_batch(tensor: Tensor, groups: RowGroups) -> Tensor:
 
 
 def _is_alone(group: Group, weight: Tensor) -> bool:
-    """Whether a plain product, fewer calls than a batch of one, gives the bits of a batched one."""
+    """Whether a plain product, with fewer calls than a batch of one, is bitwise equal to a batched one."""
     size = (group.stop - group.start) * weight.shape[1] * weight.shape[2]
     return group.count == 1 and size >= _LEAST_ALONE
 
@@ -221,14 +223,14 @@ def _batch(part: Tensor, group: Group) -> Tensor:
 
 
 def _weights(weight: Tensor, group: Group) -> Tensor:
-    """The group's experts: a view where they are neighbours, else a copy."""
+    """The group's experts: a view if their ids are consecutive, else a copy."""
     if isinstance(group.experts, slice):
         return weight[group.experts]
     return weight.index_select(0, group.experts)
 
 
 def _gradient(like: Tensor, groups: RowGroups, shape: torch.Size, sparse: bool) -> Tensor:
-    """What the experts' gradients are written into, cleared where a row is nobody's."""
+    """The buffer for the experts' gradients, zeroed if some experts are absent."""
     count = groups.present.shape[0]
-    # Where every row is written there is nothing to clear: filling is half the cost of a small batch.
+    # If every row gets written, nothing needs zeroing: filling is half the cost of a small batch.
     return like.new_empty(count, *shape[1:]) if sparse or count == shape[0] else like.new_zeros(shape)

@@ -6,27 +6,26 @@ E experts, n experts present. A gradient is a sparse COO tensor over dimension 0
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # segments keep products, which make these gradients
-    from qar_kernels.segments import Segments
-
-Three = tuple[Tensor, Tensor, Tensor]
+from qar_kernels.autograd import refuse_second_order
+from qar_kernels.segments import Segments
+from qar_kernels.weights import SwiGLUWeights
 
 
 # a graph break under torch.compile: compiled graphs have neither sparse tensors nor sizes that ids decide
 @torch.compiler.disable
-def present_rows(bank: Three, segments: Segments) -> tuple[Three, Segments]:
+def present_rows(bank: SwiGLUWeights, segments: Segments) -> tuple[SwiGLUWeights, Segments]:
     """Copies ``(n, ...)`` of the weights of the experts present, and the segments that index them.
 
     Kernels, autocast and autograd then see n experts, so that no step of theirs costs anything for the
     others. Gradients arrive at ``bank`` row-sparse.
     """
     ids, renumbered = segments.present
-    return _TakeRows.apply(ids, *bank), renumbered
+    return SwiGLUWeights(*_TakeRows.apply(ids, *bank)), renumbered
 
 
 class _TakeRows(torch.autograd.Function):
@@ -40,10 +39,7 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_rows: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "row-sparse gradients: their gradients (create_graph=True) are not implemented"
-            )
+        refuse_second_order("sparse_gradients")
         (ids,) = ctx.saved_tensors
         return None, *(row_sparse(ids, rows, shape) for rows, shape in zip(d_rows, ctx.shapes, strict=True))
 

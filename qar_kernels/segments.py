@@ -10,30 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from qar_kernels.row_products import Products, make_products
-from qar_kernels.tile_plan import TilePlan, build_tile_plan
+from qar_kernels.host import is_capturing, is_readable
 
 _LAST = torch.iinfo(torch.int64).max
 IdsLike = Tensor | Sequence[int]
+Value = TypeVar("Value")
 
 
-def _circumstances() -> str:
-    """How what is computed now comes to hold something."""
+def _execution_mode() -> str:
+    """Whether tensors made now are eager, traced by a compiler, or captured into a CUDA graph.
+
+    The last are empty until the graph is replayed.
+    """
     if torch.compiler.is_compiling():
         return "traced"
-    captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return "captured" if captures else "eager"
+    return "captured" if is_capturing() else "eager"
 
 
-def _ordinary_tensors() -> AbstractContextManager:
-    """What is kept may outlive inference mode, whose tensors no backward pass can save."""
+def _outside_inference_mode() -> AbstractContextManager:
+    """For tensors that are kept: no backward pass can save those that inference mode makes."""
     leaves = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     return torch.inference_mode(False) if leaves else nullcontext()
 
@@ -56,10 +57,8 @@ class Segments:
     offsets: Tensor
     experts: Tensor
     max_id: int | None = None
-    _made: str = field(default_factory=_circumstances, repr=False)
-    _derived: dict[object, Any] = field(default_factory=dict, repr=False)
-    _products: dict[object, Products] = field(default_factory=dict, repr=False)
-    _bounds_met: set[int] = field(default_factory=set, repr=False)
+    _mode: str = field(default_factory=_execution_mode, init=False, repr=False)
+    _memo: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -74,54 +73,57 @@ class Segments:
     def to(self, device: torch.device) -> Segments:
         """The same on another device."""
         tensors = (self.row_expert, self.perm, self.offsets, self.experts)
-        with _ordinary_tensors():
+        with _outside_inference_mode():
             return Segments(*(tensor.to(device) for tensor in tensors), self.max_id)
 
-    @cached_property
+    def memo(self, key: object, make: Callable[[], Value]) -> Value:
+        """``make()``, computed once per batch and shared by all layers; backends keep theirs here.
+
+        A result is kept where it stays true: in the execution mode that the segments were made in, and in
+        eager code for segments that a compiled program returned. A capture also uses eager results, which
+        every replay finds, but keeps none beside them: until its graph is replayed they hold nothing. So make
+        segments inside each CUDA graph that is to see other ids; for one that replays the same, run once
+        before.
+
+        Args:
+            key: names the result, among those of all callers.
+            make: computes it from the segments alone.
+        """
+        made, now = self._mode, _execution_mode()
+        keeps = made == now or (made == "traced" and now == "eager")
+        if (keeps or (made == "eager" and now == "captured")) and key in self._memo:
+            return self._memo[key]
+        with _outside_inference_mode():
+            value = make()
+        if keeps:
+            self._memo[key] = value
+        return value
+
+    @property
     def present(self) -> tuple[Tensor, Segments]:
         """The experts that have rows, ``(n,)`` int64 ascending, and the same segments with these as 0 .. n-1.
 
         For callers who pass the kernels the present experts' weights alone. Made once per batch; on an
         accelerator reading ``n`` waits for the device.
         """
-        ids, renumbered = self.slots
-        ids = ids[: int((self.experts >= 0).sum())]
-        return ids, replace(renumbered, max_id=ids.shape[0] - 1)
+        return self.memo("present", self._without_unused)
 
     @property
     def slots(self) -> tuple[Tensor, Segments]:
         """As :attr:`present` without waiting: C experts, those of unused segments are expert 0."""
-        return self._kept("slots", self._renumber)
+        return self.memo("slots", self._renumbered)
 
-    def _renumber(self) -> tuple[Tensor, Segments]:
+    def _without_unused(self) -> tuple[Tensor, Segments]:
+        ids, renumbered = self.slots
+        ids = ids[: int((self.experts >= 0).sum())]
+        return ids, replace(renumbered, max_id=ids.shape[0] - 1)
+
+    def _renumbered(self) -> tuple[Tensor, Segments]:
         used = self.experts >= 0
         slot = torch.searchsorted(torch.where(used, self.experts, _LAST), self.row_expert)
         row_slot = torch.where(self.row_expert >= 0, slot, -1)
         slots = torch.where(used, torch.arange(used.shape[0], device=self.device), -1)
         return self.experts.clamp(min=0), Segments(row_slot, self.perm, self.offsets, slots)
-
-    def tile_plan(self, block_rows: int, block_expert: int) -> TilePlan:
-        """The tiles of the sorted rows, computed once per pair of block sizes and shared by all layers.
-
-        Kept only under the circumstances that the segments were made under: what a CUDA graph's capture
-        computes holds nothing until that graph is replayed, and what a trace computes is no tensor. So make
-        segments inside each graph that is to see other ids; for one that replays the same, run once before.
-        """
-        return self._kept(
-            (block_rows, block_expert),
-            lambda: build_tile_plan(self.perm, self.offsets, self.experts, block_rows, block_expert),
-        )
-
-    def _kept(self, key: object, make: Callable[[], Any]) -> Any:
-        now = _circumstances()
-        if now == self._made:
-            if key not in self._derived:
-                with _ordinary_tensors():
-                    self._derived[key] = make()
-            return self._derived[key]
-        # what eager code computed is there in every replay
-        serves = (self._made, now) == ("eager", "captured") and key in self._derived
-        return self._derived[key] if serves else make()
 
     def require_ids_below(self, num_experts: int) -> None:
         """Raise ``ValueError`` for an expert id that is too large; an accelerator asserts it by itself."""
@@ -130,20 +132,11 @@ class Segments:
                 raise ValueError(
                     f"seg: got expert id {self.max_id}, expected ids below {num_experts} experts"
                 )
-        elif self.device.type != "cpu" and num_experts not in self._bounds_met:
-            torch._assert_async((self.experts < num_experts).all(), "seg: expert id out of range")
-            if _circumstances() == self._made:
-                self._bounds_met.add(num_experts)
+        elif self.device.type != "cpu":
+            self.memo(("ids below", num_experts), lambda: self._assert_ids_below(num_experts))
 
-    def products(self, weight: Tensor) -> Products:
-        """The torch backend's products with experts of the shape of ``weight`` (E, R, H).
-
-        The groups are read on the host once per batch and shared by all layers.
-        """
-        key = weight.shape, weight.dtype
-        if key not in self._products:
-            self._products[key] = make_products(self.perm, self.offsets, self.experts, weight)
-        return self._products[key]
+    def _assert_ids_below(self, num_experts: int) -> None:
+        torch._assert_async((self.experts < num_experts).all(), "seg: expert id out of range")
 
     @classmethod
     def from_ids(cls, expert_ids: IdsLike) -> Segments:
@@ -166,6 +159,11 @@ class Segments:
         Args:
             expert_ids: ``(B,)`` integers, -1 for sequences without an expert.
             seq_len: rows of every sequence.
+
+        Raises:
+            TypeError: if the ids or ``seq_len`` are not integers.
+            ValueError: if the ids are not one-dimensional or (checked on the CPU) below -1, or ``seq_len`` is
+                negative.
         """
         _check_count(seq_len, "seq_len")
         ids, max_id = _checked_ids(expert_ids)
@@ -177,10 +175,17 @@ class Segments:
     ) -> Segments:
         """One id per packed sequence: sequence ``b`` owns rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
 
+        On an accelerator this waits for the device unless ``num_rows`` is given.
+
         Args:
             expert_ids: ``(B,)`` integers, -1 for sequences without an expert.
             cu_seqlens: ``(B + 1,)`` integers, non-decreasing, starting at 0.
-            num_rows: T. Give it on an accelerator to avoid reading ``cu_seqlens[-1]`` back to the host.
+            num_rows: T; default ``cu_seqlens[-1]``, read back to the host.
+
+        Raises:
+            TypeError: if the ids, the bounds or ``num_rows`` are not integers.
+            ValueError: if shapes do not match, or (checked on the CPU) an id is below -1, the bounds decrease
+                or do not start at 0, or ``num_rows`` is not the last bound.
         """
         if num_rows is not None:
             _check_count(num_rows, "num_rows")
@@ -194,8 +199,10 @@ class Segments:
 
     @classmethod
     def _group(cls, row_expert: Tensor, capacity: int, max_id: int | None) -> Segments:
-        with _ordinary_tensors():
-            return cls._sorted(row_expert.clone(), capacity, max_id)  # nobody writes other ids into a copy
+        with _outside_inference_mode():
+            return cls._sorted(
+                row_expert.clone(), capacity, max_id
+            )  # a copy: the caller may overwrite the ids
 
     @classmethod
     def _sorted(cls, row_expert: Tensor, capacity: int, max_id: int | None) -> Segments:
@@ -233,15 +240,10 @@ def _tensor(values: Sequence[int], name: str) -> Tensor:
         raise TypeError(f"{name}: got {type(values).__name__}, expected integers ({error})") from error
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether its values are there, and reading them waits for no device: not traced, no fake tensor."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
-
-
 def _checked_ids(expert_ids: IdsLike) -> tuple[Tensor, int | None]:
     """The ids as int64 and, where reading them costs no device sync, their largest value."""
     ids = _integers(expert_ids, "expert_ids")
-    if not _readable(ids) or not ids.numel():
+    if not is_readable(ids) or not ids.numel():
         return ids, None
     low, high = (int(v) for v in ids.aminmax())
     if low < -1:
@@ -255,7 +257,7 @@ def _check_bounds(bounds: Tensor, num_sequences: int, num_rows: int | None) -> N
             f"cu_seqlens: got {bounds.shape[0]} values for {num_sequences} sequences, "
             f"expected {num_sequences + 1}"
         )
-    if not _readable(bounds):
+    if not is_readable(bounds):
         return
     if int(bounds[0]) != 0 or bool((bounds.diff() < 0).any()):
         raise ValueError(f"cu_seqlens: got {bounds.tolist()}, expected non-decreasing values from 0")

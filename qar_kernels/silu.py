@@ -1,7 +1,7 @@
-"""PyTorch's silu in whole vectors.
+"""PyTorch's silu over whole vectors.
 
-It rounds the vectors of a buffer and the rest behind them differently (by one unit in the last place):
-without a rest an element's result does not change with its place, and so not with its company.
+PyTorch rounds a buffer's whole vectors and its remainder differently (by one unit in the last place). Without
+a remainder an element's result does not depend on its position, and so not on the rest of the batch.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qar_kernels.segments import Segments
+
 
 @dataclass(frozen=True, eq=False)
 class TilePlan:
@@ -40,10 +42,17 @@ class TilePlan:
     last_segment: Tensor
 
 
-def build_tile_plan(
-    perm: Tensor, offsets: Tensor, experts: Tensor, block_rows: int, block_expert: int
-) -> TilePlan:
-    """Cut the sorted rows into tiles of ``block_rows`` and every segment into tiles of ``block_expert``."""
+def tile_plan(segments: Segments, block_rows: int, block_expert: int) -> TilePlan:
+    """The sorted rows in tiles of ``block_rows``, and every segment in tiles of ``block_expert``.
+
+    Computed once per batch and pair of block sizes, see :meth:`Segments.memo`.
+    """
+    key = "tile plan", block_rows, block_expert
+    return segments.memo(key, lambda: _build(segments, block_rows, block_expert))
+
+
+def _build(segments: Segments, block_rows: int, block_expert: int) -> TilePlan:
+    perm, offsets, experts = segments.perm, segments.offsets, segments.experts
     rows, capacity = perm.shape[0], experts.shape[0]
     device = perm.device
     position = torch.arange(rows, device=device)

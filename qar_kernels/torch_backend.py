@@ -1,10 +1,10 @@
 """Segmented experts in plain PyTorch: what ``auto`` runs on a CPU.
 
-T rows, H hidden, I intermediate, R expert rank, E experts. Rows are grouped by expert once a batch, and every
-segment runs dense matrix products (:mod:`qar_kernels.row_products`).
+T rows, H hidden, I intermediate, R expert rank, E experts. Rows are grouped by expert once per batch, and
+every segment runs dense matrix products (:mod:`qar_kernels.row_products`).
 
-With one thread, and R and H multiples of 8, a segment's bits depend on its own rows alone; more threads may
-cut a product, or a buffer, according to its company.
+With one thread, and R and H multiples of 8, a segment's bits depend on its own rows alone; with more threads,
+how a product or a buffer is split may depend on the rest of the batch.
 
 Registered as custom operators because the loop over segments reads the segment bounds on the host:
 ``torch.compile`` then sees one opaque node instead of a graph break.
@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qar_kernels.autograd import refuse_second_order
 from qar_kernels.lora import NO_LORA, LoRA, project
 from qar_kernels.row_products import Products, make_products
 from qar_kernels.segments import Segments
 from qar_kernels.silu import silu, silu_backward
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _no_view = torch.ops.aten._unsafe_view.default
 
 
@@ -40,17 +42,28 @@ def expert_mlp(
 ) -> Tensor:
     """Row ``t`` through its own expert; rows without one give zeros. ``x`` (T, H) -> (T, H).
 
-    ``sparse_gradients``: of the experts, row-sparse; only where :func:`is_eager`.
+    ``sparse_gradients``: row-sparse gradients of the experts; only if :func:`is_eager`.
     """
     weights = expert_gate, expert_up, expert_down
     # A registered operator costs about 60 us a call, as much as the whole work at T = 8, H = 512:
     # eager tensors do without.
     if not is_eager(x):
         return torch.ops.qar.expert_mlp(x, *weights, segments.perm, segments.offsets, segments.experts)[0]
-    products = segments.products(expert_gate)
+    products = products_of(segments, expert_gate)
     if torch.is_grad_enabled() and _need_gradients(x, *weights):
         return _ExpertMLP.apply(x, *weights, products, sparse_gradients)
-    return _forward(x, *map(products.take, weights), products)[0]
+    return _forward(x, *map(products.select_weights, weights), products)[0]
+
+
+def products_of(segments: Segments, weight: Tensor) -> Products:
+    """The products of a batch with experts of the shape of ``weight`` (E, R, H).
+
+    Its groups are read on the host once per batch, see :meth:`Segments.memo`.
+    """
+    return segments.memo(
+        (weight.shape, weight.dtype),
+        lambda: make_products(segments.perm, segments.offsets, segments.experts, weight),
+    )
 
 
 def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -58,19 +71,18 @@ def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether no trace, no tensor subclass and no tensor without data has to see a registered operator."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
-    return plain and not torch.compiler.is_compiling()
+    """Whether the registered operator can be bypassed: a plain tensor with data, outside a trace."""
+    return type(tensor) in _PLAIN and not tensor.is_meta and not torch.compiler.is_compiling()
 
 
 def _forward(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, products: Products
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y (T, H) in the batch's order; pre-activations of gate and up as the products' rows."""
-    x = products.enter(x)
+    x = products.to_grouped(x)
     gate_pre, up_pre = products.linear(x, gate), products.linear(x, up)
     y = products.linear(silu(gate_pre).mul_(up_pre), down)
-    return products.leave(y), gate_pre, up_pre
+    return products.to_batch_order(y), gate_pre, up_pre
 
 
 @torch.library.custom_op("qar::expert_mlp", mutates_args=())
@@ -78,7 +90,7 @@ def _expert_mlp(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, perm: Tensor, offsets: Tensor, experts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     products = make_products(perm, offsets, experts, gate)
-    y, *pre = _forward(x, *map(products.take, (gate, up, down)), products)
+    y, *pre = _forward(x, *map(products.select_weights, (gate, up, down)), products)
     return y, *(rows.view(x.shape[0], -1) for rows in pre)
 
 
@@ -109,7 +121,7 @@ def _grads(
     ``shapes`` are gate's and down's; the weights themselves are as the products take them. With
     ``h = silu(a) * u``: ``d_u = d_h * silu(a)`` and ``d_a = d_h * u * silu'(a)``.
     """
-    d_out = products.enter(d_y)
+    d_out = products.to_grouped(d_y)
     d_hidden = products.linear_backward(d_out, down)
     activated = silu(gate_pre)
     d_up_pre, d_gate_pre = d_hidden * activated, silu_backward(d_hidden.mul_(up_pre), gate_pre)
@@ -117,10 +129,10 @@ def _grads(
     d_x = None
     if needs_x:
         d_x = products.linear_backward(d_up_pre, up, add_to=products.linear_backward(d_gate_pre, gate))
-        d_x = products.leave(d_x)
+        d_x = products.to_batch_order(d_x)
     if not needs_weights:
         return d_x, None, None, None
-    rows, hidden = products.enter(x), activated.mul_(up_pre)
+    rows, hidden = products.to_grouped(x), activated.mul_(up_pre)
     return (
         d_x,
         products.weight_gradient(d_gate_pre, rows, shapes[0], sparse),
@@ -145,7 +157,7 @@ def _expert_mlp_backward(
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     products = make_products(perm, offsets, experts, gate)
-    taken, pre = map(products.take, (gate, up, down)), map(products.shaped, (gate_pre, up_pre))
+    taken, pre = map(products.select_weights, (gate, up, down)), map(products.as_grouped, (gate_pre, up_pre))
     grads = _grads(d_y, x, *taken, *pre, products, (gate.shape, down.shape), needs_x, needs_weights)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -204,17 +216,16 @@ class _ExpertMLP(torch.autograd.Function):
         products: Products,
         sparse_gradients: bool,
     ) -> Tensor:
-        taken = [products.take(weight) for weight in (gate, up, down)]
+        taken = [products.select_weights(weight) for weight in (gate, up, down)]
         y, *pre = _forward(x, *taken, products)
         ctx.save_for_backward(x, *taken, *pre)
         ctx.products, ctx.shapes, ctx.sparse = products, (gate.shape, down.shape), sparse_gradients
-        # autograd lets nobody change a view that was made in here in place
+        # autograd forbids changing a view that was made in here in place
         return _no_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor) -> tuple:
-        if torch.is_grad_enabled():  # once_differentiable lets a d_y without gradient pass, and is wrong then
-            raise RuntimeError("expert_mlp: gradients of gradients (create_graph=True) are not implemented")
+        refuse_second_order("backend 'torch'")
         needs_x, gate, up, down, *_ = ctx.needs_input_grad
         needs = needs_x, gate or up or down
         saved, constants = ctx.saved_tensors, (ctx.products, ctx.shapes)

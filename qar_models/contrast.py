@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import logging
 
+from qar_kernels.distributed import num_ranks
+from qar_kernels.host import is_readable
 from qar_models.config import QARConfig
-from qar_models.distributed import gather_batch, mean_over_ranks, num_ranks
+from qar_models.distributed import gather_batch, mean_over_ranks
 
 logger = logging.get_logger(__name__)
 
@@ -201,7 +203,7 @@ class QuerierContrast(nn.Module):
 
     def _check_values(self, response_mask: Tensor, querier_ids: Tensor, cluster_ids: Tensor) -> None:
         """Values are read where that costs no device sync; elsewhere indexing asserts the ids' range."""
-        if response_mask.device.type != "cpu":
+        if not is_readable(response_mask):
             torch._assert_async(response_mask.any(), "response_mask: no responder token in the batch")
             return
         if not response_mask.any():

@@ -9,10 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def num_ranks() -> int:
-    """Processes that train together; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from qar_kernels.distributed import num_ranks
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:

@@ -106,14 +106,14 @@ class Experts(nn.Module):
     def _extras(self, x: Tensor, towers: TowerBatch) -> Iterator[Tensor]:
         """What comes on top of the bank: experts that train alone, the shared one, the mean of all."""
         if self.trained is not None:
-            yield expert_mlp(x, *self.trained.bank, towers.trained, self.qar.backend)
+            yield expert_mlp(x, *self.trained.bank, towers.trained, backend=self.qar.backend)
         if self.qar.experts == "shared+per_querier":
-            yield swiglu_mlp(x, self.shared_gate, self.shared_up, self.shared_down)
+            yield _swiglu(x, self.shared_gate, self.shared_up, self.shared_down)
         if self.qar.unknown_querier == "mean" and towers.may_be_unknown:
             unknown = towers.segments.row_expert < 0
             if self.trained is not None:
                 unknown = unknown & (towers.trained.row_expert < 0)
-            mean = swiglu_mlp(x, *self._mean())
+            mean = _swiglu(x, *self._mean())
             # not a product: an infinite mean times zero would be everybody's NaN
             yield torch.where(unknown.view(*x.shape[:-1], 1), mean, 0.0)
 
@@ -148,6 +148,11 @@ class Experts(nn.Module):
         """Shown by ``print(model)``."""
         experts, rank, hidden = self.gate.shape
         return f"{experts} experts, rank {rank}, hidden {hidden}, {self.qar.experts}, tower={self.qar.tower}"
+
+
+def _swiglu(x: Tensor, *weights: Tensor) -> Tensor:
+    """One expert for all rows, cast to their dtype as the kernels cast a bank: fp32 over a bf16 base."""
+    return swiglu_mlp(x, *(weight.to(x.dtype) for weight in weights))
 
 
 class TrainedExperts(nn.Module):

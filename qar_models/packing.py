@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qar_kernels.host import is_readable
+
 PACKED_ATTENTION = "packed_sdpa"
 
 
@@ -98,7 +100,7 @@ def check_packed(
             f"cu_seq_lens_q: got {tuple(cu_seq_lens.shape)} bounds for {batch_size} rows, expected (N + 1,) "
             "bounds of windows in one row"
         )
-    if cu_seq_lens.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(cu_seq_lens):
         return
     bounds = cu_seq_lens.tolist()
     if bounds[0] != 0 or bounds[-1] != seq_len or bounds != sorted(set(bounds)):
@@ -111,7 +113,7 @@ def check_positions(position_ids: Tensor, cu_seq_lens: Tensor) -> None:
     transformers builds masks from positions, so such windows would see each other. Values are read where
     that costs no device sync.
     """
-    if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(position_ids):
         return
     starts = cu_seq_lens[1:-1].long().to(position_ids.device)
     running = starts[(position_ids[0, starts] - position_ids[0, starts - 1]) == 1].tolist()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qar_kernels import Segments
+from qar_kernels.host import is_capturing, is_readable
 from qar_models.config import QARConfig
 from qar_models.towers import TowerBatch
 
@@ -83,7 +84,7 @@ class TowerMemo:
             return make_towers(qar, querier_ids, *where)
         *shape_and_device, trained_ids, cu_seq_lens = where
         content = _content(querier_ids)
-        if cu_seq_lens is not None or content is None or _is_capturing():
+        if cu_seq_lens is not None or content is None or is_capturing():
             return make_towers(qar, querier_ids, *where)
         # no backward pass can save tensors that were made in inference mode
         mode = torch.is_inference_mode_enabled()
@@ -97,23 +98,15 @@ class TowerMemo:
 
 def _content(ids: Tensor) -> list | tuple[object, int] | None:
     """A key that is equal only for equal ids, made without waiting for a device; None if there is none."""
-    if _on_host(ids):
+    if is_readable(ids):
         return ids.tolist()
     promise = _promise.get()
     return None if promise is None else (promise, id(ids))
 
 
-def _on_host(ids: Tensor) -> bool:
-    return ids.device.type == "cpu" and type(ids) is Tensor  # a fake tensor has no values
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
 def _are_known(ids: Tensor) -> bool:
     """Whether the host can tell, without waiting for a device, that no id is -1."""
-    if torch.compiler.is_compiling() or not _on_host(ids):
+    if not is_readable(ids):
         return False
     return not bool((ids < 0).any())
 
@@ -171,7 +164,7 @@ def _check_values(ids: Tensor, qar: QARConfig) -> None:
     if not ids.numel():
         return
     lowest = 0 if qar.unknown_querier == "error" else -1
-    if torch.compiler.is_compiling() or not _on_host(ids):
+    if not is_readable(ids):
         allowed = (ids >= lowest) & (ids < qar.num_queriers)
         expected = f"querier_ids: expected ids from {lowest} to {qar.num_queriers - 1}"
         torch._assert_async(allowed.all(), expected)

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from qar_kernels.distributed import num_ranks
 from qar_kernels.row_sparse import row_sparse
-from qar_models.distributed import gather_batch, num_ranks
+from qar_models.distributed import gather_batch
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,22 +13,28 @@ from torch import Tensor
 
 from qar_kernels import dispatch
 from qar_kernels.lora import NO_LORA, LoRA
-from qar_kernels.row_sparse import Three
 from qar_kernels.segments import Segments
-from qar_kernels.tile_plan import TilePlan
+from qar_kernels.tile_plan import TilePlan, tile_plan
 from qar_kernels.triton import launch, ops
 from qar_kernels.triton.base_mlp import swiglu_mlp
 from qar_kernels.triton.configs import CONFIGS, select_config
 from qar_kernels.triton.lora import prepare
+from qar_kernels.triton.operands import Constants, Operands
+from qar_kernels.weights import SwiGLUWeights
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLAN_FIELDS = tuple(field.name for field in fields(TilePlan))
 
 
 def fused_mlp(
-    x: Tensor, base: Three, experts: Three, segments: Segments, scale: float, recompute: bool,
+    x: Tensor,
+    base: SwiGLUWeights,
+    experts: SwiGLUWeights,
+    segments: Segments,
+    scale: float,
+    recompute: bool,
     lora: LoRA = NO_LORA,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """``base(x) + scale * expert_q(x)``, on the fused path in one gate/up and one down launch.
 
     ``x`` (T, H) -> (T, H).
@@ -39,9 +45,14 @@ def fused_mlp(
 
 
 def dual_mlp(
-    x: Tensor, x_expert: Tensor, base: Three, experts: Three, segments: Segments, recompute: bool,
+    x: Tensor,
+    x_expert: Tensor,
+    base: SwiGLUWeights,
+    experts: SwiGLUWeights,
+    segments: Segments,
+    recompute: bool,
     lora: LoRA = NO_LORA,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """``base(x)`` (T, H) and ``expert_q(x_expert)`` (S, H), on the fused path in the same two launches."""
     if _path((x, x_expert), base, experts, segments, recompute, lora) == "grouped":
         return swiglu_mlp(x, *base, lora), expert_mlp(x_expert, experts, segments)
@@ -49,26 +60,31 @@ def dual_mlp(
 
 
 def expert_mlp(
-    x: Tensor, experts: Three, segments: Segments, scale: float = 1.0, base_y: Tensor | None = None
+    x: Tensor, experts: SwiGLUWeights, segments: Segments, scale: float = 1.0, base_y: Tensor | None = None
 ) -> Tensor:
     """``scale * expert_q(x)``, added to ``base_y`` (S, H) where given. ``x`` (S, H) -> (S, H)."""
     return _run("expert", None, (), x, experts, base_y, segments, scale, False)[1]
 
 
 def plan_tensors(plan: TilePlan) -> list[Tensor]:
-    """The plan as operators take it: its tensors in the order of its fields."""
+    """The plan's tensors in the order of its fields, as operators take them."""
     return [getattr(plan, field) for field in _PLAN_FIELDS]
 
 
 def _path(
-    rows: tuple[Tensor, ...], base: Three, experts: Three, segments: Segments, recompute: bool, lora: LoRA
+    rows: tuple[Tensor, ...],
+    base: SwiGLUWeights,
+    experts: SwiGLUWeights,
+    segments: Segments,
+    recompute: bool,
+    lora: LoRA,
 ) -> str:
     """``"fused"``, or ``"grouped"``: the base is left to the vendor library, which cannot recompute."""
     if recompute:
         return "fused"
     trainable = *rows, *base, *experts, *lora.factors
-    # Dropout is drawn for training, and must come out the same where checkpointing runs a first pass without
-    # gradients: the two paths draw in their own ways.
+    # Checkpointing runs a first pass without gradients, which must draw the same dropout as the second: the
+    # two paths draw differently, so dropout counts as training.
     differentiates = torch.is_grad_enabled() or lora.drops
     intermediate, hidden = base[0].shape
     num_experts, rank, _ = experts[0].shape
@@ -90,7 +106,7 @@ def _run(
     x: Tensor | None,
     base: Sequence[Tensor],
     x_expert: Tensor | None,
-    experts: Three,
+    experts: SwiGLUWeights,
     base_y: Tensor | None,
     segments: Segments,
     scale: float,
@@ -101,14 +117,12 @@ def _run(
     _check_runnable(rows)
     name = select_config(rows.device, rows.dtype, rows.shape[0], tower)
     config = CONFIGS[name]
-    plan = segments.tile_plan(config.block_rows, config.block_expert)
+    plan = tile_plan(segments, config.block_rows, config.block_expert)
     x, x_expert, base_y = (_dense(tensor) for tensor in (x, x_expert, base_y))
     base, experts = ([weight.contiguous() for weight in weights] for weights in (base, experts))
     adapters = [] if not lora.factors else list(prepare(lora, rows, base[0].shape[0]))
-    return ops.run(
-        tower, x, base, x_expert, experts, base_y, segments.perm, plan_tensors(plan), adapters,
-        float(scale), name, recompute,
-    )  # fmt: skip
+    operands = Operands(x, base, x_expert, experts, base_y, segments.perm, plan_tensors(plan), adapters)
+    return ops.run(operands, Constants(tower, float(scale), name), recompute)
 
 
 def _check_runnable(x: Tensor) -> None:

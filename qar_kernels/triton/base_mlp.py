@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qar_kernels.autograd import refuse_second_order
 from qar_kernels.lora import LoRA, add_update, project
 from qar_kernels.triton.kernels_swiglu import swiglu_backward_kernel, swiglu_kernel
-from qar_kernels.triton.ops import is_watched
+from qar_kernels.triton.ops import needs_operator
 from qar_kernels.triton.runner import cdiv, run_kernel
 
 _BLOCK = 2048
@@ -24,8 +25,8 @@ def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, lora: LoRA) ->
     three times and saves the two pre-activations.
     """
     a, u = project(x, gate, lora.gate), project(x, up, lora.up)
-    if is_watched((a, u)):
-        return project(F.silu(a) * u, down, lora.down)  # what a compiler fuses by itself
+    if needs_operator((a, u)):
+        return project(F.silu(a) * u, down, lora.down)  # the compiler fuses this by itself
     a, u = a.contiguous(), u.contiguous()
     if torch.is_grad_enabled() and (a.requires_grad or u.requires_grad or down.requires_grad):
         y, h = _SwiGLUDown.apply(a, u, down)
@@ -43,7 +44,7 @@ def swiglu(a: Tensor, u: Tensor) -> Tensor:
 
 
 def swiglu_backward(d_h: Tensor, a: Tensor, u: Tensor, keep_h: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``a`` and ``u``, and ``h`` again where ``keep_h``: else no elements."""
+    """Gradients of ``a`` and ``u``, and ``h`` recomputed if ``keep_h``, else empty."""
     d_a, d_u, h = torch.empty_like(a), torch.empty_like(u), torch.empty_like(a) if keep_h else a.new_empty(0)
     _launch(swiglu_backward_kernel, d_h, a, u, d_a, d_u, h, KEEP_H=keep_h)
     return d_a, d_u, h
@@ -71,10 +72,7 @@ class _SwiGLUDown(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, d_y: Tensor, d_h: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "backend 'triton': gradients of gradients (create_graph=True) are not implemented"
-            )
+        refuse_second_order("backend 'triton'")
         a, u, down = ctx.saved_tensors
         wants_down = ctx.needs_input_grad[2]
         d_h = torch.mm(d_y, down) if d_h is None else torch.addmm(d_h, d_y, down)

@@ -163,7 +163,7 @@ def select_config(device: torch.device, dtype: torch.dtype, rows: int, tower: st
 @torch.compiler.assume_constant_result
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels are known to compile for and fit on a device; warns of a CUDA device if not."""
-    return _has_kernels(device)  # a function of its own: dynamo warns of a cached one
+    return _has_kernels(device)  # separate, because dynamo warns about cached functions
 
 
 @cache

@@ -25,11 +25,13 @@ from qar_kernels.triton.kernels_gate_up import gate_up_kernel
 from qar_kernels.triton.kernels_weight_grad import expert_weight_grad_kernel
 from qar_kernels.triton.lora import LoraOperands
 from qar_kernels.triton.runner import cdiv, run_kernel
+from qar_kernels.weights import SwiGLUWeights
 
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
-# Tiles of segments are small and wait for memory most of their time: several are on a multiprocessor at once,
-# and the hardware deals out more as they end. Not one a tile: the host's bound on tiles can be far too high.
+# Tiles of segments are small and mostly wait for memory: several run on a multiprocessor at once, and the
+# hardware schedules more as they end. Not one program per tile: the host's bound on tiles can be far too
+# high.
 _SEGMENT_PROGRAMS = 32
 _RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded instead of run
 
@@ -38,30 +40,22 @@ _RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded inst
 INTERPRETED = not isinstance(gate_up_kernel, triton.JITFunction)
 
 
-class Weights(NamedTuple):
-    """SwiGLU weights, of the base ``(I, H), (I, H), (H, I)`` or of the experts, stacked in front."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-
 class Hidden(NamedTuple):
     """Per-row intermediate results: gate and up (pre-activations or their gradients) and hidden units."""
 
     a: Tensor
     u: Tensor
     h: Tensor
-    seen_h: Tensor | None = None  # h as the base's down adapter sees it: h itself where that has no dropout
+    dropped_h: Tensor | None = None  # h after the down adapter's dropout; without it h itself
 
 
 @dataclass(frozen=True)
 class Call:
-    """What every launch of one operation shares.
+    """What all launches of one operation share.
 
     Attributes:
         tower: "fused", "dual" or "expert".
-        base: base weights; in the expert tower unused (the experts' stand in, so that pointers exist).
+        base: base weights; unused in the expert tower (the experts' stand in, so that pointers exist).
         experts: expert weights.
         perm: ``(S,)`` rows sorted by expert.
         plan: tiles over the sorted rows.
@@ -71,8 +65,8 @@ class Call:
     """
 
     tower: str
-    base: Weights
-    experts: Weights
+    base: SwiGLUWeights
+    experts: SwiGLUWeights
     perm: Tensor
     plan: TilePlan
     scale: float
@@ -110,7 +104,7 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
         base.h, base.a, base.u,
         x_expert, call.experts.gate, call.experts.up, expert.h, expert.a, expert.u,
         call.perm, call.plan.rank, *_expert_tiles(call.plan),
-        lora.gate_low, lora.gate_b, lora.up_low, lora.up_b, base.seen_h, lora.mask, call.scale, x.shape[0],
+        lora.gate_low, lora.gate_b, lora.up_low, lora.up_b, base.dropped_h, lora.mask, call.scale, x.shape[0],
         **_shape(call, x), **_blocks(call, gemm), TOWER=call.tower, SAVE=save, TMA=tma,
         GATE_RANK=lora.gate_b.shape[1], UP_RANK=lora.up_b.shape[1], DROPOUT=lora.drops,
     )  # fmt: skip
@@ -167,7 +161,7 @@ def d_hidden(
         base.a, base.u, d_base.a, d_base.u, d_base.h,
         d_y_expert, call.experts.down, expert.a, expert.u, d_expert.a, d_expert.u, d_expert.h,
         call.perm, call.plan.rank, *_expert_tiles(call.plan),
-        call.lora.down_a if d_low is None else d_low, call.lora.down_a, d_base.seen_h, call.lora.mask,
+        call.lora.down_a if d_low is None else d_low, call.lora.down_a, d_base.dropped_h, call.lora.mask,
         call.scale, rows,
         **_shape(call, d_y), **_blocks(call, gemm), TOWER=call.tower, KEEP_H=keep_h, TMA=tma,
         LORA_RANK=call.lora.down_b.shape[1], DROPOUT=call.lora.drops,
@@ -199,10 +193,10 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
     return d_x, d_x_expert
 
 
-def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) -> Weights:
+def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) -> SwiGLUWeights:
     """Gradients of the expert weights, zeros for experts that are absent."""
     gemm, hidden = call.config.weight_grad, x.shape[1]
-    grads = Weights(*(torch.zeros_like(weight) for weight in call.experts))
+    grads = SwiGLUWeights(*(torch.zeros_like(weight) for weight in call.experts))
     tiles = 2 * (call.plan.experts.shape[0] - 1) * cdiv(hidden, gemm.block_n)
     run_kernel(
         expert_weight_grad_kernel, _grid("expert", x, tiles),
@@ -246,7 +240,7 @@ def _rank_pad(rank: int) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    """That of PyTorch's own GEMMs. Its older switches show here too; they raise once this one was used."""
+    """The precision of PyTorch's own GEMMs. Older switches show up here; they raise once this was used."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 

@@ -28,8 +28,8 @@ class LoraOperands(NamedTuple):
         gate_b, up_b: ``(I, r)``.
         down_a: ``(r, I)``, times ``scale / (1 - dropout)``.
         down_b: ``(H, r)``.
-        mask: ``(T, ceil(I / 8))`` uint8, the hidden units that the down adapter sees, see
-            :func:`dropout_mask`; no elements where it sees all.
+        mask: ``(T, ceil(I / 8))`` uint8, the hidden units that its dropout keeps, see
+            :func:`dropout_mask`; no elements without dropout.
     """
 
     gate_low: Tensor
@@ -105,7 +105,7 @@ def operand_grads(
     d_low: Tensor,
     d_gate: Tensor,
     d_up: Tensor,
-    seen_h: Tensor,
+    dropped_h: Tensor,
     to_hidden: Callable[[Tensor], Tensor],
     to_batch: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
@@ -115,7 +115,7 @@ def operand_grads(
         d_y: ``(T, H)`` in the batch's order.
         d_low: ``(T, r)``, ``d_y · down_b`` in the batch's order.
         d_gate, d_up: ``(T, I)`` gradients of the pre-activations, in the hidden units' order.
-        seen_h: ``(T, I)`` hidden units as the down adapter sees them, in their order.
+        dropped_h: ``(T, I)`` hidden units after the down adapter's dropout, in their own order.
         to_hidden, to_batch: reorder rows from the batch's order to the hidden units' and back; only
             matrices with r columns pass through them.
     """
@@ -124,7 +124,7 @@ def operand_grads(
         lambda: d_gate.t() @ to_hidden(lora.gate_low),
         lambda: to_batch(d_up @ lora.up_b),
         lambda: d_up.t() @ to_hidden(lora.up_low),
-        lambda: to_hidden(d_low).t() @ seen_h,
-        lambda: d_y.t() @ to_batch(seen_h @ lora.down_a.t()),
+        lambda: to_hidden(d_low).t() @ dropped_h,
+        lambda: d_y.t() @ to_batch(dropped_h @ lora.down_a.t()),
     )
     return [grad() if needed else d_y.new_empty(0) for grad, needed in zip(grads, needs, strict=True)]

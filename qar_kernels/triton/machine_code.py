@@ -28,12 +28,12 @@ ARCHITECTURES = {arch: int(arch.removeprefix("sm_")) for arch in _SHARED_KIB}
 # threads. Registers are handed out to warps, 256 at a time.
 _TOTAL_SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
 _THREADS = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
-_REGISTERS, _BLOCKS, _WARP = 65536, 32, 32  # blocks: 16 to 32, and never what binds
+_REGISTERS, _BLOCKS, _WARP = 65536, 32, 32  # blocks: 16 to 32, never the limit
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What one kernel became.
+    """What a kernel was compiled to.
 
     Attributes:
         registers: per thread.

@@ -1,7 +1,7 @@
 """The forward and the backward pass as plain functions: which launches run, and what PyTorch runs between.
 
 T rows, S rows that have experts, H hidden, I intermediate, R rank, E experts. One function each serves the
-three towers; what a tower does not have is None on the way in and has no elements on the way out.
+three towers; what a tower lacks is None as an input and empty as an output.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor
 from qar_kernels.tile_plan import TilePlan
 from qar_kernels.triton import launch
 from qar_kernels.triton.configs import CONFIGS
-from qar_kernels.triton.launch import Call, Hidden, Weights
+from qar_kernels.triton.launch import Call, Hidden
 from qar_kernels.triton.lora import LoraOperands, operand_grads
+from qar_kernels.triton.operands import Constants, Operands
+from qar_kernels.weights import SwiGLUWeights
 
 
 class Needs(NamedTuple):
@@ -33,47 +35,22 @@ class Needs(NamedTuple):
         return cls(*flags[:4], list(flags[4:]))
 
 
-def forward(
-    tower: str,
-    x: Tensor | None,
-    base: Sequence[Tensor],
-    x_expert: Tensor | None,
-    experts: Sequence[Tensor],
-    base_y: Tensor | None,
-    perm: Tensor,
-    plan: Sequence[Tensor],
-    lora: Sequence[Tensor],
-    scale: float,
-    config: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs of the base rows and of the expert rows; the pre-activations of both where ``save``.
-
-    ``base`` and ``experts`` are gate, up and down; the expert tower has no base. ``base_y`` (expert tower
-    only) is added to the expert rows' output. ``lora`` is empty, or the tensors of :class:`LoraOperands`.
-    """
-    call = _call(tower, base, experts, perm, plan, lora, scale, config)
-    rows, expert_rows = row_sets(tower, x, x_expert)
+def forward(operands: Operands, constants: Constants, save: bool) -> tuple[Tensor, ...]:
+    """Outputs of the base rows and of the expert rows; the pre-activations of both where ``save``."""
+    call = _call(operands, constants)
+    rows, expert_rows = row_sets(call.tower, operands.x, operands.x_expert)
     hidden, expert_hidden = launch.gate_up(call, rows, expert_rows, save)
-    low = hidden.seen_h @ call.lora.down_a.t() if lora else None
-    y, expert_y = launch.down(call, hidden.h, expert_hidden.h, rows, base_y, low)
+    low = hidden.dropped_h @ call.lora.down_a.t() if operands.lora else None
+    y, expert_y = launch.down(call, hidden.h, expert_hidden.h, rows, operands.base_y, low)
     return y, expert_y, hidden.a, hidden.u, expert_hidden.a, expert_hidden.u
 
 
 def backward(
-    tower: str,
+    operands: Operands,
+    constants: Constants,
+    pre: Sequence[Tensor],
     d_y: Tensor | None,
     d_y_expert: Tensor | None,
-    x: Tensor | None,
-    base: Sequence[Tensor],
-    x_expert: Tensor | None,
-    experts: Sequence[Tensor],
-    pre: Sequence[Tensor],
-    perm: Tensor,
-    plan: Sequence[Tensor],
-    lora: Sequence[Tensor],
-    scale: float,
-    config: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, the base weights, x_expert, the expert weights and the adapters' operands.
@@ -82,47 +59,40 @@ def backward(
     computed again. Nothing that was saved is written to, so a retained graph can be walked again.
     """
     needed = Needs.unpack(needs)
-    call = _call(tower, base, experts, perm, plan, lora, scale, config)
-    rows, expert_rows = row_sets(tower, x, x_expert)
-    d_rows, d_expert_rows = row_sets(tower, d_y, d_y_expert)
+    call = _call(operands, constants)
+    rows, expert_rows = row_sets(call.tower, operands.x, operands.x_expert)
+    d_rows, d_expert_rows = row_sets(call.tower, d_y, d_y_expert)
     hidden, expert_hidden = _pre_activations(call, rows, expert_rows, pre)
     if not (needed.x or needed.base or any(needed.lora)):
         call = call.only_experts()
-    d_low = d_rows @ call.lora.down_b if lora and call.tower != "expert" else None
+    adapted = len(operands.lora) > 0
+    d_low = d_rows @ call.lora.down_b if adapted and call.tower != "expert" else None
     keep_h = needed.base or (any(needed.lora[4:]) and not call.lora.drops)
     d_base, d_expert = launch.d_hidden(call, d_rows, d_expert_rows, hidden, expert_hidden, keep_h, d_low)
 
     none = rows.new_empty(0)
     d_x, d_x_expert = _input_grads(call, needed, d_base, d_expert, rows)
-    d_weights, d_experts, d_lora = [none] * len(base), [none] * len(experts), []
+    d_weights, d_experts, d_lora = [none] * len(operands.base), [none] * len(operands.experts), []
     if needed.base:
-        d_weights = _base_weight_grads(tower, rows, d_rows, perm, d_base)
+        d_weights = _base_weight_grads(constants.tower, rows, d_rows, operands.perm, d_base)
     if needed.experts:
         d_experts = launch.expert_weight_grads(call, expert_rows, d_expert_rows, d_expert)
-    if lora:
-        d_pre = d_base.a, d_base.u, d_base.seen_h
+    if adapted:
+        d_pre = d_base.a, d_base.u, d_base.dropped_h
         d_lora = operand_grads(call.lora, needed.lora, d_rows, d_low, *d_pre, *_row_orders(call))
     return [_own(grad) for grad in (d_x, *d_weights, d_x_expert, *d_experts, *d_lora)]
 
 
-def _call(
-    tower: str,
-    base: Sequence[Tensor],
-    experts: Sequence[Tensor],
-    perm: Tensor,
-    plan: Sequence[Tensor],
-    lora: Sequence[Tensor],
-    scale: float,
-    config: str,
-) -> Call:
-    expert_weights = Weights(*experts)
-    base_weights = Weights(*base) if base else expert_weights
-    operands = LoraOperands(*lora) if lora else LoraOperands.none(expert_weights.gate)
-    return Call(tower, base_weights, expert_weights, perm, TilePlan(*plan), scale, CONFIGS[config], operands)
+def _call(operands: Operands, constants: Constants) -> Call:
+    experts = SwiGLUWeights(*operands.experts)
+    base = SwiGLUWeights(*operands.base) if operands.base else experts
+    lora = LoraOperands(*operands.lora) if operands.lora else LoraOperands.none(experts.gate)
+    plan, config = TilePlan(*operands.plan), CONFIGS[constants.config]
+    return Call(constants.tower, base, experts, operands.perm, plan, constants.scale, config, lora)
 
 
 def row_sets(tower: str, rows: Tensor | None, expert_rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Base rows and expert rows; where a tower has one set it stands in for both."""
+    """Base rows and expert rows; if a tower has only one of them, it stands in for both."""
     first = expert_rows if tower == "expert" else rows
     second = rows if tower == "fused" else expert_rows
     return first, second
@@ -147,11 +117,11 @@ def _input_grads(
     return d_x if needed.x else none, d_x_expert if needed.x_expert else none
 
 
-def _base_weight_grads(tower: str, x: Tensor, d_y: Tensor, perm: Tensor, d_base: Hidden) -> Weights:
+def _base_weight_grads(tower: str, x: Tensor, d_y: Tensor, perm: Tensor, d_base: Hidden) -> SwiGLUWeights:
     """Plain GEMMs over all rows, in the order that ``d_base`` has: the vendor library's best case."""
     if tower == "fused":
         x, d_y = x.index_select(0, perm), d_y.index_select(0, perm)
-    return Weights(d_base.a.t() @ x, d_base.u.t() @ x, d_y.t() @ d_base.h)
+    return SwiGLUWeights(d_base.a.t() @ x, d_base.u.t() @ x, d_y.t() @ d_base.h)
 
 
 def _row_orders(call: Call) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:

@@ -22,13 +22,13 @@ class Recorded:
     meta: dict
 
 
-# A context's own, so that a thread that records drops no other thread's launches.
+# Local to a context, so that a thread that records does not swallow another thread's launches.
 _launcher: ContextVar[Callable[[Recorded], object] | None] = ContextVar("launcher", default=None)
 
 
 @contextmanager
 def launching_by(launcher: Callable[[Recorded], object]) -> Iterator[None]:
-    """Hand launches to ``launcher`` instead of Triton, so that they can be kept, compiled or emulated."""
+    """Hand launches to ``launcher`` instead of Triton, to be collected, compiled or emulated."""
     token = _launcher.set(launcher)
     try:
         yield
@@ -38,7 +38,7 @@ def launching_by(launcher: Callable[[Recorded], object]) -> Iterator[None]:
 
 @contextmanager
 def recording() -> Iterator[list[Recorded]]:
-    """Collect launches instead of running them: what is compiled ahead of time is what would run."""
+    """Collect launches instead of running them, so that exactly what would run is compiled ahead of time."""
     launches: list[Recorded] = []
     with launching_by(launches.append):
         yield launches
@@ -49,7 +49,7 @@ def run_kernel(kernel: object, grid: tuple[int, ...], *args: object, **meta: obj
 
     Raises:
         RuntimeError: if the kernel cannot be compiled for this device or does not fit on it. Other errors,
-            such as an earlier kernel's that CUDA reports late, pass as they are.
+            such as an earlier kernel's that CUDA reports late, pass through unchanged.
     """
     launcher = _launcher.get()
     if launcher is not None:

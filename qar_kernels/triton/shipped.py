@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from qar_kernels.segments import Segments
+from qar_kernels.tile_plan import tile_plan
 from qar_kernels.triton import base_mlp, launch
 from qar_kernels.triton.adamw import adamw_rows
 from qar_kernels.triton.configs import CONFIGS, FAMILIES
-from qar_kernels.triton.launch import Call, Hidden, Weights
+from qar_kernels.triton.launch import Call, Hidden
 from qar_kernels.triton.lora import LoraOperands, draw_mask
 from qar_kernels.triton.runner import Recorded, recording
+from qar_kernels.weights import SwiGLUWeights
 
 # H and I: of the two models at which everything is compiled, and of others that can be asked for
 SHAPES = {"Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
@@ -38,7 +40,7 @@ RANKS = (8, 16, 32, 64, 128)
 TOWERS = ("fused", "dual", "expert")
 LORA_RANKS = (16, 64)  # of adapters on all three base projections, with dropout
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Each of them gives the split K loops another number of parts at the shapes above.
+# Each gives the split K loops a different number of parts at the shapes above.
 _DECODE_ROWS = (64,)
 _PREFILL_ROWS = (1024, 512, 256, 128)
 
@@ -153,10 +155,10 @@ def _call(case: Case, rows: int) -> tuple[Call, Tensor]:
 
     blocks = CONFIGS[case.config]
     segments = Segments.from_ids([0, 1, 2, 3] * (rows // 4))
-    base = Weights(empty(inter, hidden), empty(inter, hidden), empty(hidden, inter))
+    base = SwiGLUWeights(empty(inter, hidden), empty(inter, hidden), empty(hidden, inter))
     stacked = (empty(experts, case.rank, hidden), empty(experts, case.rank, hidden))
-    expert = Weights(*stacked, empty(experts, hidden, case.rank))
-    plan = segments.tile_plan(blocks.block_rows, blocks.block_expert)
+    expert = SwiGLUWeights(*stacked, empty(experts, hidden, case.rank))
+    plan = tile_plan(segments, blocks.block_rows, blocks.block_expert)
     lora = _adapters(empty, rows, hidden, inter, case.lora_rank)
     return Call(case.tower, base, expert, segments.perm, plan, 1.0, blocks, lora), empty(rows, hidden)
 

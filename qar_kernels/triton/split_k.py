@@ -1,4 +1,4 @@
-"""Split K: where a GEMM has too few output tiles for the chip, its K loop is cut into parts.
+"""Split K: if a GEMM has too few output tiles for the chip, its K loop is cut into parts.
 
 Every part (and in the fused tower the experts' share) writes fp32 sums to a slot of its own, and the
 slots are added from the first to the last. T rows, H columns of the output.
@@ -19,7 +19,7 @@ _COLUMNS = 1024
 def count(tiles: int, programs: int, max_splits: int) -> int:
     """Parts of the K loop: the least power of two that gives three quarters of the programs a tile.
 
-    Depends on shapes and the device only, never on the ids: a row's sum has one order in all company.
+    It depends on shapes and the device only, never on the ids: a row's order of summation is always the same.
     """
     splits = 1
     while 2 * splits <= max_splits and 4 * splits * tiles < 3 * programs:

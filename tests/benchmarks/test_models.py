@@ -7,7 +7,7 @@ from benchmarks import generation, layers, models
 from benchmarks.schema import load
 from benchmarks.session import Session
 from benchmarks.shapes import Cell
-from benchmarks.verify import WrongResult
+from qar_kernels.testing import WrongResult
 
 CELL = Cell(16, 2, 4, 8, 576, 1536, "float32", S=8, L=1)
 

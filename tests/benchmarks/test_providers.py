@@ -18,7 +18,8 @@ from benchmarks.providers import PROVIDERS, Trial
 from benchmarks.schema import load
 from benchmarks.session import Job, Session
 from benchmarks.shapes import Cell, matrix
-from benchmarks.verify import Reference, WrongResult
+from benchmarks.verify import Reference
+from qar_kernels.testing import WrongResult
 from qar_kernels.triton.runner import recording
 from train.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Cases, runs and the one tolerance of all kernel tests.
+"""Cases and runs of all kernel tests.
 
 T rows, H hidden, I intermediate, R expert rank, E experts.
 """
@@ -8,30 +8,15 @@ from dataclasses import dataclass, field
 import torch
 
 from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
+from qar_kernels.testing import check_close, relative_errors
 
 TOWERS = ("fused", "dual", "expert")
 NAMES = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
 
 
-def relative_error(got, ref64):
-    """``‖got - ref‖ / ‖ref‖`` in float64."""
-    return ((got.double() - ref64).norm() / ref64.norm()).item()
-
-
 def assert_close(name, got, ref64, eager):
-    """At most twice the error that eager PyTorch makes in the same dtype, plus one unit in the last
-    place: a few elements say little about eager's error. Exact where all is zero.
-
-    On a card exact fp32 products add up one after the other, where cuBLAS adds partial sums: eight units.
-    """
-    assert got.shape == ref64.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(ref64.shape)}"
-    if not ref64.any():
-        assert not got.any(), f"{name}: expected exact zeros"
-        return
-    units = 8 if got.is_cuda and got.dtype == torch.float32 else 1
-    limit = 2 * relative_error(eager, ref64) + units * torch.finfo(got.dtype).eps
-    error = relative_error(got, ref64)
-    assert error <= limit, f"{name}: relative error {error:.2e}, limit {limit:.2e}"
+    """As near to float64 as :func:`check_close` asks, by what eager PyTorch misses it in the same dtype."""
+    check_close(name, got, ref64, relative_errors(eager, ref64) if ref64.any() else (0.0, 0.0))
 
 
 @dataclass

@@ -119,6 +119,20 @@ def test_bad_scale(op, scale):
         call(op, arguments(), expert_scale=scale)
 
 
+def test_only_the_arguments_that_every_call_has_in_one_order_are_positional():
+    """``expert_mlp`` once took its backend where ``fused_mlp`` takes the scale."""
+    x, *weights, seg = arguments().values()
+    assert fused_mlp(x, *weights, seg, 0.5, "torch").shape == x.shape
+    assert len(dual_mlp(x, x, *weights, seg, "torch")) == 2
+    for call in (
+        lambda: fused_mlp(x, *weights, seg, 0.5, "torch", True),
+        lambda: dual_mlp(x, x, *weights, seg, "torch", True),
+        lambda: expert_mlp(x, *weights[3:], seg, 0.5),
+    ):
+        with pytest.raises(TypeError, match="positional argument"):
+            call()
+
+
 @pytest.mark.parametrize("op", [fused_mlp, dual_mlp, expert_mlp])
 def test_bad_backend(op):
     with pytest.raises(ValueError, match="backend: got 'cuda', expected one of auto, triton"):

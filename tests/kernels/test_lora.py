@@ -196,6 +196,7 @@ def test_compile_without_graph_breaks(backend, dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("tower", ["fused", "dual"])
 def test_opcheck(tower, dropout):
+    from qar_kernels.tile_plan import tile_plan
     from qar_kernels.triton.backend import plan_tensors
 
     case = Case([0, 1, 1, -1, 3, 0, 2], H=16, I=24)
@@ -206,9 +207,9 @@ def test_opcheck(tower, dropout):
     operands = [t.requires_grad_() if t.is_floating_point() else t for t in operands]
     seg = Segments.from_ids(case.ids)
     args = (
-        tower, tensors["x"], [tensors[n] for n in WEIGHTS[:3]],
+        tensors["x"], [tensors[n] for n in WEIGHTS[:3]],
         tensors["x_specific"] if tower == "dual" else None, [tensors[n] for n in WEIGHTS[3:]], None,
-        seg.perm, plan_tensors(seg.tile_plan(16, 16)), operands, 0.7, "tiny", True,
+        seg.perm, plan_tensors(tile_plan(seg, 16, 16)), operands, tower, 0.7, "tiny", True,
     )  # fmt: skip
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.qar.swiglu_experts.default, args, test_utils=checks)

@@ -58,7 +58,7 @@ def test_neighbours_are_a_slice_and_others_come_a_few_at_a_time():
 
 def test_read_once_and_shared_by_layers():
     segments, layers = Segments.from_ids([1, 0, 1]), torch.randn(2, 2, 4, 8)
-    assert segments.products(layers[0]) is segments.products(layers[1])
+    assert torch_backend.products_of(segments, layers[0]) is torch_backend.products_of(segments, layers[1])
 
 
 def test_an_expert_that_is_not_there_is_named_where_only_the_groups_know_it():

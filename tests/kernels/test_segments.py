@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qar_kernels import Segments
+from qar_kernels.tile_plan import tile_plan
 
 IDS = st.lists(st.integers(-1, 6), min_size=1, max_size=60)
 
@@ -26,7 +27,7 @@ def test_rows_are_grouped_stably(ids):
 @given(IDS, st.sampled_from([1, 4, 16]), st.sampled_from([4, 16]))
 def test_tiles_cover_every_row_once(ids, block_expert, block_rows):
     seg = Segments.from_ids(ids)
-    plan = seg.tile_plan(block_rows, block_expert)
+    plan = tile_plan(seg, block_rows, block_expert)
     assert plan.rank[seg.perm].tolist() == list(range(len(ids)))
     with_experts, everything = plan.tile_count.tolist()
     owned = []
@@ -46,7 +47,7 @@ def test_tiles_cover_every_row_once(ids, block_expert, block_rows):
 @given(IDS, st.sampled_from([1, 4, 16]))
 def test_row_tiles_meet_exactly_their_segments(ids, block_rows):
     seg = Segments.from_ids(ids)
-    plan = seg.tile_plan(block_rows, 16)
+    plan = tile_plan(seg, block_rows, 16)
     sorted_ids = [ids[row] for row in seg.perm.tolist()]
     for tile, (first, last) in enumerate(zip(plan.first_segment, plan.last_segment, strict=True)):
         met = set(sorted_ids[tile * block_rows : (tile + 1) * block_rows]) - {-1}
@@ -55,23 +56,23 @@ def test_row_tiles_meet_exactly_their_segments(ids, block_rows):
 
 def test_the_plan_is_made_once():
     seg = Segments.from_ids([0, 1, 1, -1])
-    assert seg.tile_plan(16, 16) is seg.tile_plan(16, 16)
-    assert seg.tile_plan(16, 16) is not seg.tile_plan(32, 16)
+    assert tile_plan(seg, 16, 16) is tile_plan(seg, 16, 16)
+    assert tile_plan(seg, 16, 16) is not tile_plan(seg, 32, 16)
 
 
 def test_what_a_capture_computes_serves_it_alone(monkeypatch):
     """Before its graph is replayed it holds nothing; eager results are there in every replay."""
     before, fresh = Segments.from_ids([1, 0, 1]), Segments.from_ids([1, 0, 1])
-    eager = before.tile_plan(16, 16), before.slots[0]
+    eager = tile_plan(before, 16, 16), before.slots[0]
     for asked in ("is_initialized", "is_current_stream_capturing"):
         monkeypatch.setattr(torch.cuda, asked, lambda: True)
-    assert (before.tile_plan(16, 16), before.slots[0]) == eager
-    assert fresh.tile_plan(16, 16) is not fresh.tile_plan(16, 16)
+    assert (tile_plan(before, 16, 16), before.slots[0]) == eager
+    assert tile_plan(fresh, 16, 16) is not tile_plan(fresh, 16, 16)
     assert fresh.slots[0] is not fresh.slots[0]
     inside = Segments.from_ids([1, 0, 1])
-    assert inside.tile_plan(16, 16) is inside.tile_plan(16, 16)
+    assert tile_plan(inside, 16, 16) is tile_plan(inside, 16, 16)
     monkeypatch.undo()
-    assert inside.tile_plan(16, 16) is not inside.tile_plan(16, 16)
+    assert tile_plan(inside, 16, 16) is not tile_plan(inside, 16, 16)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -85,7 +86,7 @@ def test_layers_of_a_compiled_program_share_a_plan(training):
     @torch.compile(fullgraph=True, backend=keep)
     def layers(ids):
         seg = Segments.from_ids(ids)
-        return [seg.tile_plan(16, 16).rank + layer for layer in range(4)]
+        return [tile_plan(seg, 16, 16).rank + layer for layer in range(4)]
 
     with torch.set_grad_enabled(training):
         layers(torch.tensor([1, 0, 1]))
@@ -152,3 +153,12 @@ def test_ids_are_copied():
     segments = Segments.from_ids(ids)
     ids.zero_()
     assert segments.row_expert.tolist() == [2, 0, 2]
+
+
+def test_segments_from_a_compiled_program_keep_what_eager_code_computes():
+    """As behind a graph break: otherwise every layer would compute it again."""
+    made = torch.compile(lambda ids: Segments.from_ids(ids), backend="eager", fullgraph=True)(
+        torch.tensor([1, 0])
+    )
+    assert made._mode == "traced"
+    assert made.present is made.present and tile_plan(made, 16, 16) is tile_plan(made, 16, 16)

@@ -71,4 +71,4 @@ def test_a_frozen_bank_has_none_and_a_model_that_answers_copies_nothing():
     segments = Segments.from_ids(case.ids)
     with torch.no_grad():
         expert_mlp(x, *bank, segments, sparse_gradients=True)
-    assert "present" not in vars(segments)
+    assert "present" not in segments._memo

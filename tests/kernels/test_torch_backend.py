@@ -7,9 +7,11 @@ import pytest
 import torch
 from helpers import TOWERS, Case, check
 from test_triton import CASES
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
+from qar_kernels.tile_plan import tile_plan
 from qar_kernels.triton import backend as triton_backend
 
 NAMES = ("x", "gate", "up", "down", "expert_gate", "expert_up", "expert_down")
@@ -48,14 +50,14 @@ def test_opcheck_of_the_kernels(tower):
     # Every row has an expert: the operator also returns the saved pre-activations, in which rows without
     # one are never written nor read, and opcheck compares all of what two runs return.
     leaves, seg = leaves_and_segments(ids=(0, 1, 1, 2, 3, 0, 2), H=16, I=16, R=16)
-    plan = triton_backend.plan_tensors(seg.tile_plan(16, 16))
+    plan = triton_backend.plan_tensors(tile_plan(seg, 16, 16))
     other = leaves[0].detach().clone().requires_grad_()
     sets = {
         "fused": (leaves[0], leaves[1:4], None, leaves[4:], None),
         "dual": (leaves[0], leaves[1:4], other, leaves[4:], None),
         "expert": (None, [], leaves[0], leaves[4:], other),
     }[tower]
-    args = (tower, *sets, seg.perm, plan, [], 0.7, "tiny", True)
+    args = (*sets, seg.perm, plan, [], tower, 0.7, "tiny", True)
     torch.library.opcheck(torch.ops.qar.swiglu_experts.default, args)
 
 
@@ -160,6 +162,19 @@ def test_autocast_casts_the_experts_of_the_batch_only(compiled):
     for weight, lone in zip(bank, few, strict=True):
         assert torch.equal(weight.grad[[4, 31, 997]], lone.grad.float())
         assert weight.grad.count_nonzero() == lone.grad.count_nonzero()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_fake_tensors_have_shapes(dtype, backend):
+    """Nothing can read which experts are present, autocast neither."""
+    leaves, _ = leaves_and_segments()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.autocast("cpu", dtype, enabled=dtype is not None):
+        fakes = [mode.from_tensor(leaf) for leaf in leaves]
+        segments = Segments.from_ids(mode.from_tensor(torch.tensor([0, 1, 1, -1, 3, 0, 2])))
+        y = fused_mlp(*fakes, segments, backend=backend)
+    assert isinstance(y, FakeTensor) and y.shape == leaves[0].shape and y.dtype == (dtype or torch.float32)
 
 
 def test_autocast_leaves_float64_alone_like_linear():
@@ -268,3 +283,61 @@ def test_results_may_be_changed_in_place(backend, ids):
     y += 1
     assert torch.equal(y, expected)
     y.sum().backward()
+
+
+MIXED = [
+    ("torch", torch.float16),
+    ("torch", torch.bfloat16),
+    ("triton", torch.float16),
+    ("reference", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize(("backend", "dtype"), MIXED)
+def test_fp32_experts_beside_16_bit_rows(backend, dtype, tower, sparse):
+    """The bits are those of experts that were cast beforehand, the gradients the experts' own dtype."""
+    leaves, seg = leaves_and_segments(torch.float32, (6, 1, 1, -1, 3, 6, 2), E=9)
+    rows, bank = [t.detach().to(dtype).requires_grad_() for t in leaves[:4]], leaves[4:]
+    cast = [t.detach().to(dtype).requires_grad_() for t in bank]
+
+    def step(experts):
+        options = {"backend": backend, "sparse_gradients": sparse}
+        if tower == "fused":
+            outputs = (fused_mlp(*rows, *experts, seg, **options),)
+        elif tower == "dual":
+            outputs = dual_mlp(rows[0], *rows, *experts, seg, **options)
+        else:
+            outputs = (expert_mlp(rows[0], *experts, seg, **options),)
+        grads = torch.autograd.grad(sum(y.float().square().sum() for y in outputs), [rows[0], *experts])
+        return outputs, grads
+
+    outputs, grads = step(bank)
+    expected, expected_grads = step(cast)
+    assert all(map(torch.equal, outputs, expected)) and outputs[0].dtype == dtype
+    assert [grad.dtype for grad in grads] == [dtype, *[torch.float32] * 3]
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        assert got.is_sparse == wanted.is_sparse
+        assert torch.equal(got.to_dense(), wanted.to_dense().to(got.dtype))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_fp32_experts_compile_without_graph_breaks(backend):
+    torch._dynamo.reset()
+    leaves, seg = leaves_and_segments(torch.float32, H=32, I=48, E=12)
+    leaves = [t.detach().half().requires_grad_() for t in leaves[:4]] + leaves[4:]
+    step = functools.partial(fused_mlp, backend=backend)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(step(*leaves, seg).float().sum(), leaves)
+    for got, wanted in zip(
+        torch.autograd.grad(compiled(*leaves, seg).float().sum(), leaves), expected, strict=True
+    ):
+        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def test_only_the_experts_of_the_batch_are_cast():
+    bank = [torch.randn(shape) for shape in ((500, 8, 48), (500, 8, 48), (500, 48, 8))]
+    with LargestCast() as cast:
+        expert_mlp(torch.randn(3, 48).half(), *bank, Segments.from_ids([400, 7, 400]), backend="torch")
+    assert 0 < cast.size <= 2 * 8 * 48

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qar_kernels import Adapter, LoRA, Segments, dual_mlp, expert_mlp, fused_mlp
+from qar_kernels.tile_plan import tile_plan
 from qar_kernels.triton import backend as triton_backend
 from qar_kernels.triton import launch, passes, split_k
 from qar_kernels.triton.configs import CONFIGS, Gemm
 from qar_kernels.triton.lora import NUM_ADAPTER_TENSORS, prepare
+from qar_kernels.triton.operands import Constants, Operands
 from qar_kernels.triton.runner import recording
 
 pytestmark = pytest.mark.usefixtures("fused_path")
@@ -281,12 +283,11 @@ def test_nothing_is_read_back_from_the_device(tower, lora_rank):
     ids = torch.empty(300, dtype=torch.int64, device="meta")
     leaves = {name: t.to("meta", torch.float16) for name, t in Case([0] * 300, R=64).tensors.items()}
     segments = Segments.from_ids(ids)
-    plan = triton_backend.plan_tensors(segments.tile_plan(16, 16))
+    plan = triton_backend.plan_tensors(tile_plan(segments, 16, 16))
     base = [leaves[n] for n in ("gate", "up", "down")] if tower != "expert" else []
     x = leaves["x"] if tower != "expert" else None
     x_expert = leaves["x_specific"] if tower != "fused" else None
     experts = [leaves[n] for n in ("expert_gate", "expert_up", "expert_down")]
-    tensors = x, base, x_expert, experts
     d_y = leaves["d_y"] if x is not None else None
     d_y_expert = leaves["d_y_specific"] if x_expert is not None else None
     adapters = []
@@ -295,15 +296,13 @@ def test_nothing_is_read_back_from_the_device(tower, lora_rank):
         up = Adapter(x.new_empty(lora_rank, hidden), x.new_empty(inter, lora_rank), dropout=0.1)
         down = Adapter(x.new_empty(lora_rank, inter), x.new_empty(hidden, lora_rank), dropout=0.1)
         adapters = list(prepare(LoRA(up, up, down), x, inter))
+    operands = Operands(x, base, x_expert, experts, None, segments.perm, plan, adapters)
+    constants = Constants(tower, 1.0, "sm90_large")
+    needs = [x is not None, x is not None, x_expert is not None, True]
+    needs += [True] * (NUM_ADAPTER_TENSORS if adapters else 0)
     with recording() as recorded:
-        outputs = passes.forward(
-            tower, *tensors, None, segments.perm, plan, adapters, 1.0, "sm90_large", True
-        )
-        passes.backward(
-            tower, d_y, d_y_expert, *tensors, outputs[2:], segments.perm, plan, adapters, 1.0, "sm90_large",
-            [x is not None, x is not None, x_expert is not None, True]
-            + [True] * (NUM_ADAPTER_TENSORS if adapters else 0),
-        )  # fmt: skip
+        outputs = passes.forward(operands, constants, save=True)
+        passes.backward(operands, constants, outputs[2:], d_y, d_y_expert, needs)
     names = [asked.kernel.__name__ for asked in recorded]
     assert names.count("reduce_kernel") == (0 if tower == "expert" else 2)  # down and d_x split K here
     assert len(names) - names.count("reduce_kernel") == 5

@@ -33,7 +33,7 @@ def test_on_the_host_equal_ids_share_their_towers(qar):
 
 
 def test_elsewhere_the_same_tensor_shares_its_towers_where_it_stays(qar, monkeypatch):
-    monkeypatch.setattr(queriers, "_on_host", lambda ids: False)
+    monkeypatch.setattr(queriers, "is_readable", lambda ids: False)
     memo, ids = TowerMemo(), torch.tensor([1, 0])
     with queriers.assume_ids_unchanged():
         first = towers(memo, qar, ids)
@@ -64,7 +64,7 @@ def test_generation_groups_the_rows_of_prompt_and_answer_once(monkeypatch):
         queriers, "make_towers", lambda *given, real=queriers.make_towers: made.append(1) or real(*given)
     )
     for on_host in (True, False):
-        monkeypatch.setattr(queriers, "_on_host", lambda ids, answer=on_host: answer)
+        monkeypatch.setattr(queriers, "is_readable", lambda ids, answer=on_host: answer)
         model = aware_model("llama", "residual", "per_querier").eval()
         made.clear()
         model.generate(

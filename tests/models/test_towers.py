@@ -256,3 +256,17 @@ def test_an_overflowing_expert_spoils_nobody_else_through_the_mean():
     with torch.no_grad():
         model.model.layers[0].experts.down[4] = float("inf")
     assert torch.equal(model(**batch, querier_ids=known).logits, expected)
+
+
+@pytest.mark.parametrize("experts", ["shared", "per_querier", "shared+per_querier"])
+@pytest.mark.parametrize("tower", ["residual", "replace"])
+def test_fp32_experts_over_a_bf16_base(tower, experts):
+    """As PEFT keeps adapters; the mean of all is cast like the experts themselves."""
+    model = aware_model(tower=tower, experts=experts, unknown_querier="mean").bfloat16()
+    banks = [layer.experts for layer in model.model.layers if getattr(layer, "experts", None) is not None]
+    for bank in banks:
+        bank.float()
+    ids = torch.tensor([0, -1, 2])
+    model(torch.randint(3, 60, (3, 5)), querier_ids=ids, labels=torch.randint(3, 60, (3, 5))).loss.backward()
+    grads = [parameter.grad for bank in banks for parameter in bank.parameters()]
+    assert grads and all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
