@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from numbers import Real
 
+import torch
 from torch import Tensor
 
 from qar_kernels.autocast import cast_dtype
@@ -82,20 +83,20 @@ def check_base_y(x: Tensor, base_y: Tensor) -> None:
 def check_experts(
     x: Tensor, name: str, expert_gate: Tensor, expert_up: Tensor, expert_down: Tensor, segments: Segments
 ) -> None:
-    """Raise unless the experts are ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)`` and fit ``x``.
+    """Raise unless the experts are ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)`` and match ``x``.
 
-    They are of one floating dtype, which need not be that of ``x``.
+    They may be fp32 where ``x`` has 16 bits: an optimizer would round small updates of 16-bit weights away.
     """
     if not _experts_fit(x, expert_gate, expert_up, expert_down):
         check_tensors(expert_gate=expert_gate, expert_up=expert_up, expert_down=expert_down)
         _check_floating(name, x)
-        _check_floating("expert_gate", expert_gate)
         hidden = _hidden(x, name)
         known = expert_gate.dim() == 3 and expert_gate.shape[1]
         experts, rank = expert_gate.shape[:2] if known else ("E", "R")
-        _check("expert_gate", expert_gate, (experts, rank, hidden), expert_gate, "expert_gate")
-        _check("expert_up", expert_up, (experts, rank, hidden), expert_gate, "expert_gate")
-        _check("expert_down", expert_down, (experts, hidden, rank), expert_gate, "expert_gate")
+        like, like_name = (expert_gate, "expert_gate") if _is_master_of(expert_gate, x) else (x, name)
+        _check("expert_gate", expert_gate, (experts, rank, hidden), like, like_name)
+        _check("expert_up", expert_up, (experts, rank, hidden), like, like_name)
+        _check("expert_down", expert_down, (experts, hidden, rank), like, like_name)
         if expert_gate.device != x.device:
             raise ValueError(f"expert_gate: got device {expert_gate.device}, expected {x.device} like {name}")
     _check_segments(x, name, segments, expert_gate.shape[0])
@@ -115,10 +116,14 @@ def _experts_fit(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
         and up.shape == shape
         and down.shape == (experts, hidden, rank)
         and gate.dtype == up.dtype == down.dtype
+        and (gate.dtype == x.dtype or _is_master_of(gate, x))
         and x.device == gate.device == up.device == down.device
         and x.is_floating_point()
-        and gate.is_floating_point()
     )
+
+
+def _is_master_of(expert: Tensor, x: Tensor) -> bool:
+    return expert.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _check_segments(x: Tensor, name: str, segments: Segments, num_experts: int) -> None:

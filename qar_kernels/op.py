@@ -56,9 +56,9 @@ def fused_mlp(
     Args:
         x: ``(..., H)``, T rows in all.
         gate, up, down: base SwiGLU weights ``(I, H)``, ``(I, H)``, ``(H, I)``.
-        expert_gate, expert_up, expert_down: ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)``, all three of one
-            floating dtype. Where that is not the dtype of ``x``, the experts of the batch are cast to it, and
-            their gradients come back in their own.
+        expert_gate, expert_up, expert_down: ``(E, R, H)``, ``(E, R, H)``, ``(E, H, R)``, in the dtype of
+            ``x``, or fp32 where ``x`` is bf16 or fp16: then the experts of the batch are cast, and their
+            gradients come back in fp32.
         seg: the expert of each of the T rows.
         expert_scale: weight of the experts' output.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. ``"auto"`` is ``"triton"`` on

@@ -74,7 +74,7 @@ def _expert_d_hidden_tile(
 
 @triton.jit
 def _swiglu_backward_columns(
-    d_h, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+    d_h, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, dropped_h_ptr, mask_ptr, rows, target, inside, col,
     INTER: tl.constexpr, COLUMNS: tl.constexpr, KEEP_H: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """From ``d_h`` of some columns and the saved pre-activations to ``d_a``, ``d_u`` and ``h``."""
@@ -87,13 +87,13 @@ def _swiglu_backward_columns(
         store_rows(h_ptr, h, target, inside, col, INTER, COLUMNS)
     if DROPOUT:
         h = drop(h, mask_ptr, rows, inside, col, INTER, COLUMNS)
-        store_rows(seen_h_ptr, h, target, inside, col, INTER, COLUMNS)
+        store_rows(dropped_h_ptr, h, target, inside, col, INTER, COLUMNS)
 
 
 @triton.jit
 def _base_d_hidden_tile(
     d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, rank_ptr, d_low_ptr, down_a_ptr,
-    seen_h_ptr, mask_ptr, tile, T,
+    dropped_h_ptr, mask_ptr, tile, T,
     H: tl.constexpr, INTER: tl.constexpr, LORA_RANK: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SORT: tl.constexpr, KEEP_H: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -120,14 +120,14 @@ def _base_d_hidden_tile(
     # In one piece the derivative needs six (BLOCK_M, BLOCK_N) tiles in registers: 390 spills at 128x128.
     left, right = split_columns(d_h, BLOCK_M, BLOCK_N)
     _swiglu_backward_columns(
-        left, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+        left, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, dropped_h_ptr, mask_ptr, rows, target, inside, col,
         INTER, BLOCK_N // 2, KEEP_H, DROPOUT,
     )  # fmt: skip
     # The right half may lie outside altogether, and then its mask has no columns to compare.
     col += BLOCK_N // 2
     inside &= tl.full((1,), col, tl.int32) < INTER
     _swiglu_backward_columns(
-        right, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+        right, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, dropped_h_ptr, mask_ptr, rows, target, inside, col,
         INTER, BLOCK_N // 2, KEEP_H, DROPOUT,
     )  # fmt: skip
 
@@ -157,7 +157,7 @@ def d_hidden_kernel(
     tile_count_ptr,  # (2,)
     d_low_ptr,  # (T, LORA_RANK) gradient of the down adapter's product with its input, in the batch's order
     down_a_ptr,  # (LORA_RANK, I)
-    seen_h_ptr,  # (T, I) out where DROPOUT: recomputed hidden units without what the mask drops
+    dropped_h_ptr,  # (T, I) out where DROPOUT: recomputed hidden units without what the mask drops
     mask_ptr,  # (T, ceil(I / 8)) bits to keep where DROPOUT, in the batch's order
     scale,
     T,
@@ -197,7 +197,7 @@ def d_hidden_kernel(
         elif TOWER != "expert":
             _base_d_hidden_tile(
                 d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, rank_ptr, d_low_ptr, down_a_ptr,
-                seen_h_ptr, mask_ptr, tile - expert_tiles, T,
+                dropped_h_ptr, mask_ptr, tile - expert_tiles, T,
                 H, INTER, LORA_RANK, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
                 TOWER == "fused", KEEP_H, TMA, PRECISION,
             )  # fmt: skip

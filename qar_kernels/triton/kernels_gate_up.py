@@ -58,7 +58,7 @@ def _expert_gate_up_tile(
 
 @triton.jit
 def _store_swiglu_columns(
-    a, u, h_ptr, a_ptr, u_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+    a, u, h_ptr, a_ptr, u_ptr, dropped_h_ptr, mask_ptr, rows, target, inside, col,
     INTER: tl.constexpr, COLUMNS: tl.constexpr, SAVE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """``silu(a) * u`` of some columns, where DROPOUT also masked, where SAVE also the pre-activations."""
@@ -66,7 +66,7 @@ def _store_swiglu_columns(
     store_rows(h_ptr, h, target, inside, col, INTER, COLUMNS)
     if DROPOUT:
         h = drop(h, mask_ptr, rows, inside, col, INTER, COLUMNS)
-        store_rows(seen_h_ptr, h, target, inside, col, INTER, COLUMNS)
+        store_rows(dropped_h_ptr, h, target, inside, col, INTER, COLUMNS)
     if SAVE:
         store_rows(a_ptr, a, target, inside, col, INTER, COLUMNS)
         store_rows(u_ptr, u, target, inside, col, INTER, COLUMNS)
@@ -75,7 +75,7 @@ def _store_swiglu_columns(
 @triton.jit
 def _base_gate_up_tile(
     x, gate, up, h_ptr, a_ptr, u_ptr, rank_ptr, gate_low_ptr, gate_b_ptr, up_low_ptr, up_b_ptr,
-    seen_h_ptr, mask_ptr, tile, T,
+    dropped_h_ptr, mask_ptr, tile, T,
     H: tl.constexpr, INTER: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -110,14 +110,14 @@ def _base_gate_up_tile(
     a_left, a_right = split_columns(a, BLOCK_M, BLOCK_N)
     u_left, u_right = split_columns(u, BLOCK_M, BLOCK_N)
     _store_swiglu_columns(
-        a_left, u_left, h_ptr, a_ptr, u_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+        a_left, u_left, h_ptr, a_ptr, u_ptr, dropped_h_ptr, mask_ptr, rows, target, inside, col,
         INTER, BLOCK_N // 2, SAVE, DROPOUT,
     )  # fmt: skip
     # The right half may lie outside altogether, and then its mask has no columns to compare.
     col += BLOCK_N // 2
     inside &= tl.full((1,), col, tl.int32) < INTER
     _store_swiglu_columns(
-        a_right, u_right, h_ptr, a_ptr, u_ptr, seen_h_ptr, mask_ptr, rows, target, inside, col,
+        a_right, u_right, h_ptr, a_ptr, u_ptr, dropped_h_ptr, mask_ptr, rows, target, inside, col,
         INTER, BLOCK_N // 2, SAVE, DROPOUT,
     )  # fmt: skip
 
@@ -147,7 +147,7 @@ def gate_up_kernel(
     gate_b_ptr,  # (I, GATE_RANK)
     up_low_ptr,  # (T, UP_RANK)
     up_b_ptr,  # (I, UP_RANK)
-    seen_h_ptr,  # (T, I) out where DROPOUT: h without what the mask drops
+    dropped_h_ptr,  # (T, I) out where DROPOUT: h without what the mask drops
     mask_ptr,  # (T, ceil(I / 8)) bits to keep where DROPOUT, in the batch's order
     scale,  # expert_scale
     T,
@@ -189,7 +189,7 @@ def gate_up_kernel(
         elif TOWER != "expert":
             _base_gate_up_tile(
                 x, gate, up, h_ptr, a_ptr, u_ptr, rank_ptr, gate_low_ptr, gate_b_ptr, up_low_ptr, up_b_ptr,
-                seen_h_ptr, mask_ptr, tile - expert_tiles, T,
+                dropped_h_ptr, mask_ptr, tile - expert_tiles, T,
                 H, INTER, GATE_RANK, UP_RANK, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
                 TOWER == "fused", SAVE, TMA, PRECISION,
             )  # fmt: skip

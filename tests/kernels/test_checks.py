@@ -42,6 +42,18 @@ def test_bad_tensors(op, name, fault):
         assert str(raised.value).split(":")[0] in (name, *NAMES)
 
 
+@pytest.mark.parametrize(
+    ("rows", "experts"), [("float32", "float16"), ("float32", "float64"), ("bfloat16", "float64")]
+)
+def test_experts_are_of_their_rows_dtype_or_fp32_over_16_bits(rows, experts):
+    given = {name: t.to(getattr(torch, rows)) for name, t in arguments().items() if name != "seg"}
+    given |= {name: given[name].to(getattr(torch, experts)) for name in NAMES[4:]}
+    with pytest.raises(
+        TypeError, match=rf"expert_gate: got dtype torch\.{experts}, expected torch\.{rows} like x"
+    ):
+        call(fused_mlp, given | {"seg": arguments()["seg"]})
+
+
 def call(op, given, **options):
     values = [given[name] for name in NAMES]
     if op is expert_mlp:
