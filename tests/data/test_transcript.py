@@ -96,6 +96,8 @@ def test_markdown_without_headings_is_one_scene(tmp_path):
         ("**A:** a\n> **B:** b\n", r"inn\.md:2: broken speaker"),
         ("**A:** a\n- **B:** b\n", r"inn\.md:2: broken speaker"),
         ("**A:** a\n\nTwo\n===\n", r"inn\.md:4: an underlined heading"),
+        ("**A:** a\n\nTwo\n---\n\n**B:** b\n", r"inn\.md:4: an underlined heading"),
+        ("**A:** a\n *so* it\n-----\n", r"inn\.md:3: an underlined heading"),
         ("\n", "the file is empty"),
     ],
 )
@@ -135,9 +137,10 @@ def test_joining_many_lines_takes_no_longer_a_line(tmp_path):
 
 
 def test_a_rule_is_not_spoken(tmp_path):
-    text = "---\n## One\n**A:** a\n**B:** b\n\n---\n\n* * *\n## Two\n**A:** c - d\n***\n"
-    scenes = read_transcript(write(tmp_path, text, "show.md"))
-    assert [turn.text for scene in scenes for turn in scene.turns] == ["a", "b", "c - d"]
+    text = "---\n## One\n---\n**A:** a\n**B:** b\n\n---\n\n* * *\n## Two\n**A:** c - d\n***\n"
+    under = "**B:** e\n---\n*Rain.*\n---\n**A:** f\ng\n- - -\n**B:** h\ni\n\n---\n"
+    scenes = read_transcript(write(tmp_path, text + under, "show.md"))
+    assert [turn.text for scene in scenes for turn in scene.turns] == ["a", "b", "c - d", "e", "f g", "h i"]
 
 
 def test_a_json_line_ends_at_the_line_feed_alone(tmp_path):

@@ -29,7 +29,7 @@ SPEECH = re.compile(r"\*\*\s*([^*]+?)\s*(?:[:：]\s*\*\*|\*\*\s*[:：])\s*(.*)")
 MARKED_SPEECH = re.compile(rf"(?:[>+-]|\*(?=\s)|\d+[.)])\s*{SPEECH.pattern}")
 RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
 DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_")
-UNDERLINE = re.compile(r"=+")
+UNDERLINE = re.compile(r"=+|-{3,}")
 HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")
 """An unpaired surrogate: JSON can escape it, but no UTF-8 file can hold it."""
 
@@ -99,8 +99,11 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
 def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
     """(scene, speaker, text) of every line; scenes are numbered, so that equal headings stay apart."""
     scene, speaker, number_of_scenes = path.stem, None, 0
+    goes_on = False  # whether the line before continues a turn, or is a heading that dashes underline
     for number, line in ((number, line.strip()) for number, line in lines):
-        if RULE.fullmatch(line):
+        is_underline = UNDERLINE.fullmatch(line) and (goes_on or line.startswith("="))
+        goes_on = False
+        if RULE.fullmatch(line) and not is_underline:
             continue
         heading, speech = HEADING.fullmatch(line), SPEECH.fullmatch(line)
         if heading:
@@ -112,13 +115,16 @@ def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row
             yield scene, speaker, speech[2]
         elif line.startswith("**") or MARKED_SPEECH.match(line):
             raise UserError(f"{path}:{number}: broken speaker {line[:40]!r}, expected '**Name:** text'")
-        elif UNDERLINE.fullmatch(line):
-            raise UserError(f"{path}:{number}: an underlined heading, expected '## Scene'")
+        elif is_underline:
+            raise UserError(
+                f"{path}:{number}: an underlined heading, expected '## Scene'; a rule has an empty line above"
+            )
         elif line and not DIRECTION.fullmatch(line):
             if speaker is None:
                 raise UserError(
                     f"{path}:{number}: nobody speaks here; expected '**Name:** text' or '## Scene'"
                 )
+            goes_on = True
             yield scene, speaker, line
 
 
