@@ -93,6 +93,8 @@ def test_markdown_without_headings_is_one_scene(tmp_path):
         ("## One\n\n**A:** a\n## Two\nb\n", r"inn\.md:5: nobody speaks here"),
         ("**A** a\n", r"inn\.md:1: broken speaker '\*\*A\*\* a'"),
         ("**A:** a\n**:** b\n", r"inn\.md:2: broken speaker"),
+        ("**A:** a\n** :** b\n", r"inn\.md:2: broken speaker"),
+        ("**A:** a\n**\u200b**: b\n", r"inn\.md:2: broken speaker"),
         ("**A:** a\n> **B:** b\n", r"inn\.md:2: broken speaker"),
         ("**A:** a\n- **B:** b\n", r"inn\.md:2: broken speaker"),
         ("**A:** a\n\nTwo\n===\n", r"inn\.md:4: an underlined heading"),
@@ -115,8 +117,7 @@ def test_directions_may_hold_emphasis_and_underscores(tmp_path):
     assert [turn.text for turn in scene.turns] == ["a", "b *so* it *is* _a_ or **this:** _b_"]
 
 
-@pytest.mark.parametrize("name", ["A > B", "A >"])
-@pytest.mark.parametrize(
+ONE_TURN = pytest.mark.parametrize(
     ("file", "text"),
     [
         ("show.jsonl", '{"scene": "1", "speaker": "%s", "text": "a"}'),
@@ -124,8 +125,28 @@ def test_directions_may_hold_emphasis_and_underscores(tmp_path):
         ("show.csv", "scene,speaker,text\n1,%s,a"),
     ],
 )
+
+
+@ONE_TURN
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("Jose\u0301", "Jos\xe9"),
+        (" Al \xa0 B ", "Al B"),
+        ("\u200bZoe\ufeff", "Zoe"),
+        ("\u0627\u200c\u0628", "\u0627\u200c\u0628"),
+        ("\u212bke", "\xc5ke"),
+    ],
+)
+def test_names_that_look_the_same_are_the_same(tmp_path, file, text, name, plain):
+    (scene,) = read_transcript(write(tmp_path, text % name, file))
+    assert scene.turns == (Turn(plain, "a"),)
+
+
+@ONE_TURN
+@pytest.mark.parametrize("name", ["A > B", "A >", "A  >  B"])
 def test_a_name_that_reads_as_a_pairs_is_refused(tmp_path, name, file, text):
-    with pytest.raises(UserError, match=rf"{file}:\d: got the name '{name}', expected one without ' > '"):
+    with pytest.raises(UserError, match=rf"{file}:\d: got the name 'A >.*', expected one without ' > '"):
         read_transcript(write(tmp_path, text % name, file))
 
 

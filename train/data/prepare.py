@@ -20,6 +20,7 @@ from train.data.planted import SHOW as PLANTED
 from train.data.planted import planted
 from train.data.plays import read_plays
 from train.data.transcript import Scene, read_transcript
+from train.data.transcript_rows import plain_name
 from train.errors import UserError
 from train.files import build_directory, load_json, read_text, write_atomic
 
@@ -51,6 +52,11 @@ class PrepareConfig:
     seed: int = 0
     force: bool = False
     """Rebuild a folder that exists."""
+
+    def __post_init__(self) -> None:
+        """Write names as the transcript's are read."""
+        object.__setattr__(self, "responder", plain_name(self.responder))
+        object.__setattr__(self, "queriers", tuple(map(plain_name, self.queriers)))
 
     @property
     def folder(self) -> Path:

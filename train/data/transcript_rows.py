@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -33,6 +34,17 @@ UNDERLINE = re.compile(r"=+|-{3,}")
 HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")
 """An unpaired surrogate: JSON can escape it, but no UTF-8 file can hold it."""
 
+NO_WIDTH = re.compile(r"[\u200b\u2060\ufeff]")
+"""Characters that nobody sees; those that join letters or keep them apart may belong to a name."""
+
+
+def plain_name(name: str) -> str:
+    """``name`` as it looks: composed letters (NFC), single spaces, nothing invisible.
+
+    What looks the same is the same person, whichever system or hand wrote it.
+    """
+    return unicodedata.normalize("NFC", " ".join(NO_WIDTH.sub("", name).split()))
+
 
 def check_name(name: str, where: str) -> None:
     """``UserError`` for a name that would be read as two, or would be with another name behind it."""
@@ -42,6 +54,8 @@ def check_name(name: str, where: str) -> None:
 
 def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     """(scene, speaker, text) of every line of a transcript: Markdown or CSV by its suffix, else JSON lines.
+
+    Speakers are called by their :func:`plain_name`.
 
     Args:
         path: the transcript.
@@ -69,10 +83,10 @@ def _csv_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row
             if None in record or None in (scene, speaker, said):
                 count = "more" if None in record else "fewer"
                 raise UserError(f"{path}:{table.line_num}: {count} fields than the header has")
-            if not speaker.strip():
+            if not (name := plain_name(speaker)):
                 raise UserError(f"{path}:{table.line_num}: column '{names[1]}' is empty")
-            check_name(speaker.strip(), f"{path}:{table.line_num}")
-            yield scene, speaker.strip(), " ".join(said.splitlines())
+            check_name(name, f"{path}:{table.line_num}")
+            yield scene, name, " ".join(said.splitlines())
     except csv.Error as error:
         raise UserError(f"{path}: not CSV after line {table.line_num} ({error})") from error
 
@@ -93,7 +107,7 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
     for number, line in lines:
         if line.strip():
             row = _parse_line(path, number, line)
-            yield row["scene"], row["speaker"].strip(), row["text"]
+            yield row["scene"], row["speaker"], row["text"]
 
 
 def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
@@ -109,8 +123,8 @@ def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row
         if heading:
             number_of_scenes += 1
             scene, speaker = f"{number_of_scenes} {heading[1]}", None
-        elif speech:
-            speaker = speech[1]
+        elif speech and (name := plain_name(speech[1])):
+            speaker = name
             check_name(speaker, f"{path}:{number}")
             yield scene, speaker, speech[2]
         elif line.startswith("**") or MARKED_SPEECH.match(line):
@@ -142,7 +156,7 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
             raise UserError(f"{path}:{number}: key '{key}' is missing or not a string")
         if half := HALF_A_CHARACTER.search(row[key]):
             raise UserError(f"{path}:{number}: key '{key}' holds half a character ({half[0]!a})")
-    if not row["speaker"].strip():
+    if not (name := plain_name(row["speaker"])):
         raise UserError(f"{path}:{number}: key 'speaker' is empty")
-    check_name(row["speaker"].strip(), f"{path}:{number}")
-    return row
+    check_name(name, f"{path}:{number}")
+    return row | {"speaker": name}
