@@ -25,6 +25,7 @@ def write(folder, text, name):
         ("\n" + 100_000 * "[", ":2: not JSON of a turn"),
         (r'{"scene": "1", "speaker": "A", "text": "so \ud83d"}', r":1: key 'text' holds half .*'\\ud83d'"),
         (r'{"scene": "1", "speaker": "\ude00", "text": "a"}', ":1: key 'speaker' holds half a character"),
+        ('{"scene": "1", "speaker": "A", "text": " "}', r"show\.jsonl: nobody says anything"),
         ("", "the file is empty"),
     ],
 )
@@ -100,12 +101,25 @@ def test_markdown_without_headings_is_one_scene(tmp_path):
         ("**A:** a\n\nTwo\n===\n", r"inn\.md:4: an underlined heading"),
         ("**A:** a\n\nTwo\n---\n\n**B:** b\n", r"inn\.md:4: an underlined heading"),
         ("**A:** a\n *so* it\n-----\n", r"inn\.md:3: an underlined heading"),
+        ("## One\n\n*Rain.*\n", r"inn\.md: nobody says anything"),
         ("\n", "the file is empty"),
     ],
 )
 def test_damaged_markdown_names_the_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read_transcript(write(tmp_path, text, "inn.md"))
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_markdown_may_have_any_line_ends(tmp_path, end):
+    path = tmp_path / "inn.md"
+    path.write_bytes(MARKDOWN.encode())
+    expected = read_transcript(path)
+    path.write_bytes(MARKDOWN.replace("\n", end).encode())
+    assert read_transcript(path) == expected
+    path.write_bytes(f"## One{end}**A** a".encode())
+    with pytest.raises(UserError, match=r"inn\.md:2: broken speaker"):
+        read_transcript(path)
 
 
 def test_directions_may_hold_emphasis_and_underscores(tmp_path):

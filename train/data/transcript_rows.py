@@ -31,6 +31,8 @@ MARKED_SPEECH = re.compile(rf"(?:[>+-]|\*(?=\s)|\d+[.)])\s*{SPEECH.pattern}")
 RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
 DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_")
 UNDERLINE = re.compile(r"=+|-{3,}")
+LINE_END = re.compile(r"\r\n?")
+"""Of Windows, and of old Macs."""
 HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")
 """An unpaired surrogate: JSON can escape it, but no UTF-8 file can hold it."""
 
@@ -69,8 +71,11 @@ def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         return _csv_rows(path, text, columns)
     if columns:
         raise UserError(f"{path}: only a CSV file has columns to name, got {', '.join(columns.values())}")
+    is_markdown = suffix in MARKDOWN
+    if is_markdown:
+        text = LINE_END.sub("\n", text)
     lines = enumerate(text.split("\n"), start=1)  # not splitlines: a JSON text may hold U+2028
-    return _markdown_rows(path, lines) if suffix in MARKDOWN else _json_rows(path, lines)
+    return _markdown_rows(path, lines) if is_markdown else _json_rows(path, lines)
 
 
 def _csv_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row]:
