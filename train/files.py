@@ -53,6 +53,8 @@ def load_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number too long for Python, brackets too deep
+        raise UserError(f"{path}: damaged JSON ({error})") from error
 
 
 def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:

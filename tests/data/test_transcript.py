@@ -23,6 +23,7 @@ def write(folder, text, name):
         ('{"scene": "1", "speaker": " ", "text": "a"}', ":1: key 'speaker' is empty"),
         ("[1]", ":1: expected an object"),
         ("\n" + 100_000 * "[", ":2: not JSON of a turn"),
+        (f'\n{{"scene": "1", "id": {5000 * "1"}}}', r":2: not JSON of a turn \(a number is too long\)"),
         (r'{"scene": "1", "speaker": "A", "text": "so \ud83d"}', r":1: key 'text' holds half .*'\\ud83d'"),
         (r'{"scene": "1", "speaker": "\ude00", "text": "a"}', ":1: key 'speaker' holds half a character"),
         ('{"scene": "1", "speaker": "A", "text": " "}', r"show\.jsonl: nobody says anything"),

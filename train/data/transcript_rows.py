@@ -154,6 +154,8 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
         raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise UserError(f"{path}:{number}: not JSON of a turn (brackets too deep)") from error
+    except ValueError as error:  # no error of syntax, but a number longer than Python converts
+        raise UserError(f"{path}:{number}: not JSON of a turn (a number is too long)") from error
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: expected an object with the keys {', '.join(KEYS)}")
     for key in KEYS:
