@@ -123,7 +123,7 @@ def _check_show(config: PrepareConfig) -> None:
 
 def _check(config: PrepareConfig) -> None:
     _check_show(config)
-    if Path(config.show).name != config.show:
+    if Path(config.show).name != config.show or config.show in ("", ".."):
         raise UserError(f"show '{config.show}': expected a name for a folder and files, not a path")
     if not 0 <= config.seed < 2**32:  # what scikit-learn takes
         raise UserError(f"seed: got {config.seed}, expected 0 to 4294967295")
