@@ -136,12 +136,11 @@ def test_a_summary_splits_all_replies_into_one_kind_of_tokens():
     assert summary == summarise(records, tokens="word")
     zhou = summary["per_querier"]["Zhou"]
     assert zhou["corpus_bleu1"] == pytest.approx(zhou["bleu1"]) == 0.5
-    unasked = {
-        **record("3", rouge_l=None),
-        "reference": "你好世界" * 40,
-    }  # counts as for a reply's own scores
+    unasked = {**record("3", rouge_l=None), "reference": "你好世界" * 40}
     by_character = summarise(records, tokens="character")
     assert summarise([*records, unasked])["distinct1"] == by_character["distinct1"] != summary["distinct1"]
+    runs = [records[:1], records]  # the first alone would be split into characters
+    assert summarise_seeds(runs)["corpus_bleu1"] == summarise_seeds(runs, tokens="word")["corpus_bleu1"]
 
 
 def test_records_without_texts_have_no_corpus_scores():
