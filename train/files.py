@@ -1,6 +1,7 @@
 """Files and folders that are written atomically, and read with errors that name the place."""
 
 import difflib
+import glob
 import json
 import os
 import re
@@ -153,3 +154,9 @@ def build_directory(target: Path) -> Iterator[Path]:
         os.replace(built, target)
     finally:
         shutil.rmtree(workspace)
+
+
+def remove_unfinished(target: Path) -> None:
+    """Delete what :func:`build_directory` left beside ``target`` where it was killed."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}"):  # as mkdtemp names them
+        shutil.rmtree(path, ignore_errors=True)
