@@ -95,22 +95,33 @@ class Base:
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str, int]) -> None:
-    """Write the experts of these queriers (name -> id) into ``folder``, beside those it has."""
+    """Write the experts of these queriers (name -> id) into ``folder``, beside those it has.
+
+    If that fails, as on a full disk, the folder holds the files that it held before.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     base = Base.of(model)
     files = _read_index(folder, base)["queriers"] if (folder / INDEX).exists() else {}
     before = set(files.values())
     state = model.state_dict()  # with the latest values of queriers in train_only, too
-    for name, index in queriers.items():
-        tensors = {key: state[_bank_key(key)][index].contiguous().cpu() for key in rows(model, index)}
-        content = serialize(tensors)
-        files[name] = f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        _write(folder / files[name], content)
-    index = {"base": base.to_json(), "queriers": files}
-    _write(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
-    for stale in before - set(files.values()):
-        (folder / stale).unlink(missing_ok=True)
+    try:
+        for name, index in queriers.items():
+            tensors = {key: state[_bank_key(key)][index].contiguous().cpu() for key in rows(model, index)}
+            content = serialize(tensors)
+            files[name] = f"{hashlib.sha256(content).hexdigest()}.safetensors"
+            _write(folder / files[name], content)
+        index = {"base": base.to_json(), "queriers": files}
+        _write(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
+    except OSError:
+        _remove(folder, set(files.values()) - before)
+        raise
+    _remove(folder, before - set(files.values()))
+
+
+def _remove(folder: Path, files: set[str]) -> None:
+    for file in files:
+        (folder / file).unlink(missing_ok=True)
 
 
 def load(

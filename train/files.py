@@ -1,6 +1,7 @@
 """Files and folders that are written atomically, and read with errors that name the place."""
 
 import difflib
+import glob
 import json
 import os
 import re
@@ -53,6 +54,8 @@ def load_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number too long for Python, brackets too deep
+        raise UserError(f"{path}: damaged JSON ({error})") from error
 
 
 def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
@@ -151,3 +154,9 @@ def build_directory(target: Path) -> Iterator[Path]:
         os.replace(built, target)
     finally:
         shutil.rmtree(workspace)
+
+
+def remove_unfinished(target: Path) -> None:
+    """Delete what :func:`build_directory` left beside ``target`` where it was killed."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}"):  # as mkdtemp names them
+        shutil.rmtree(path, ignore_errors=True)

@@ -37,14 +37,14 @@ from train.config import DTYPES, TrainConfig, load_config
 from train.data.layout import MQDialog
 from train.dataset import RunData, load_data, window_set
 from train.errors import UserError
-from train.files import write_atomic
+from train.files import remove_unfinished, write_atomic
 from train.layers import upper_part
 from train.packing import PackingCollator, use_packed_attention
 from train.report.run_page import write_run_page
 from train.run_file import check_base, check_continues, check_finished, training_windows, write_run
 from train.trained import TRAINED, build, first_trained_layer, read_about, save_trained
 from train.trainer import QARTrainer
-from train.validation import KeepBest, discard_best
+from train.validation import BEST, KeepBest, discard_best
 
 LOG, TRAINED_FOLDER = "log.json", "trained"
 logger = logging.getLogger(__name__)
@@ -186,6 +186,8 @@ def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> 
     else:
         check_continues(config, data)
     checkpoints.make_room(output, checkpoint)
+    for name in (BEST, TRAINED_FOLDER):
+        remove_unfinished(output / name)
     return checkpoint
 
 

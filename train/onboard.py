@@ -13,7 +13,6 @@ import dataclasses
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from train.cli import run
 from train.data.encode import encode_all
 from train.data.layout import Example
 from train.data.mqdialog import load_mqdialog
-from train.data.responders import pair_name, split_pair
+from train.data.responders import name_beside
 from train.dataset import with_context
 from train.errors import UserError
 from train.finetune import make_trainer
@@ -60,7 +59,7 @@ def onboard(
     trained = load_trained(source, torch.float32)  # writes the others' experts back unrounded
     _check_source(trained, source)
     found = load_mqdialog(data)
-    name = _name_beside(trained.queriers, querier, found.responder)
+    name = name_beside(trained.queriers, querier, found.responder)
     if name in trained.queriers:
         raise UserError(f"querier '{name}' is known to {source} already")
     if found.responder not in responders(trained):
@@ -98,12 +97,6 @@ def _add(trained: Trained, name: str, examples: list[Example], epochs: float, le
     _train(trained, examples, trained.model.queriers[name], epochs, learning_rate)
     trained.model.contrast = contrast
     trained.model.train_only(None)
-
-
-def _name_beside(queriers: Sequence[str], querier: str, responder: str) -> str:
-    """The newcomer's name in the model: a pair's if its queriers are pairs."""
-    pairs = split_pair(queriers[0])[1] is not None
-    return pair_name(querier, responder) if pairs else querier
 
 
 def _train(

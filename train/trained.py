@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -160,6 +161,9 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
         UserError: if the folder or a file of it is missing or damaged, or the base has other weights now.
     """
     about = read_about(folder)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / name).is_file():  # PEFT would look for it on the hub
+            raise UserError(f"{folder / name}: is missing")
     config = config_from(about["config"], str(folder / TRAINED))
     try:
         qar = QARConfig.from_dict(about["qar"])

@@ -169,6 +169,17 @@ def test_columns_are_checked(command, monkeypatch, capsys):
     assert "columns are those of a CSV transcript" in capsys.readouterr().err
 
 
+def test_a_name_may_be_typed_in_another_unicode_form(command, transcript):
+    said = transcript.read_text()
+    transcript.write_text(said.replace('"Ann"', '"Jos\xe9"', 5).replace('"Ann"', '"Jose\u0301"'), "utf-8")
+    assert command("--list-speakers", "--responder", " Doc", *LOW).count("Jos") == 1
+    command(*LOW, "--responder", "Doc ", "--querier", "Jose\u0301", "--clusters", 2)
+    data = load_mqdialog(transcript.parent / "out" / "inn" / "diags_two_role_doc_clustered")
+    assert data.queriers == ["Jos\xe9"] and {e.dialogue for e in data.train + data.dev} == {
+        f"scene_{number}_dialogue_0" for number in range(0, 30, 3)
+    }
+
+
 def test_names_in_brackets_are_shown(command, transcript):
     transcript.write_text(transcript.read_text().replace('"Ann"', '"[i]Ann"').replace('"Doc"', '"[red]Doc"'))
     for shown in (command("--list-speakers", *LOW), command("--responder", "[red]Doc", *LOW)):

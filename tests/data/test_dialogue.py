@@ -106,13 +106,32 @@ def test_split_is_by_dialogue_and_seeded():
 
 
 def test_windows_of_a_split_are_within_the_bound():
-    scene = Scene("show", "1", tuple(Turn("QR"[i % 2], "word " * 15) for i in range(40)))
-    (split,) = split_queriers([scene, scene], "R", LOW)
+    scenes = [
+        Scene("show", "1", tuple(Turn("QR"[i % 2], text * 15) for i in range(40)))
+        for text in ("word ", "more ")
+    ]
+    (split,) = split_queriers(scenes, "R", LOW)
     found = [*split.train, *split.dev]
     assert len(found) == 40
     assert max(sum(len(t.speaker) + 1 + len(t.text) for t in w.turns) for w in found) in range(
         400, MAX_CHARACTERS
     )
+
+
+def test_a_repeated_dialogue_counts_once(caplog):
+    once = many_scenes()
+    twice = split_queriers(once + once, "R", LOW)
+    assert "R: left out 50 dialogues that repeat another one" in caplog.text
+    for split, alone in zip(twice, split_queriers(once, "R", LOW), strict=True):
+        assert (split.querier, split.dialogues) == (alone.querier, alone.dialogues)
+        train, dev = ([w.turns for w in half] for half in (split.train, split.dev))
+        assert len(set(train)) == len(train) and len(set(dev)) == len(dev)
+        learnt = {turn for turns in train for turn in turns if turn.speaker == "R"}
+        assert dev and not learnt & {turns[-1] for turns in dev}
+        assert {turns[-1] for turns in train + dev} == {w.turns[-1] for w in alone.train + alone.dev}
+    with pytest.raises(UserError, match="querier 'X' has 14 dialogues with R, below the minimum of 15"):
+        split_queriers(once + once, "R", Thresholds(1, 15), queriers=["X"])
+    assert split_queriers([once[0], once[0]], "R", LOW)[0].dev == ()
 
 
 def test_a_single_dialogue_goes_to_train():

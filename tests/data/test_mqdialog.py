@@ -128,6 +128,13 @@ def test_damaged_json_names_file_and_line(folder):
         load_mqdialog(folder)
 
 
+@pytest.mark.parametrize("text", [5000 * "1", 100_000 * "["])
+def test_json_that_python_cannot_hold_is_damaged(folder, text):
+    (folder / PAIR_IDS).write_text(text)
+    with pytest.raises(UserError, match=r"role_pair_id\.json: damaged JSON \(.+\)$"):
+        load_mqdialog(folder)
+
+
 def test_empty_split(folder):
     for path in folder.glob("*/*_dev.json"):
         path.write_text("[]")

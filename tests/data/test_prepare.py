@@ -24,7 +24,11 @@ def config_for(path, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"), [({"seed": -1}, "seed: got -1"), ({"show": "a/b"}, "show 'a/b'")]
+    ("changes", "named"),
+    [
+        ({"seed": -1}, "seed: got -1"),
+        *(({"show": show}, f"show '{show}': expected a name") for show in ("a/b", "..", ".", "")),
+    ],
 )
 def test_settings_that_cannot_be_built_are_named(transcript, changes, named):
     with pytest.raises(UserError, match=named):

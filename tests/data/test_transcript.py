@@ -23,8 +23,10 @@ def write(folder, text, name):
         ('{"scene": "1", "speaker": " ", "text": "a"}', ":1: key 'speaker' is empty"),
         ("[1]", ":1: expected an object"),
         ("\n" + 100_000 * "[", ":2: not JSON of a turn"),
+        (f'\n{{"scene": "1", "id": {5000 * "1"}}}', r":2: not JSON of a turn \(a number is too long\)"),
         (r'{"scene": "1", "speaker": "A", "text": "so \ud83d"}', r":1: key 'text' holds half .*'\\ud83d'"),
         (r'{"scene": "1", "speaker": "\ude00", "text": "a"}', ":1: key 'speaker' holds half a character"),
+        ('{"scene": "1", "speaker": "A", "text": " "}', r"show\.jsonl: nobody says anything"),
         ("", "the file is empty"),
     ],
 )
@@ -93,15 +95,32 @@ def test_markdown_without_headings_is_one_scene(tmp_path):
         ("## One\n\n**A:** a\n## Two\nb\n", r"inn\.md:5: nobody speaks here"),
         ("**A** a\n", r"inn\.md:1: broken speaker '\*\*A\*\* a'"),
         ("**A:** a\n**:** b\n", r"inn\.md:2: broken speaker"),
+        ("**A:** a\n** :** b\n", r"inn\.md:2: broken speaker"),
+        ("**A:** a\n**\u200b**: b\n", r"inn\.md:2: broken speaker"),
         ("**A:** a\n> **B:** b\n", r"inn\.md:2: broken speaker"),
         ("**A:** a\n- **B:** b\n", r"inn\.md:2: broken speaker"),
         ("**A:** a\n\nTwo\n===\n", r"inn\.md:4: an underlined heading"),
+        ("**A:** a\n\nTwo\n---\n\n**B:** b\n", r"inn\.md:4: an underlined heading"),
+        ("**A:** a\n *so* it\n-----\n", r"inn\.md:3: an underlined heading"),
+        ("## One\n\n*Rain.*\n", r"inn\.md: nobody says anything"),
         ("\n", "the file is empty"),
     ],
 )
 def test_damaged_markdown_names_the_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read_transcript(write(tmp_path, text, "inn.md"))
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_markdown_may_have_any_line_ends(tmp_path, end):
+    path = tmp_path / "inn.md"
+    path.write_bytes(MARKDOWN.encode())
+    expected = read_transcript(path)
+    path.write_bytes(MARKDOWN.replace("\n", end).encode())
+    assert read_transcript(path) == expected
+    path.write_bytes(f"## One{end}**A** a".encode())
+    with pytest.raises(UserError, match=r"inn\.md:2: broken speaker"):
+        read_transcript(path)
 
 
 def test_directions_may_hold_emphasis_and_underscores(tmp_path):
@@ -113,8 +132,7 @@ def test_directions_may_hold_emphasis_and_underscores(tmp_path):
     assert [turn.text for turn in scene.turns] == ["a", "b *so* it *is* _a_ or **this:** _b_"]
 
 
-@pytest.mark.parametrize("name", ["A > B", "A >"])
-@pytest.mark.parametrize(
+ONE_TURN = pytest.mark.parametrize(
     ("file", "text"),
     [
         ("show.jsonl", '{"scene": "1", "speaker": "%s", "text": "a"}'),
@@ -122,8 +140,28 @@ def test_directions_may_hold_emphasis_and_underscores(tmp_path):
         ("show.csv", "scene,speaker,text\n1,%s,a"),
     ],
 )
+
+
+@ONE_TURN
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("Jose\u0301", "Jos\xe9"),
+        (" Al \xa0 B ", "Al B"),
+        ("\u200bZoe\ufeff", "Zoe"),
+        ("\u0627\u200c\u0628", "\u0627\u200c\u0628"),
+        ("\u212bke", "\xc5ke"),
+    ],
+)
+def test_names_that_look_the_same_are_the_same(tmp_path, file, text, name, plain):
+    (scene,) = read_transcript(write(tmp_path, text % name, file))
+    assert scene.turns == (Turn(plain, "a"),)
+
+
+@ONE_TURN
+@pytest.mark.parametrize("name", ["A > B", "A >", "A  >  B"])
 def test_a_name_that_reads_as_a_pairs_is_refused(tmp_path, name, file, text):
-    with pytest.raises(UserError, match=rf"{file}:\d: got the name '{name}', expected one without ' > '"):
+    with pytest.raises(UserError, match=rf"{file}:\d: got the name 'A >.*', expected one without ' > '"):
         read_transcript(write(tmp_path, text % name, file))
 
 
@@ -135,9 +173,10 @@ def test_joining_many_lines_takes_no_longer_a_line(tmp_path):
 
 
 def test_a_rule_is_not_spoken(tmp_path):
-    text = "---\n## One\n**A:** a\n**B:** b\n\n---\n\n* * *\n## Two\n**A:** c - d\n***\n"
-    scenes = read_transcript(write(tmp_path, text, "show.md"))
-    assert [turn.text for scene in scenes for turn in scene.turns] == ["a", "b", "c - d"]
+    text = "---\n## One\n---\n**A:** a\n**B:** b\n\n---\n\n* * *\n## Two\n**A:** c - d\n***\n"
+    under = "**B:** e\n---\n*Rain.*\n---\n**A:** f\ng\n- - -\n**B:** h\ni\n\n---\n"
+    scenes = read_transcript(write(tmp_path, text + under, "show.md"))
+    assert [turn.text for scene in scenes for turn in scene.turns] == ["a", "b", "c - d", "e", "f g", "h i"]
 
 
 def test_a_json_line_ends_at_the_line_feed_alone(tmp_path):

@@ -94,6 +94,38 @@ def test_data_of_another_responder_are_refused(trained, tiny_data, tmp_path):
         evaluate(trained, tmp_path / "other")
 
 
+def asked_by(data, kept):
+    """``data`` with the queriers ``kept`` alone."""
+    halves = {
+        half: [
+            dataclasses.replace(e, querier_id=kept.index(e.querier))
+            for e in getattr(data, half)
+            if e.querier in kept
+        ]
+        for half in ("train", "dev")
+    }
+    return dataclasses.replace(data, queriers=kept, **halves)
+
+
+def test_a_model_of_several_responders_takes_the_expert_of_the_pair(config, tiny_data, tmp_path):
+    ada, bram, cleo = tiny_data.queriers
+    wren, amy = asked_by(tiny_data, [ada, bram]), asked_by(answered_by(tiny_data, "Amy"), [bram, cleo])
+    for name, data in (("both/wren", wren), ("both/amy", amy), ("stranger", asked_by(tiny_data, [cleo]))):
+        write_mqdialog(data, tmp_path / name, "planted")
+    trained = finetune(config.replace(data=str(tmp_path / "both")))
+    both, one = (
+        {(record["querier"], record["id"].split("/")[-1]): record["nll_sum"] for record in result["records"]}
+        for result in (
+            evaluate(trained, generated=1, max_new_tokens=4),
+            evaluate(trained, tmp_path / "both" / "wren", generated=1, max_new_tokens=4),
+        )
+    )
+    assert {querier for querier, _ in one} == {f"{ada} > Wren", f"{bram} > Wren"}
+    assert one == pytest.approx({key: nll for key, nll in both.items() if key in one}, rel=1e-5)
+    with pytest.raises(UserError, match=f"querier '{cleo} > Wren' is unknown"):
+        evaluate(trained, tmp_path / "stranger")
+
+
 def test_windows_that_do_not_fit_are_left_out_and_counted(config, tiny_data, trained):
     lengths = [len(e.reply.split()) for e in tiny_data.dev]
     long = max(range(len(lengths)), key=lengths.__getitem__)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -262,6 +263,15 @@ def test_a_base_is_found_from_anywhere_and_a_project_may_move(config, tmp_path, 
     monkeypatch.chdir("moved")
     assert load_trained(Path("run/trained")).responder
     assert finetune(config.replace(model="base", data="data", output_dir="run")) == Path("run/trained")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_adapter_is_named_and_not_looked_for_elsewhere(config, name, monkeypatch):
+    folder = finetune(config)
+    (folder / name).unlink()
+    monkeypatch.setattr(PeftModel, "from_pretrained", lambda *_: pytest.fail("PEFT looked for the adapter"))
+    with pytest.raises(UserError, match=f"trained/{name}: is missing$"):
+        load_trained(folder)
 
 
 def test_damaged_result_is_refused(config):

@@ -127,6 +127,22 @@ def test_empty_and_failed_replies_are_counted_and_score_zero():
     assert len(summary["ci95"]["bleu4"]) == 2
 
 
+def test_a_summary_splits_all_replies_into_one_kind_of_tokens():
+    records = [
+        generated("1", "你好 世界", "你好 世界呀", querier="Zhou", tokens="word"),
+        generated("2", "hello my friend", "hello there my friend again " * 4, tokens="word"),
+    ]
+    summary = summarise(records)
+    assert summary == summarise(records, tokens="word")
+    zhou = summary["per_querier"]["Zhou"]
+    assert zhou["corpus_bleu1"] == pytest.approx(zhou["bleu1"]) == 0.5
+    unasked = {**record("3", rouge_l=None), "reference": "你好世界" * 40}
+    by_character = summarise(records, tokens="character")
+    assert summarise([*records, unasked])["distinct1"] == by_character["distinct1"] != summary["distinct1"]
+    runs = [records[:1], records]  # the first alone would be split into characters
+    assert summarise_seeds(runs)["corpus_bleu1"] == summarise_seeds(runs, tokens="word")["corpus_bleu1"]
+
+
 def test_records_without_texts_have_no_corpus_scores():
     summary = summarise([record("1"), record("2", rouge_l=None)])
     assert summary["corpus_bleu4"] is None and summary["macro"]["distinct1"] is None

@@ -27,6 +27,7 @@ from train.onboard import onboard
 from train.run_file import RUN, check_continues
 from train.trained import EXPERTS
 from train.trainer import WEIGHTS, QARTrainer
+from train.validation import KeepBest
 
 
 @pytest.fixture
@@ -98,6 +99,31 @@ def test_killed_run_resumes_to_the_same_curve_and_weights(config, last, before):
         expected, got = (load_file(Path(run.output_dir) / part) for run in (config, killed))
         assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
     assert not (Path(killed.output_dir) / BUILDING).exists()
+
+
+def die_while_keeping_the_best(rank):
+    KeepBest._write = kill
+
+
+def die_while_writing_the_result(rank):
+    module.save_trained = functools.partial(_half_written, module.save_trained)
+
+
+def _half_written(save, peft, *args):
+    peft.save_pretrained = kill
+    save(peft, *args)
+
+
+@pytest.mark.parametrize(
+    ("before", "left"), [(die_while_keeping_the_best, "best"), (die_while_writing_the_result, "trained")]
+)
+def test_what_a_killed_run_was_building_is_removed(config, before, left):
+    config = config.replace(validation=0.2)
+    assert start(config, before=before).wait() == [-signal.SIGKILL]
+    output = Path(config.output_dir)
+    assert [path.name.split(".")[1] for path in output.glob(".*")] == [left]
+    completed(config, resume=True)
+    assert not list(output.glob(".*"))
 
 
 def limit_files():

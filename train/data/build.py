@@ -22,7 +22,7 @@ from train.data.planted import RESPONDER as PLANTED_RESPONDER
 from train.data.prepare import PLANTED, PLAYS, PrepareConfig, prepare, read_scenes
 from train.data.speakers import find_speakers, qualified, survey
 from train.data.summary import overview_table, pairs_table, speakers_table, summary_table
-from train.data.transcript_rows import KEYS
+from train.data.transcript_rows import KEYS, plain_name
 from train.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--show", help=f"'{PLAYS}', '{PLANTED}', or the name to give a transcript")
     parser.add_argument("--list-speakers", action="store_true", help="only show who talks with whom")
-    parser.add_argument("--responder", action="append", default=[], help="who answers; may be repeated")
+    parser.add_argument(
+        "--responder", action="append", default=[], type=plain_name, help="who answers; may be repeated"
+    )
     parser.add_argument("--all-responders", action="store_true", help="everybody with two queriers or more")
     parser.add_argument("--querier", action="append", default=[], help="only this person; may be repeated")
     parser.add_argument(

@@ -2,9 +2,11 @@
 
 A *dialogue* is a maximal run of turns by exactly two speakers; the last run of a scene counts too. A *window*
 ends with one reply of the responder and goes back as far as fewer than ``MAX_CHARACTERS`` characters allow,
-counted as the reference does (name, newline, text). The split is by dialogue: no reply is in both halves.
+counted as the reference does (name, newline, text). The split is by dialogue: no reply is in both halves. A
+dialogue that repeats another one word for word, as in a transcript that has a scene twice, does not count.
 """
 
+import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +16,8 @@ from itertools import permutations
 
 from train.data.transcript import Scene, Turn
 from train.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 512
 DEV_SHARE = 0.2
@@ -26,7 +30,7 @@ class Thresholds:
     min_turns: int = 70
     """Turns a querier speaks in the whole transcript."""
     min_dialogues: int = 20
-    """Dialogues with the responder that give at least one window."""
+    """Different dialogues with the responder that give at least one window."""
 
     def allow(self, turns: int, dialogues: int) -> bool:
         """Whether somebody with so many of both is a querier."""
@@ -52,7 +56,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Split:
-    """Train and dev windows of one querier; ``dialogues`` counts both halves."""
+    """Train and dev windows of one querier; ``dialogues`` counts those of both halves."""
 
     querier: str
     dialogues: int
@@ -128,18 +132,22 @@ def split_queriers(
     for name in queriers:
         require_speaker("querier", name, spoken)
     dialogues = dialogues_by_pair(scenes)[responder]
+    counts = Counter({name: len(different(found)) for name, found in dialogues.items()})
     for name in queriers:
-        _require_enough(name, responder, spoken[name], len(dialogues[name]), thresholds)
+        _require_enough(name, responder, spoken[name], counts[name], thresholds)
     kept = [
         name
         for name in most_dialogues_first(dialogues)
-        if thresholds.allow(spoken[name], len(dialogues[name])) and (not queriers or name in queriers)
+        if thresholds.allow(spoken[name], counts[name]) and (not queriers or name in queriers)
     ]
     if not kept:
         raise UserError(
             f"responder '{responder}': nobody has at least {thresholds.min_turns} turns and "
             f"{thresholds.min_dialogues} dialogues with them; lower the minimums"
         )
+    repeated = sum(len(dialogues[name]) - counts[name] for name in kept)
+    if repeated:
+        logger.warning("%s: left out %d dialogues that repeat another one word for word", responder, repeated)
     return [_split(name, responder, dialogues[name], seed) for name in kept]
 
 
@@ -163,21 +171,31 @@ def dialogues_by_pair(scenes: Iterable[Scene]) -> dict[str, dict[str, list[Windo
 
 
 def most_dialogues_first(dialogues: Mapping[str, Sequence[Window]]) -> list[str]:
-    """The names in ``dialogues`` by number of dialogues, then by name."""
-    return sorted(dialogues, key=lambda name: (-len(dialogues[name]), name))
+    """The names in ``dialogues`` by number of different dialogues, then by name."""
+    return sorted(dialogues, key=lambda name: (-len(different(dialogues[name])), name))
+
+
+def different(dialogues: Iterable[Window]) -> list[Window]:
+    """``dialogues`` without those that repeat an earlier one word for word."""
+    first: dict[tuple[Turn, ...], Window] = {}
+    for dialogue in dialogues:
+        first.setdefault(dialogue.turns, dialogue)
+    return list(first.values())
 
 
 def _split(querier: str, responder: str, dialogues: Sequence[Window], seed: int) -> Split:
     shuffled = list(dialogues)
     random.Random(f"{seed}/{responder}/{querier}").shuffle(shuffled)
-    num_dev = max(1, round(DEV_SHARE * len(shuffled))) if len(shuffled) > 1 else 0
-    dev = [part for dialogue in shuffled[:num_dev] for part in _parts(dialogue, responder)]
+    # after the shuffle, so that the other dialogues keep the split that results have been published with
+    kept = different(shuffled)
+    num_dev = max(1, round(DEV_SHARE * len(kept))) if len(kept) > 1 else 0
+    dev = [part for dialogue in kept[:num_dev] for part in _parts(dialogue, responder)]
     train = [
         Window(part.id, without_leading_reply(part.turns, responder))
-        for dialogue in shuffled[num_dev:]
+        for dialogue in kept[num_dev:]
         for part in _parts(dialogue, responder)
     ]
-    return Split(querier, len(shuffled), tuple(train), tuple(dev))
+    return Split(querier, len(kept), tuple(train), tuple(dev))
 
 
 def _parts(dialogue: Window, responder: str) -> list[Window]:

@@ -20,6 +20,7 @@ from train.data.planted import SHOW as PLANTED
 from train.data.planted import planted
 from train.data.plays import read_plays
 from train.data.transcript import Scene, read_transcript
+from train.data.transcript_rows import plain_name
 from train.errors import UserError
 from train.files import build_directory, load_json, read_text, write_atomic
 
@@ -51,6 +52,11 @@ class PrepareConfig:
     seed: int = 0
     force: bool = False
     """Rebuild a folder that exists."""
+
+    def __post_init__(self) -> None:
+        """Write names as the transcript's are read."""
+        object.__setattr__(self, "responder", plain_name(self.responder))
+        object.__setattr__(self, "queriers", tuple(map(plain_name, self.queriers)))
 
     @property
     def folder(self) -> Path:
@@ -117,7 +123,7 @@ def _check_show(config: PrepareConfig) -> None:
 
 def _check(config: PrepareConfig) -> None:
     _check_show(config)
-    if Path(config.show).name != config.show:
+    if Path(config.show).name != config.show or config.show in ("", ".."):
         raise UserError(f"show '{config.show}': expected a name for a folder and files, not a path")
     if not 0 <= config.seed < 2**32:  # what scikit-learn takes
         raise UserError(f"seed: got {config.seed}, expected 0 to 4294967295")

@@ -61,6 +61,12 @@ def split_pair(name: str) -> tuple[str, str | None]:
     return querier, responder if arrow else None
 
 
+def name_beside(queriers: Sequence[str], querier: str, responder: str) -> str:
+    """What ``querier`` of ``responder`` is called among ``queriers``: a pair if those are pairs."""
+    pairs = split_pair(queriers[0])[1] is not None
+    return pair_name(querier, responder) if pairs else querier
+
+
 def _without_held_out(train: Sequence[Example], dev: Sequence[Example]) -> list[Example]:
     held_out = {exchange for example in dev for exchange in example.exchanges}
     return [example for example in train if held_out.isdisjoint(example.exchanges)]

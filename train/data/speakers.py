@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from train.data.dialogue import (
     Thresholds,
+    Window,
     count_turns,
     dialogues_by_pair,
+    different,
     most_dialogues_first,
     require_speaker,
 )
@@ -59,18 +61,18 @@ def survey(scenes: Sequence[Scene], thresholds: Thresholds) -> list[Speaker]:
             name,
             turns[name],
             tuple(
-                Pair(
-                    querier,
-                    turns[querier],
-                    len(found[querier]),
-                    thresholds.allow(turns[querier], len(found[querier])),
-                )
+                _pair(querier, turns[querier], found[querier], thresholds)
                 for querier in most_dialogues_first(found)
             ),
         )
         for name, found in dialogues_by_pair(scenes).items()
     ]
     return sorted(speakers, key=lambda speaker: (-speaker.dialogues, -speaker.turns, speaker.name))
+
+
+def _pair(querier: str, turns: int, dialogues: Sequence[Window], thresholds: Thresholds) -> Pair:
+    count = len(different(dialogues))
+    return Pair(querier, turns, count, thresholds.allow(turns, count))
 
 
 def find_speakers(scenes: Sequence[Scene], names: Sequence[str], thresholds: Thresholds) -> list[Speaker]:

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from train.data.transcript_rows import rows
+from train.errors import UserError
 
 WITHOUT_SPACES = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
 PUNCTUATION = re.compile(r"[\u2014\u2018-\u201d\u2026]")  # in both kinds of script: quotes, dash, ellipsis
@@ -55,9 +56,15 @@ def _is_unspaced(text: Iterable[str]) -> bool | None:
 
 
 def read_transcript(path: Path, columns: Mapping[str, str] | None = None) -> list[Scene]:
-    """The scenes of a transcript; arguments and errors as in :func:`train.data.transcript_rows.rows`."""
+    """The scenes of a transcript; arguments and errors as in :func:`train.data.transcript_rows.rows`.
+
+    A transcript in which nobody says anything is a ``UserError`` too.
+    """
     scenes = [
         Scene(path.stem, title, merge_turns([Turn(speaker, text) for _, speaker, text in group]))
         for title, group in groupby(rows(path, columns or {}), key=lambda row: row[0])
     ]
-    return [scene for scene in scenes if scene.turns]
+    scenes = [scene for scene in scenes if scene.turns]
+    if not scenes:
+        raise UserError(f"{path}: nobody says anything in it")
+    return scenes

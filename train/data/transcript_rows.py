@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -29,9 +30,22 @@ SPEECH = re.compile(r"\*\*\s*([^*]+?)\s*(?:[:：]\s*\*\*|\*\*\s*[:：])\s*(.*)")
 MARKED_SPEECH = re.compile(rf"(?:[>+-]|\*(?=\s)|\d+[.)])\s*{SPEECH.pattern}")
 RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
 DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_")
-UNDERLINE = re.compile(r"=+")
+UNDERLINE = re.compile(r"=+|-{3,}")
+LINE_END = re.compile(r"\r\n?")
+"""Of Windows, and of old Macs."""
 HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")
 """An unpaired surrogate: JSON can escape it, but no UTF-8 file can hold it."""
+
+NO_WIDTH = re.compile(r"[\u200b\u2060\ufeff]")
+"""Characters that nobody sees; those that join letters or keep them apart may belong to a name."""
+
+
+def plain_name(name: str) -> str:
+    """``name`` as it looks: composed letters (NFC), single spaces, nothing invisible.
+
+    What looks the same is the same person, whichever system or hand wrote it.
+    """
+    return unicodedata.normalize("NFC", " ".join(NO_WIDTH.sub("", name).split()))
 
 
 def check_name(name: str, where: str) -> None:
@@ -42,6 +56,8 @@ def check_name(name: str, where: str) -> None:
 
 def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     """(scene, speaker, text) of every line of a transcript: Markdown or CSV by its suffix, else JSON lines.
+
+    Speakers are called by their :func:`plain_name`.
 
     Args:
         path: the transcript.
@@ -55,8 +71,11 @@ def rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         return _csv_rows(path, text, columns)
     if columns:
         raise UserError(f"{path}: only a CSV file has columns to name, got {', '.join(columns.values())}")
+    is_markdown = suffix in MARKDOWN
+    if is_markdown:
+        text = LINE_END.sub("\n", text)
     lines = enumerate(text.split("\n"), start=1)  # not splitlines: a JSON text may hold U+2028
-    return _markdown_rows(path, lines) if suffix in MARKDOWN else _json_rows(path, lines)
+    return _markdown_rows(path, lines) if is_markdown else _json_rows(path, lines)
 
 
 def _csv_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row]:
@@ -69,10 +88,10 @@ def _csv_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row
             if None in record or None in (scene, speaker, said):
                 count = "more" if None in record else "fewer"
                 raise UserError(f"{path}:{table.line_num}: {count} fields than the header has")
-            if not speaker.strip():
+            if not (name := plain_name(speaker)):
                 raise UserError(f"{path}:{table.line_num}: column '{names[1]}' is empty")
-            check_name(speaker.strip(), f"{path}:{table.line_num}")
-            yield scene, speaker.strip(), " ".join(said.splitlines())
+            check_name(name, f"{path}:{table.line_num}")
+            yield scene, name, " ".join(said.splitlines())
     except csv.Error as error:
         raise UserError(f"{path}: not CSV after line {table.line_num} ({error})") from error
 
@@ -93,32 +112,38 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
     for number, line in lines:
         if line.strip():
             row = _parse_line(path, number, line)
-            yield row["scene"], row["speaker"].strip(), row["text"]
+            yield row["scene"], row["speaker"], row["text"]
 
 
 def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
     """(scene, speaker, text) of every line; scenes are numbered, so that equal headings stay apart."""
     scene, speaker, number_of_scenes = path.stem, None, 0
+    goes_on = False  # whether the line before continues a turn, or is a heading that dashes underline
     for number, line in ((number, line.strip()) for number, line in lines):
-        if RULE.fullmatch(line):
+        is_underline = UNDERLINE.fullmatch(line) and (goes_on or line.startswith("="))
+        goes_on = False
+        if RULE.fullmatch(line) and not is_underline:
             continue
         heading, speech = HEADING.fullmatch(line), SPEECH.fullmatch(line)
         if heading:
             number_of_scenes += 1
             scene, speaker = f"{number_of_scenes} {heading[1]}", None
-        elif speech:
-            speaker = speech[1]
+        elif speech and (name := plain_name(speech[1])):
+            speaker = name
             check_name(speaker, f"{path}:{number}")
             yield scene, speaker, speech[2]
         elif line.startswith("**") or MARKED_SPEECH.match(line):
             raise UserError(f"{path}:{number}: broken speaker {line[:40]!r}, expected '**Name:** text'")
-        elif UNDERLINE.fullmatch(line):
-            raise UserError(f"{path}:{number}: an underlined heading, expected '## Scene'")
+        elif is_underline:
+            raise UserError(
+                f"{path}:{number}: an underlined heading, expected '## Scene'; a rule has an empty line above"
+            )
         elif line and not DIRECTION.fullmatch(line):
             if speaker is None:
                 raise UserError(
                     f"{path}:{number}: nobody speaks here; expected '**Name:** text' or '## Scene'"
                 )
+            goes_on = True
             yield scene, speaker, line
 
 
@@ -129,6 +154,8 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
         raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise UserError(f"{path}:{number}: not JSON of a turn (brackets too deep)") from error
+    except ValueError as error:  # no error of syntax, but a number longer than Python converts
+        raise UserError(f"{path}:{number}: not JSON of a turn (a number is too long)") from error
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: expected an object with the keys {', '.join(KEYS)}")
     for key in KEYS:
@@ -136,7 +163,7 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
             raise UserError(f"{path}:{number}: key '{key}' is missing or not a string")
         if half := HALF_A_CHARACTER.search(row[key]):
             raise UserError(f"{path}:{number}: key '{key}' holds half a character ({half[0]!a})")
-    if not row["speaker"].strip():
+    if not (name := plain_name(row["speaker"])):
         raise UserError(f"{path}:{number}: key 'speaker' is empty")
-    check_name(row["speaker"].strip(), f"{path}:{number}")
-    return row
+    check_name(name, f"{path}:{number}")
+    return row | {"speaker": name}

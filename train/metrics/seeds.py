@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from train.metrics.records import SCORE_KEYS, Record
-from train.metrics.summary import CORPUS_KEYS, compare, summarise
+from train.metrics.summary import CORPUS_KEYS, compare, summarise, tokens_of
 from train.metrics.text import Tokens
 
 COUNTS = ("empty", "failed")
@@ -56,6 +56,7 @@ def summarise_seeds(
     runs in which they ask; ``empty`` and ``failed`` are totals over all runs, ``examples`` and ``generated``
     count windows.
     """
+    tokens = tokens or tokens_of([record for run in runs for record in run])
     single = [summarise(run, samples=1, tokens=tokens) for run in runs]
     summary = summarise(pool(runs), tokens=tokens, **options)
     summary |= _corpus_means(single)

@@ -37,13 +37,12 @@ def _means(records: Sequence[Record]) -> dict[str, float | None]:
     return {key: _mean([record.get(key) for record in records]) for key in SCORE_KEYS}
 
 
-def _corpus(records: Sequence[Record], tokens: Tokens | None) -> dict[str, float | None]:
+def _corpus(records: Sequence[Record], tokens: Tokens) -> dict[str, float | None]:
     """Scores of all replies together; a failed one counts as empty."""
     generated = _scored(records, "rougeL")
     if not generated or any("reference" not in record for record in generated):
         return dict.fromkeys(CORPUS_KEYS)
     replies, references = [r["reply"] or "" for r in generated], _column(generated, "reference")
-    tokens = tokens or tokens_for(references)
     return {**corpus_bleu(replies, references, tokens), **distinct(replies, tokens)}
 
 
@@ -60,7 +59,12 @@ def _token_nll(records: Sequence[Record]) -> float:
     return float(sum(_column(records, "nll_sum")) / sum(_column(records, "tokens")))
 
 
-def _querier_scores(records: Sequence[Record], name: str, tokens: Tokens | None) -> dict[str, Any]:
+def tokens_of(records: Sequence[Record]) -> Tokens:
+    """The kind that suits all references together, by which replies are scored one by one, too."""
+    return tokens_for(record["reference"] for record in records if "reference" in record)
+
+
+def _querier_scores(records: Sequence[Record], name: str, tokens: Tokens) -> dict[str, Any]:
     own = [record for record in records if record["querier"] == name]
     counts = {"examples": len(own), "tokens": sum(_column(own, "tokens"))}
     return {"nll": _token_nll(own), **_means(own), **_corpus(own, tokens), **counts}
@@ -72,14 +76,15 @@ def summarise(
     """Scores of one method: overall, as the mean over queriers ("macro"), per querier, with intervals.
 
     ROUGE and BLEU are means over the ``generated`` examples; ``CORPUS_KEYS`` are scores of all their replies
-    together, split into ``tokens`` (None: the references decide). Empty and failed replies are included and
-    score 0. A value is None if there are no replies or, for ``CORPUS_KEYS``, no texts of them. Raises
-    ValueError if there are no records or an example has no scored token.
+    together, split into ``tokens`` (None: :func:`tokens_of` the records). Empty and failed replies are
+    included and score 0. A value is None if there are no replies or, for ``CORPUS_KEYS``, no texts of them.
+    Raises ValueError if there are no records or an example has no scored token.
     """
     if not records:
         raise ValueError("records: expected at least one held-out example, got none")
     columns = [_column(records, key) for key in ("nll_sum", "tokens", "dialogue")]
     overall = nll_summary(*columns, samples=samples, seed=seed)
+    tokens = tokens or tokens_of(records)
     queriers = dict.fromkeys(_column(records, "querier"))
     per_querier = {name: _querier_scores(records, name, tokens) for name in queriers}
     return {
