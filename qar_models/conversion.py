@@ -11,6 +11,7 @@ import copy
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
@@ -19,6 +20,8 @@ from qar_models.experts import Experts
 from qar_models.families import Classes, Family, family_of, has_own_forward
 from qar_models.queriers import TowerMemo
 
+logger = logging.get_logger(__name__)
+
 CONTRASTS = {"masked": QuerierContrast, "reference": ReferenceContrast}
 
 
@@ -26,7 +29,8 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
     """Make a loaded Llama, Qwen2 or Qwen3 querier-aware, in place.
 
     Args:
-        model: a ``ForCausalLM`` of a supported family, or a PEFT model around one.
+        model: a ``ForCausalLM`` of a supported family, or a PEFT model around one, whose checkpoints will
+            not hold the experts (logged once).
         qar: the settings of the querier-specific tower.
 
     Returns:
@@ -52,6 +56,12 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
     _check_fits(base, qar)
     _check_classes(base, family.plain)
     _check_not_offloaded(base)
+    if hasattr(model, "peft_config"):
+        logger.warning_once(
+            "apply_qar: the model already has PEFT adapters. PEFT's checkpoints (Trainer's too) "
+            "will not hold the experts. Call apply_qar first, then get_peft_model with "
+            f"modules_to_save={_new_modules(qar)}"
+        )
     _own_config(model, base.config)
     family.to_aware(base.config)
     base.config.qar = qar.to_dict()
@@ -136,6 +146,12 @@ def _install_layer(family: Family, layer: nn.Module, index: int, qar: QARConfig)
         # unlike the weights of a quantised MLP, the norm's has the compute dtype
         like = layer.post_attention_layernorm.weight
         layer.experts = Experts(qar, like.shape[0], like.dtype, like.device).train(layer.training)
+
+
+def _new_modules(qar: QARConfig) -> list[str]:
+    """The names of the modules that a conversion adds."""
+    added = {"experts": True, "norm_specific": qar.tower == "replace", "contrast": qar.num_clusters > 0}
+    return [name for name, is_added in added.items() if is_added]
 
 
 def _initialize(model: PreTrainedModel) -> None:
