@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple, logging
 
 from qar_models.base_mlp import BaseMLP, fusable
 from qar_models.config import CACHE, Tower
@@ -27,6 +29,8 @@ from qar_models.packing import (
 )
 from qar_models.queriers import TowerMemo
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
+
+logger = logging.get_logger(__name__)
 
 
 def check_no_other_cache(kwargs: dict[str, Any]) -> None:
@@ -121,6 +125,7 @@ class QARModelMixin:
         else:
             super()._init_weights(module)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -148,6 +153,7 @@ class QARModelMixin:
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         cache = past_key_values if cache is None else cache
         check_no_other_cache(kwargs)
+        self._check_contrast_follows(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_len = inputs_embeds.shape[:2]
@@ -172,6 +178,15 @@ class QARModelMixin:
             inputs = {name: self._for_both_towers(value, batch_size) for name, value in inputs.items()}
         out = super().forward(**inputs, use_cache=use_cache, towers=towers, **kwargs)
         return self._join_towers(out, cache if use_cache else None)
+
+    def _check_contrast_follows(self, kwargs: dict[str, Any]) -> None:
+        """Warn if the contrastive loss's inputs end here: the language model's ``forward`` keeps them."""
+        unread = [name for name in ("response_mask", "cluster_ids") if kwargs.get(name) is not None]
+        if unread and self.training and self.qar.num_clusters and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"{', '.join(unread)}: got by the decoder, so the contrastive loss is not computed; only the "
+                "language model's forward does that, which TRL's trainers replace (docs/models.md)"
+            )
 
     def _packed_rows(
         self, inputs_embeds: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor

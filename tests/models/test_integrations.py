@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.utils import logging as hf_logging
 
 from qar_models import QARLlamaForCausalLM, apply_qar
 from qar_models.base_mlp import fusable
@@ -267,3 +268,30 @@ def test_quantised_base_without_bitsandbytes(tmp_path):
     four_bit = BitsAndBytesConfig(load_in_4bit=True)
     with pytest.raises(ImportError, match="bitsandbytes"):
         QARLlamaForCausalLM.from_base(tmp_path, qar_config(), quantization_config=four_bit)
+
+
+def test_contrastive_inputs_that_end_in_the_decoder_are_named(caplog):
+    """As with TRL's trainers, which call the decoder and compute the language model's loss themselves."""
+    hf_logging.warning_once.cache_clear()
+    batch = training_batch()
+    labels = batch.pop("labels")
+    batch |= {"response_mask": batch["attention_mask"], "cluster_ids": torch.tensor([0, 1, 1])}
+    model = aware_model(num_clusters=2, projection_dim=8)
+    model.train()(**batch, labels=labels)
+    model.eval().model(**batch)
+    aware_model().train().model(**batch)
+    assert not caplog.records
+    for _ in range(2):
+        model.train().model(**batch)
+    assert [record.getMessage() for record in caplog.records] == [
+        "response_mask, cluster_ids: got by the decoder, so the contrastive loss is not computed; only the "
+        "language model's forward does that, which TRL's trainers replace (docs/models.md)"
+    ]
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_decoder_may_return_a_tuple(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch() | {"querier_ids": QUERIER_IDS}
+    expected, got = model.model(**batch), model.model(**batch, return_dict=False)
+    assert isinstance(got, tuple) and len(got) == len(expected.to_tuple())
+    assert torch.equal(got[0], expected.last_hidden_state) and torch.equal(got[-1], expected.querier_states)
