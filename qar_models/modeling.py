@@ -175,9 +175,10 @@ class QARModelMixin:
             CACHE: cache,
         }
         if self.qar.tower == "replace":
+            self._check_where_towers_part()
             inputs = {name: self._for_both_towers(value, batch_size) for name, value in inputs.items()}
         out = super().forward(**inputs, use_cache=use_cache, towers=towers, **kwargs)
-        return self._join_towers(out, cache if use_cache else None)
+        return self._join_towers(out, cache if use_cache else None, batch_size)
 
     def _check_contrast_follows(self, kwargs: dict[str, Any]) -> None:
         """Warn if the contrastive loss's inputs end here: the language model's ``forward`` keeps them."""
@@ -212,14 +213,27 @@ class QARModelMixin:
             return TowerCache(value, batch_size)
         return repeat_rows(value, batch_size)
 
-    def _join_towers(self, out: BaseModelOutputWithPast, cache: Any) -> QARModelOutput:
+    def _check_where_towers_part(self) -> None:
+        """Raise ``ValueError`` if layers that were copied or moved part the towers twice, or never."""
+        coincide = True
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, QARDecoderLayerMixin):  # a wrapper, which hides what it holds
+                return
+            if layer.towers_coincide != coincide:
+                raise ValueError(
+                    f"layers: got layer {index} with towers_coincide={layer.towers_coincide}, expected "
+                    f"{coincide}: with tower='replace' the towers part in the first layer with experts. Set "
+                    "the attribute in layers that were copied or moved (PEFT's layer_replication)"
+                )
+            coincide = coincide and layer.experts is None
+
+    def _join_towers(self, out: BaseModelOutputWithPast, cache: Any, batch_size: int) -> QARModelOutput:
         states = out.last_hidden_state
         if self.qar.tower == "residual":
             last_hidden_state = self.norm(states, now=True)
         else:
             # without any layer of experts the towers never part
-            never = self.qar.first_expert_layer == len(self.layers)
-            general, states = (states, states) if never else split(states)
+            general, states = (states, states) if len(states) == batch_size else split(states)
             last_hidden_state = (self.norm(general, now=True) + self.norm_specific(states)) / 2
         hidden_states = out.hidden_states
         if hidden_states is not None:
