@@ -157,6 +157,8 @@ class QARModelMixin:
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_len = inputs_embeds.shape[:2]
+        if isinstance(seq_len, Tensor):
+            raise NotImplementedError("torch.jit.trace: cannot trace a querier-aware model; use torch.export")
         if cu_seq_lens_q is not None:
             check_packed(cu_seq_lens_q, batch_size, seq_len, attention_mask, cache, use_cache)
             use_cache, kwargs = False, kwargs | self._packed_bounds(cu_seq_lens_q, seq_len)
