@@ -143,9 +143,9 @@ class QARForCausalLMMixin(MembershipMixin):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Parameters with row-sparse gradients, which DDP must leave to average_row_gradients."""
-        names = sparse_parameters(self)
-        in_peft_model = [f"base_model.model.{name}" for name in names]
-        return [*names, *in_peft_model]
+        # as named in the model itself, in a PEFT model around it, and in torch.compile's wrapper of either
+        prefixes = ("", "base_model.model.", "_orig_mod.", "_orig_mod.base_model.model.")
+        return [prefix + name for name in sparse_parameters(self) for prefix in prefixes]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, QuerierContrast):
