@@ -1,6 +1,7 @@
 """What other people's code does with a model: streaming, pipelines, compilation, dtypes, folders."""
 
 import importlib.util
+import json
 import threading
 
 import pytest
@@ -21,6 +22,7 @@ from tiny_models import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
@@ -295,3 +297,25 @@ def test_the_decoder_may_return_a_tuple(tower):
     expected, got = model.model(**batch), model.model(**batch, return_dict=False)
     assert isinstance(got, tuple) and len(got) == len(expected.to_tuple())
     assert torch.equal(got[0], expected.last_hidden_state) and torch.equal(got[-1], expected.querier_states)
+
+
+def test_configurations_have_an_auto_map_that_folders_lack(tmp_path):
+    """TRL reads it to load a folder; transformers writes it when a class is to be saved with its code."""
+    aware_model().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.auto_map == {} and AutoModelForCausalLM.from_pretrained(tmp_path).config.auto_map == {}
+    assert "auto_map" not in config.to_dict() and config == AutoConfig.from_pretrained(tmp_path)
+    config.auto_map["AutoModelForCausalLM"] = "code.Model"
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoModelForCausalLM": "code.Model"
+    }
+    assert AutoConfig.from_pretrained(tmp_path).auto_map == {"AutoModelForCausalLM": "code.Model"}
+    assert type(config)().auto_map == {}
+
+
+def test_a_model_saved_with_its_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(QARLlamaForCausalLM, "_auto_class", "AutoModelForCausalLM")
+    aware_model().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.auto_map == {"AutoModelForCausalLM": "families.QARLlamaForCausalLM"}
