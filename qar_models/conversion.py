@@ -16,6 +16,7 @@ from transformers.utils import logging
 from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
 from qar_models.contrast_reference import ReferenceContrast
+from qar_models.distributed import check_not_sharded
 from qar_models.experts import Experts
 from qar_models.families import Classes, Family, family_of, has_own_forward
 from qar_models.queriers import TowerMemo
@@ -85,8 +86,10 @@ def remove_qar(model: nn.Module) -> nn.Module:
         TypeError: if the family is not supported, or a module of the model was replaced or has a patched
             ``forward``.
         ValueError: if the model is not querier-aware.
+        NotImplementedError: after FSDP2's ``fully_shard``.
     """
     base = unwrap(model)
+    check_not_sharded(base, "remove_qar")
     family = family_of(base)
     if type(base) is not family.aware.causal_lm:
         raise ValueError(f"model: {type(base).__name__} is not querier-aware")

@@ -17,6 +17,7 @@ from transformers.utils import can_return_tuple, logging
 
 from qar_models.base_mlp import BaseMLP, fusable
 from qar_models.config import CACHE, Tower
+from qar_models.distributed import is_sharded
 from qar_models.experts import Experts
 from qar_models.packing import (
     PACKED_ATTENTION,
@@ -28,6 +29,7 @@ from qar_models.packing import (
     restarting_positions,
 )
 from qar_models.queriers import TowerMemo
+from qar_models.row_sparse import sparse_parameters
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
 
 logger = logging.get_logger(__name__)
@@ -154,6 +156,8 @@ class QARModelMixin:
         cache = past_key_values if cache is None else cache
         check_no_other_cache(kwargs)
         self._check_contrast_follows(kwargs)
+        if self.training and self.qar.expert_gradients == "sparse":
+            self._check_whole_experts()
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_len = inputs_embeds.shape[:2]
@@ -189,6 +193,14 @@ class QARModelMixin:
             logger.warning_once(
                 f"{', '.join(unread)}: got by the decoder, so the contrastive loss is not computed; only the "
                 "language model's forward does that, which TRL's trainers replace (docs/models.md)"
+            )
+
+    def _check_whole_experts(self) -> None:
+        """Raise where FSDP2 would find in the backward pass that it cannot reduce row-sparse gradients."""
+        if any(is_sharded(weight) for weight in sparse_parameters(self.layers[-1]).values()):
+            raise NotImplementedError(
+                "expert_gradients: got 'sparse' with sharded experts (fully_shard), expected 'dense', or "
+                "ignored_params=set(sparse_parameters(model).values()) in every fully_shard"
             )
 
     def _packed_rows(
