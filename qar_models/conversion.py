@@ -57,7 +57,7 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
     _check_fits(base, qar)
     _check_classes(base, family.plain)
     _check_not_offloaded(base)
-    if hasattr(model, "peft_config"):
+    if model is not base or getattr(base, "_hf_peft_config_loaded", False):  # PEFT's wrapper, add_adapter
         logger.warning_once(
             "apply_qar: the model already has PEFT adapters. PEFT's checkpoints (Trainer's too) "
             "will not hold the experts. Call apply_qar first, then get_peft_model with "
