@@ -195,7 +195,7 @@ class QuerierContrast(nn.Module):
             if tuple(tensor.shape) != shape:
                 hint = ""
                 if name == "response_mask" and tensor.dim() == 2 and tensor.shape[1] < shape[1]:
-                    hint = ", with zeros in front for virtual tokens (PEFT's prompt tuning)"
+                    hint = "; PEFT's virtual tokens (prompt tuning) need zeros in front"
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}{hint}")
             if name != "response_mask" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")

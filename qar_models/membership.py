@@ -27,7 +27,7 @@ class MembershipMixin:
     Adding and removing create new parameters, so build optimizers afterwards. Everybody else's answers stay
     the same to the bit, except that ``unknown_querier="mean"`` averages over all queriers.
 
-    All of them need whole parameters: ``NotImplementedError`` after FSDP2's ``fully_shard``.
+    What changes or saves experts raises ``NotImplementedError`` after FSDP2's ``fully_shard``.
     """
 
     @property
