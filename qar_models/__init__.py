@@ -17,7 +17,12 @@ from qar_models.families import (
 )
 from qar_models.merge import merge_shared
 from qar_models.optim import RowSparseAdamW
-from qar_models.row_sparse import average_row_gradients, clip_grad_norm_, sparse_parameters
+from qar_models.row_sparse import (
+    average_row_gradients,
+    clip_grad_norm_,
+    exclude_from_ddp,
+    sparse_parameters,
+)
 from qar_models.upstream import load_upstream
 
 for _family in FAMILIES:
@@ -39,6 +44,7 @@ __all__ = [
     "apply_qar",
     "average_row_gradients",
     "clip_grad_norm_",
+    "exclude_from_ddp",
     "load_upstream",
     "merge_shared",
     "remove_qar",

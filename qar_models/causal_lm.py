@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -109,7 +109,9 @@ class QARForCausalLMMixin(MembershipMixin):
         Raises:
             ValueError, TypeError: for ``querier_ids`` that are missing, out of range, or of another shape or
                 dtype.
+            NotImplementedError: for ``guidance_scale``, whose second forward pass knows no queriers.
         """
+        self._check_no_guidance(*args[:1], **kwargs)
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         batch_size = next((len(prompt) for prompt in prompts if prompt is not None), 1)
         querier_ids = as_ids(kwargs.pop("querier_ids", None))  # beam search repeats only tensors
@@ -118,6 +120,17 @@ class QARForCausalLMMixin(MembershipMixin):
             kwargs["querier_ids"] = querier_ids
         with assume_ids_unchanged():
             return super().generate(inputs, *args, **kwargs)
+
+    def _check_no_guidance(
+        self, generation_config: GenerationConfig | None = None, guidance_scale: float | None = None, **_: Any
+    ) -> None:
+        config = generation_config or self.generation_config
+        scale = getattr(config, "guidance_scale", None) if guidance_scale is None else guidance_scale
+        if scale not in (None, 1) and self.qar.needs_querier_ids:
+            raise NotImplementedError(
+                f"guidance_scale: got {scale}, expected 1; classifier-free guidance also calls the model "
+                "without querier_ids"
+            )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching (``generate_batch``) packs prompts without their ``querier_ids``.
@@ -130,9 +143,9 @@ class QARForCausalLMMixin(MembershipMixin):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Parameters with row-sparse gradients, which DDP must leave to average_row_gradients."""
-        names = sparse_parameters(self)
-        in_peft_model = [f"base_model.model.{name}" for name in names]
-        return [*names, *in_peft_model]
+        # as named in the model itself, in a PEFT model around it, and in torch.compile's wrapper of either
+        prefixes = ("", "base_model.model.", "_orig_mod.", "_orig_mod.base_model.model.")
+        return [prefix + name for name in sparse_parameters(self) for prefix in prefixes]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, QuerierContrast):

@@ -193,9 +193,23 @@ class QARConfig:
         return cls(**values)
 
 
+class _AutoMap(dict):
+    """A configuration's ``auto_map`` (remote code by Auto class) while it is empty; a first entry is kept."""
+
+    def __get__(self, config: Any, _: type | None = None) -> _AutoMap:
+        empty = _AutoMap()
+        empty.config = config
+        return empty
+
+    def __setitem__(self, auto_class: str, reference: Any) -> None:
+        self.config.auto_map = {auto_class: reference}
+
+
 class QARConfigMixin:
     """A model configuration whose ``qar`` may be set to a :class:`QARConfig`; it is kept as a dictionary."""
 
+    # TRL reads it where transformers itself has no such model
+    auto_map: ClassVar[dict[str, Any]] = _AutoMap()
     # outputs that are not predictions; a list, because transformers' Trainer adds to it
     keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE, "lm_loss", "contrastive_loss"]
 

@@ -195,7 +195,10 @@ class QuerierContrast(nn.Module):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: got a {type(tensor).__name__}, expected a tensor of shape {shape}")
             if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
+                hint = ""
+                if name == "response_mask" and tensor.dim() == 2 and tensor.shape[1] < shape[1]:
+                    hint = "; PEFT's virtual tokens (prompt tuning) need zeros in front"
+                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}{hint}")
             if name != "response_mask" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")
         if not torch.compiler.is_compiling():

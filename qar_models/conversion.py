@@ -11,13 +11,17 @@ import copy
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
 from qar_models.contrast_reference import ReferenceContrast
+from qar_models.distributed import check_not_sharded
 from qar_models.experts import Experts
 from qar_models.families import Classes, Family, family_of, has_own_forward
 from qar_models.queriers import TowerMemo
+
+logger = logging.get_logger(__name__)
 
 CONTRASTS = {"masked": QuerierContrast, "reference": ReferenceContrast}
 
@@ -26,7 +30,8 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
     """Make a loaded Llama, Qwen2 or Qwen3 querier-aware, in place.
 
     Args:
-        model: a ``ForCausalLM`` of a supported family, or a PEFT model around one.
+        model: a ``ForCausalLM`` of a supported family, or a PEFT model around one, whose checkpoints will
+            not hold the experts (logged once).
         qar: the settings of the querier-specific tower.
 
     Returns:
@@ -52,6 +57,12 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
     _check_fits(base, qar)
     _check_classes(base, family.plain)
     _check_not_offloaded(base)
+    if model is not base or getattr(base, "_hf_peft_config_loaded", False):  # PEFT's wrapper, add_adapter
+        logger.warning_once(
+            "apply_qar: the model already has PEFT adapters. PEFT's checkpoints (Trainer's too) "
+            "will not hold the experts. Call apply_qar first, then get_peft_model with "
+            f"modules_to_save={_new_modules(qar)}"
+        )
     _own_config(model, base.config)
     family.to_aware(base.config)
     base.config.qar = qar.to_dict()
@@ -75,8 +86,10 @@ def remove_qar(model: nn.Module) -> nn.Module:
         TypeError: if the family is not supported, or a module of the model was replaced or has a patched
             ``forward``.
         ValueError: if the model is not querier-aware.
+        NotImplementedError: after FSDP2's ``fully_shard``.
     """
     base = unwrap(model)
+    check_not_sharded(base, "remove_qar")
     family = family_of(base)
     if type(base) is not family.aware.causal_lm:
         raise ValueError(f"model: {type(base).__name__} is not querier-aware")
@@ -136,6 +149,12 @@ def _install_layer(family: Family, layer: nn.Module, index: int, qar: QARConfig)
         # unlike the weights of a quantised MLP, the norm's has the compute dtype
         like = layer.post_attention_layernorm.weight
         layer.experts = Experts(qar, like.shape[0], like.dtype, like.device).train(layer.training)
+
+
+def _new_modules(qar: QARConfig) -> list[str]:
+    """The names of the modules that a conversion adds."""
+    added = {"experts": True, "norm_specific": qar.tower == "replace", "contrast": qar.num_clusters > 0}
+    return [name for name, is_added in added.items() if is_added]
 
 
 def _initialize(model: PreTrainedModel) -> None:

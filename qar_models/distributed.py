@@ -7,9 +7,23 @@ import functools
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qar_kernels.distributed import num_ranks
+
+
+def check_not_sharded(module: nn.Module, what: str) -> None:
+    """Raise ``NotImplementedError`` if parameters are FSDP2's shards, naming ``what`` needs them whole."""
+    if any(is_sharded(parameter) for parameter in module.parameters()):
+        raise NotImplementedError(
+            f"{what}: got sharded parameters (fully_shard), expected whole ones; do it before sharding, or "
+            "to a model that loads the saved weights"
+        )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``, told without importing what PyTorch may be built without."""
+    return hasattr(tensor, "full_tensor")
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:

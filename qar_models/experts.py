@@ -16,6 +16,7 @@ from qar_kernels import dual_mlp, expert_mlp, fused_mlp
 from qar_kernels.torch_backend import swiglu_mlp
 from qar_models.base_mlp import BaseMLP
 from qar_models.config import QARConfig
+from qar_models.distributed import is_sharded
 from qar_models.towers import TowerBatch
 
 
@@ -178,13 +179,29 @@ class TrainedExperts(nn.Module):
     def read(self, experts: Experts) -> None:
         """Take the rows from the bank: the inverse of :meth:`write_back`."""
         for weight, trained in zip(experts.bank, self.bank, strict=True):
-            trained.copy_(weight[self.rows])
+            trained.copy_(_shard_like(trained, _whole(weight)[self.rows]))
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         for name, trained in self.named_parameters():
             key = prefix.removesuffix("trained.") + name
-            destination[key] = destination[key].detach().clone()
-            destination[key][self.rows] = trained.detach()
+            bank = destination[key]
+            rows = _whole(bank.detach()).clone()
+            rows[self.rows] = _whole(trained.detach())
+            destination[key] = _shard_like(bank, rows)
 
     def _load_from_state_dict(self, *_: Any) -> None:
         """Does nothing: the bank's tensors hold the values, and :class:`Experts` copies them from there."""
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """All rows of a weight that FSDP2 has sharded (every rank must ask), or else the weight itself."""
+    return weight.full_tensor() if is_sharded(weight) else weight
+
+
+def _shard_like(weight: Tensor, whole: Tensor) -> Tensor:
+    """``whole``, which every rank has, sharded as ``weight`` is."""
+    if not is_sharded(weight):
+        return whole
+    from torch.distributed.tensor import distribute_tensor  # which PyTorch may be built without
+
+    return distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qar_models import expert_files
 from qar_models.config import QARConfig
+from qar_models.distributed import check_not_sharded
 from qar_models.experts import Experts
 
 Names = str | Sequence[str]
@@ -25,6 +26,8 @@ class MembershipMixin:
 
     Adding and removing create new parameters, so build optimizers afterwards. Everybody else's answers stay
     the same to the bit, except that ``unknown_querier="mean"`` averages over all queriers.
+
+    What changes or saves experts raises ``NotImplementedError`` after FSDP2's ``fully_shard``.
     """
 
     @property
@@ -191,6 +194,7 @@ class MembershipMixin:
             raise ValueError("experts: got 'shared', where no querier has an expert of their own")
 
     def _check_unwrapped(self) -> None:
+        check_not_sharded(self, "queriers")
         for layer in self.model.layers:
             if not isinstance(layer.experts, Experts | None):
                 raise ValueError(

@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple, logging
 
 from qar_models.base_mlp import BaseMLP, fusable
 from qar_models.config import CACHE, Tower
+from qar_models.distributed import is_sharded
 from qar_models.experts import Experts
 from qar_models.packing import (
     PACKED_ATTENTION,
@@ -26,7 +29,10 @@ from qar_models.packing import (
     restarting_positions,
 )
 from qar_models.queriers import TowerMemo
+from qar_models.row_sparse import sparse_parameters
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
+
+logger = logging.get_logger(__name__)
 
 
 def check_no_other_cache(kwargs: dict[str, Any]) -> None:
@@ -121,6 +127,7 @@ class QARModelMixin:
         else:
             super()._init_weights(module)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -148,9 +155,14 @@ class QARModelMixin:
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         cache = past_key_values if cache is None else cache
         check_no_other_cache(kwargs)
+        self._check_contrast_follows(kwargs)
+        if self.training and self.qar.expert_gradients == "sparse":
+            self._check_whole_experts()
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, seq_len = inputs_embeds.shape[:2]
+        if isinstance(seq_len, Tensor):
+            raise NotImplementedError("torch.jit.trace: cannot trace a querier-aware model; use torch.export")
         if cu_seq_lens_q is not None:
             check_packed(cu_seq_lens_q, batch_size, seq_len, attention_mask, cache, use_cache)
             use_cache, kwargs = False, kwargs | self._packed_bounds(cu_seq_lens_q, seq_len)
@@ -169,9 +181,27 @@ class QARModelMixin:
             CACHE: cache,
         }
         if self.qar.tower == "replace":
+            self._check_where_towers_part()
             inputs = {name: self._for_both_towers(value, batch_size) for name, value in inputs.items()}
         out = super().forward(**inputs, use_cache=use_cache, towers=towers, **kwargs)
-        return self._join_towers(out, cache if use_cache else None)
+        return self._join_towers(out, cache if use_cache else None, batch_size)
+
+    def _check_contrast_follows(self, kwargs: dict[str, Any]) -> None:
+        """Warn if the contrastive loss's inputs end here: the language model's ``forward`` keeps them."""
+        unread = [name for name in ("response_mask", "cluster_ids") if kwargs.get(name) is not None]
+        if unread and self.training and self.qar.num_clusters and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"{', '.join(unread)}: got by the decoder, so the contrastive loss is not computed; only the "
+                "language model's forward does that, which TRL's trainers replace (docs/models.md)"
+            )
+
+    def _check_whole_experts(self) -> None:
+        """Raise where FSDP2 would find in the backward pass that it cannot reduce row-sparse gradients."""
+        if any(is_sharded(weight) for weight in sparse_parameters(self.layers[-1]).values()):
+            raise NotImplementedError(
+                "expert_gradients: got 'sparse' with sharded experts (fully_shard), expected 'dense', or "
+                "ignored_params=set(sparse_parameters(model).values()) in every fully_shard"
+            )
 
     def _packed_rows(
         self, inputs_embeds: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor
@@ -197,14 +227,27 @@ class QARModelMixin:
             return TowerCache(value, batch_size)
         return repeat_rows(value, batch_size)
 
-    def _join_towers(self, out: BaseModelOutputWithPast, cache: Any) -> QARModelOutput:
+    def _check_where_towers_part(self) -> None:
+        """Raise ``ValueError`` if layers that were copied or moved part the towers twice, or never."""
+        coincide = True
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, QARDecoderLayerMixin):  # a wrapper, which hides what it holds
+                return
+            if layer.towers_coincide != coincide:
+                raise ValueError(
+                    f"layers: got layer {index} with towers_coincide={layer.towers_coincide}, expected "
+                    f"{coincide}: with tower='replace' the towers part in the first layer with experts. Set "
+                    "the attribute in layers that were copied or moved (PEFT's layer_replication)"
+                )
+            coincide = coincide and layer.experts is None
+
+    def _join_towers(self, out: BaseModelOutputWithPast, cache: Any, batch_size: int) -> QARModelOutput:
         states = out.last_hidden_state
         if self.qar.tower == "residual":
             last_hidden_state = self.norm(states, now=True)
         else:
             # without any layer of experts the towers never part
-            never = self.qar.first_expert_layer == len(self.layers)
-            general, states = (states, states) if never else split(states)
+            general, states = (states, states) if len(states) == batch_size else split(states)
             last_hidden_state = (self.norm(general, now=True) + self.norm_specific(states)) / 2
         hidden_states = out.hidden_states
         if hidden_states is not None:

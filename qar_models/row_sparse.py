@@ -14,6 +14,8 @@ from qar_kernels.distributed import num_ranks
 from qar_kernels.row_sparse import row_sparse
 from qar_models.distributed import gather_batch
 
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Ids ``(n,)``, each once, and rows ``(n, ...)`` of a row-sparse gradient; rows of one id are summed."""
@@ -32,6 +34,21 @@ def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if hasattr(type(module), "sparse_parameters")  # a wrapper around experts would name them once more
         for name, parameter in module.sparse_parameters.items()
     }
+
+
+def exclude_from_ddp(module: nn.Module) -> nn.Module:
+    """Make DistributedDataParallel leave row-sparse gradients to :func:`average_row_gradients`.
+
+    A querier-aware model, a PEFT model around one and ``torch.compile`` of either need no help; any other
+    module that DDP is to wrap (a ``LightningModule``, a module that computes the loss) does: call this on it
+    first.
+
+    Returns:
+        The same object.
+    """
+    ignored = [*getattr(module, _DDP_IGNORES, ()), *sparse_parameters(module)]
+    vars(module)[_DDP_IGNORES] = ignored  # a compiled module would pass it on to the module it compiles
+    return module
 
 
 @torch.no_grad()

@@ -76,7 +76,10 @@ def general_rows(value: Any, batch_size: int) -> Any:
     if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == 2 * batch_size:
         return value[0::2]
     if value is not None and not isinstance(value, Tensor):  # flex attention's BlockMask
-        raise TypeError(f"attention_mask: got {type(value).__name__}, which tower='replace' cannot share")
+        raise TypeError(
+            f"attention_mask: got {type(value).__name__}, which tower='replace' cannot share; expected "
+            "attn_implementation 'sdpa', 'eager', 'packed_sdpa' or flash attention, not 'flex_attention'"
+        )
     return value
 
 

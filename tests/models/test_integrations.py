@@ -1,6 +1,7 @@
 """What other people's code does with a model: streaming, pipelines, compilation, dtypes, folders."""
 
 import importlib.util
+import json
 import threading
 
 import pytest
@@ -21,6 +22,7 @@ from tiny_models import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
@@ -30,6 +32,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.utils import logging as hf_logging
 
 from qar_models import QARLlamaForCausalLM, apply_qar
 from qar_models.base_mlp import fusable
@@ -267,3 +270,52 @@ def test_quantised_base_without_bitsandbytes(tmp_path):
     four_bit = BitsAndBytesConfig(load_in_4bit=True)
     with pytest.raises(ImportError, match="bitsandbytes"):
         QARLlamaForCausalLM.from_base(tmp_path, qar_config(), quantization_config=four_bit)
+
+
+def test_contrastive_inputs_that_end_in_the_decoder_are_named(caplog):
+    """As with TRL's trainers, which call the decoder and compute the language model's loss themselves."""
+    hf_logging.warning_once.cache_clear()
+    batch = training_batch()
+    labels = batch.pop("labels")
+    batch |= {"response_mask": batch["attention_mask"], "cluster_ids": torch.tensor([0, 1, 1])}
+    model = aware_model(num_clusters=2, projection_dim=8)
+    model.train()(**batch, labels=labels)
+    model.eval().model(**batch)
+    aware_model().train().model(**batch)
+    assert not caplog.records
+    for _ in range(2):
+        model.train().model(**batch)
+    assert [record.getMessage() for record in caplog.records] == [
+        "response_mask, cluster_ids: got by the decoder, so the contrastive loss is not computed; only the "
+        "language model's forward does that, which TRL's trainers replace (docs/models.md)"
+    ]
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_decoder_may_return_a_tuple(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch() | {"querier_ids": QUERIER_IDS}
+    expected, got = model.model(**batch), model.model(**batch, return_dict=False)
+    assert isinstance(got, tuple) and len(got) == len(expected.to_tuple())
+    assert torch.equal(got[0], expected.last_hidden_state) and torch.equal(got[-1], expected.querier_states)
+
+
+def test_configurations_have_an_auto_map_that_folders_lack(tmp_path):
+    """TRL reads it to load a folder; transformers writes it when a class is to be saved with its code."""
+    aware_model().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.auto_map == {} and AutoModelForCausalLM.from_pretrained(tmp_path).config.auto_map == {}
+    assert "auto_map" not in config.to_dict() and config == AutoConfig.from_pretrained(tmp_path)
+    config.auto_map["AutoModelForCausalLM"] = "code.Model"
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoModelForCausalLM": "code.Model"
+    }
+    assert AutoConfig.from_pretrained(tmp_path).auto_map == {"AutoModelForCausalLM": "code.Model"}
+    assert type(config)().auto_map == {}
+
+
+def test_a_model_saved_with_its_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(QARLlamaForCausalLM, "_auto_class", "AutoModelForCausalLM")
+    aware_model().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.auto_map == {"AutoModelForCausalLM": "families.QARLlamaForCausalLM"}

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_packing import assert_same, batches, trained
 from tiny_models import (
     QUERIER_IDS,
@@ -311,6 +311,22 @@ def test_lora_on_the_experts_themselves(tower, experts):
     trained.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     torch.testing.assert_close(model.merge_and_unload()(**batch).logits, trained.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_tuning_lengthens_the_masks():
+    """Its virtual tokens come first; nobody responds in them, and they are the querier's too."""
+    prompt, batch = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), training_batch()
+    model = get_peft_model(aware_model(num_clusters=2, projection_dim=8), prompt)
+    batch |= {"response_mask": batch["attention_mask"], "cluster_ids": torch.tensor([0, 1, 1])}
+    with pytest.raises(ValueError, match=r"response_mask: got .*, expected \(3, 14\); .*zeros in front"):
+        model(**batch)
+    batch["response_mask"] = nn.functional.pad(batch["response_mask"], (4, 0))
+    assert model(**batch).contrastive_loss.isfinite()
+    plain = get_peft_model(aware_model(), prompt)
+    per_token = QUERIER_IDS[:, None].expand(3, 14)
+    inputs = left_padded_batch()
+    got = plain(**inputs, querier_ids=per_token).logits
+    torch.testing.assert_close(got, plain(**inputs, querier_ids=QUERIER_IDS).logits)
 
 
 def test_prefix_tuning_is_for_the_residual_tower():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import QUERIER_IDS, aware_model, left_padded_batch, plain_model, qar_config, training_batch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from qar_models import QARConfig, QARLlamaForCausalLM, QARQwen2ForCausalLM, apply_qar, remove_qar
 from qar_models.families import QARLlamaConfig
@@ -199,3 +199,38 @@ def test_what_is_no_config_and_no_tensor_is_named(model):
         model(batch["input_ids"][:1], cu_seq_lens_q=[0, 10], querier_ids=QUERIER_IDS[:1])
     with pytest.raises(TypeError, match=r"cluster_ids: got dtype torch\.bool"):
         model(**batch | {"cluster_ids": batch["cluster_ids"].bool()})
+
+
+@pytest.mark.parametrize("where", ["argument", "configuration", "positional", "model"])
+def test_guidance_calls_the_model_without_queriers(where):
+    model, batch = aware_model(), left_padded_batch() | {"querier_ids": QUERIER_IDS, "max_new_tokens": 2}
+    guided = GenerationConfig(guidance_scale=1.5)
+    settings = {
+        "argument": {"guidance_scale": 1.5},
+        "configuration": {"generation_config": guided},
+    }.get(where, {})
+    positional = [batch.pop("input_ids"), guided] if where == "positional" else []
+    if where == "model":
+        model.generation_config.guidance_scale = 1.5
+    with pytest.raises(NotImplementedError, match=r"guidance_scale: got 1\.5, expected 1; .*querier_ids"):
+        model.generate(*positional, **batch, **settings)
+
+
+def test_guidance_of_one_or_without_ids_is_fine():
+    batch = left_padded_batch() | {"max_new_tokens": 2}
+    aware_model().generate(**batch, querier_ids=QUERIER_IDS, guidance_scale=1.0)
+    aware_model(experts="shared").generate(**batch, guidance_scale=1.5)
+
+
+def test_flex_attention_is_for_the_residual_tower():
+    model = aware_model(tower="replace")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(TypeError, match=r"got BlockMask, which tower='replace' .* not 'flex_attention'"):
+        model(**left_padded_batch(), querier_ids=QUERIER_IDS)
+
+
+def test_a_model_that_torch_jit_traces():
+    model, batch = aware_model(), left_padded_batch()
+    inputs = {**batch, "querier_ids": QUERIER_IDS}
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace: .* use torch\.export"):
+        torch.jit.trace(model, example_kwarg_inputs=inputs)

@@ -13,7 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from benchmarks.owned import training_step, written_bytes
-from qar_models import RowSparseAdamW, average_row_gradients, clip_grad_norm_, sparse_parameters
+from qar_models import (
+    RowSparseAdamW,
+    average_row_gradients,
+    clip_grad_norm_,
+    exclude_from_ddp,
+    sparse_parameters,
+)
 
 BANK = (".experts.gate", ".experts.up", ".experts.down")
 
@@ -336,19 +342,73 @@ def test_a_shared_expert_alone_has_nothing_sparse():
         qar_config(experts="shared", expert_gradients="sparse")
 
 
+class LossOf(torch.nn.Module):
+    """Computes the loss of the model inside, as LightningModules do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **batch):
+        return self.inner(**batch)
+
+
+def with_lora(model):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"]))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model,
+        with_lora,
+        torch.compile,
+        lambda model: torch.compile(with_lora(model)),
+        lambda model: exclude_from_ddp(LossOf(model)),
+        lambda model: exclude_from_ddp(LossOf(torch.compile(with_lora(model)))),
+        lambda model: exclude_from_ddp(torch.compile(LossOf(model))),
+        exclude_from_ddp,
+    ],
+)
+def test_ddp_ignores_them_in_every_wrapper(wrap):
+    module = wrap(aware_model(expert_gradients="sparse"))
+    ignored = set(module._ddp_params_and_buffers_to_ignore)
+    sparse = {
+        name
+        for name, p in module.named_parameters()
+        if name.endswith(("gate", "up", "down")) and p.requires_grad
+    }
+    assert len(sparse) == 6 and ignored & dict(module.named_parameters()).keys() == sparse
+
+
+def test_what_ddp_ignores_otherwise_stays_ignored():
+    module = LossOf(aware_model(expert_gradients="sparse"))
+    module._ddp_params_and_buffers_to_ignore = ["inner.lm_head.weight"]
+    assert exclude_from_ddp(module)._ddp_params_and_buffers_to_ignore[0] == "inner.lm_head.weight"
+    assert not any(name.endswith("to_ignore") for name in module.state_dict())
+
+
+WRAPPERS = {"bare": lambda model: model, "loss": lambda model: exclude_from_ddp(LossOf(model))}
+
+
 def train_one_rank(rank, rendezvous, folder):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    for name, wrap in WRAPPERS.items():
+        train_in(wrap, rank, os.path.join(folder, f"{name} {rank}.pt"))
+    dist.destroy_process_group()
+
+
+def train_in(wrap, rank, path):
     model = aware_model(expert_gradients="sparse").train()
     optimizer = RowSparseAdamW(model.parameters(), **SETTINGS)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    parallel = DistributedDataParallel(wrap(model), broadcast_buffers=False)
     for asking in RANKS:
         optimizer.zero_grad()
         parallel(**batch_of(*asking[rank], seed=rank), use_cache=False).loss.backward()
         average_row_gradients(sparse_parameters(model).values())
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    torch.save(model.state_dict(), os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    torch.save(model.state_dict(), path)
 
 
 RANKS = [((3, 0, 3), (2, 1, 0)), ((-1, -1, -1), (4, 4, 4)), ((2, 2, 2), (0, 0, 0))]
@@ -364,10 +424,11 @@ def test_two_ranks_train_as_one(tmp_path):
             (model(**batch_of(*queriers, seed=rank), use_cache=False).loss / 2).backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, parameter in model.state_dict().items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], parameter, rtol=1e-3, atol=2e-4)
+    for wrapper in WRAPPERS:
+        first, second = (torch.load(tmp_path / f"{wrapper} {rank}.pt") for rank in (0, 1))
+        for name, parameter in model.state_dict().items():
+            assert torch.equal(first[name], second[name]), (wrapper, name)
+            torch.testing.assert_close(first[name], parameter, rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("layouts", [("dense", "sparse"), ("sparse", "dense")])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from tiny_models import (
     EXPERTS,
     FAMILIES,
@@ -59,6 +60,50 @@ def test_matches_the_plain_implementation(family, tower, experts):
 def test_first_expert_layer_leaves_the_layers_below_plain(tower):
     model, batch = aware_model(tower=tower, first_expert_layer=1).double(), left_padded_batch()
     assert model.model.layers[0].experts is None
+    got = model(**batch, querier_ids=QUERIER_IDS).logits
+    expected = PlainTowers(model).logits(**batch, querier_ids=QUERIER_IDS)
+    real = batch["attention_mask"].bool()
+    assert_equal_formulas(got[real], expected[real])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize(
+    ("first", "replicated", "wrong"),
+    [
+        (0, [[0, 1], [0, 2]], 1),
+        (0, [[0, 2], [1, 2]], None),
+        (1, [[0, 1], [0, 2]], None),
+        (1, [[0, 2], [0, 1]], 2),
+        (1, [[0, 2], [1, 2]], 2),
+        (2, [[0, 2], [0, 1]], None),
+    ],
+)
+def test_layers_that_peft_replicates(first, replicated, wrong, tower):
+    model, batch = aware_model(tower=tower, first_expert_layer=first).double(), left_padded_batch()
+    lora = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=replicated)
+    model = get_peft_model(model, lora).unload()
+    assert len(model.model.layers) == 3
+    if tower == "replace" and wrong is not None:
+        message = f"layers: got layer {wrong} with towers_coincide=True, expected False"
+        with pytest.raises(ValueError, match=message):
+            model(**batch, querier_ids=QUERIER_IDS)
+        model.model.layers[wrong].towers_coincide = False
+    got = model(**batch, querier_ids=QUERIER_IDS).logits
+    expected = PlainTowers(model).logits(**batch, querier_ids=QUERIER_IDS)
+    real = batch["attention_mask"].bool()
+    assert_equal_formulas(got[real], expected[real])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_first_layers_that_are_pruned(tower):
+    model, batch = aware_model(tower=tower).double(), left_padded_batch()
+    del model.model.layers[0]
+    model.model.layers[0].self_attn.layer_idx = 0
+    model.config.num_hidden_layers = 1
+    if tower == "replace":
+        with pytest.raises(ValueError, match="got layer 0 with towers_coincide=False, expected True"):
+            model(**batch, querier_ids=QUERIER_IDS)
+        model.model.layers[0].towers_coincide = True
     got = model(**batch, querier_ids=QUERIER_IDS).logits
     expected = PlainTowers(model).logits(**batch, querier_ids=QUERIER_IDS)
     real = batch["attention_mask"].bool()
@@ -168,7 +213,7 @@ class PlainTowers:
             normed = self.norm(streams, prefix + "input_layernorm")
             streams = streams + self.attention(normed, prefix + "self_attn.", mask, positions)
             normed = self.norm(streams, prefix + "post_attention_layernorm")
-            streams = streams + self.feed_forward(normed, prefix, querier_ids, index)
+            streams = streams + self.feed_forward(normed, prefix, querier_ids)
         if self.qar.tower == "replace":
             general, specific = streams.chunk(2)
             final = (self.norm(general, "model.norm") + self.norm(specific, "model.norm_specific")) / 2
@@ -205,12 +250,12 @@ class PlainTowers:
         mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, -1)
         return self.linear(mixed, prefix + "o_proj")
 
-    def feed_forward(self, x, prefix, querier_ids, index):
+    def feed_forward(self, x, prefix, querier_ids):
         def base(rows):
             hidden = F.silu(self.linear(rows, prefix + "mlp.gate_proj"))
             return self.linear(hidden * self.linear(rows, prefix + "mlp.up_proj"), prefix + "mlp.down_proj")
 
-        if index < self.qar.first_expert_layer:
+        if f"{prefix}experts.gate" not in self.weights:
             return base(x)
         if self.qar.tower == "residual":
             return base(x) + self.qar.expert_scale * self.expert(x, prefix, querier_ids)
