@@ -124,8 +124,9 @@ class QARForCausalLMMixin(MembershipMixin):
     def _check_no_guidance(
         self, generation_config: GenerationConfig | None = None, guidance_scale: float | None = None, **_: Any
     ) -> None:
-        config = generation_config or self.generation_config
-        scale = getattr(config, "guidance_scale", None) if guidance_scale is None else guidance_scale
+        configs = generation_config, self.generation_config
+        asked = guidance_scale, *(getattr(config, "guidance_scale", None) for config in configs)
+        scale = next((value for value in asked if value is not None), None)
         if scale not in (None, 1) and self.qar.needs_querier_ids:
             raise NotImplementedError(
                 f"guidance_scale: got {scale}, expected 1; classifier-free guidance also calls the model "

@@ -194,7 +194,10 @@ class QARConfig:
 
 
 class _AutoMap(dict):
-    """A configuration's ``auto_map`` (remote code by Auto class) while it is empty; a first entry is kept."""
+    """A configuration's ``auto_map`` (remote code by Auto class) while it is empty.
+
+    A first ``config.auto_map[key] = value``, as transformers writes it, is kept; other writes are not.
+    """
 
     def __get__(self, config: Any, _: type | None = None) -> _AutoMap:
         empty = _AutoMap()

@@ -89,7 +89,8 @@ def remove_qar(model: nn.Module) -> nn.Module:
         NotImplementedError: after FSDP2's ``fully_shard``.
     """
     base = unwrap(model)
-    check_not_sharded(base, "remove_qar")
+    if isinstance(base, nn.Module):
+        check_not_sharded(base, "remove_qar")
     family = family_of(base)
     if type(base) is not family.aware.causal_lm:
         raise ValueError(f"model: {type(base).__name__} is not querier-aware")

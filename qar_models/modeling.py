@@ -229,7 +229,8 @@ class QARModelMixin:
 
     def _check_where_towers_part(self) -> None:
         """Raise ``ValueError`` if layers that were copied or moved part the towers twice, or never."""
-        coincide = True
+        # towers that part before the first layer are right, too; what could be saved is not
+        coincide = getattr(next(iter(self.layers), None), "towers_coincide", True)
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, QARDecoderLayerMixin):  # a wrapper, which hides what it holds
                 return

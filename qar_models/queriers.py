@@ -78,6 +78,10 @@ class TowerMemo:
         # one attribute, so that threads cannot mix entries; the ids are held, so that their id() stays theirs
         self._last: tuple[tuple | None, Tensor | None, TowerBatch | None] = None, None, None
 
+    def __reduce__(self) -> tuple[type[TowerMemo], tuple]:
+        """A copy or a pickle starts empty: it need not carry the last batch."""
+        return TowerMemo, ()
+
     def __call__(self, qar: QARConfig, querier_ids: Tensor | None, *where: Any) -> TowerBatch:
         """As :func:`make_towers`."""
         if torch.compiler.is_compiling() or not isinstance(querier_ids, Tensor):

@@ -19,6 +19,7 @@ from scipy.sparse import issparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from train.data.layout import Example, MQDialog
+from train.data.transcript_rows import plain_name
 from train.errors import UserError
 from train.files import read_mapping
 
@@ -37,7 +38,8 @@ def load_profiles(path: Path) -> dict[str, str]:
     for name, profile in profiles.items():
         if not isinstance(name, str) or not isinstance(profile, str) or not profile.strip():
             raise UserError(f"{path}: profile of '{name}': got {profile!r}, expected a description")
-    return {name: " ".join(profile.split()) for name, profile in profiles.items()}
+    described = {name: " ".join(profile.split()) for name, profile in profiles.items()}
+    return described | {plain_name(name): profile for name, profile in described.items()}
 
 
 def role_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missing = "error") -> MQDialog:

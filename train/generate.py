@@ -26,6 +26,7 @@ from train.data.encode import encode_prompt, end_mark
 from train.data.layout import Example, MQDialog
 from train.data.responders import split_pair
 from train.data.transcript import Turn
+from train.data.transcript_rows import plain_name
 from train.dataset import with_context
 from train.errors import UserError
 from train.trained import Trained, load_trained
@@ -134,13 +135,15 @@ def known_querier(queriers: Sequence[str], name: str) -> str:
     Raises ``UserError`` with the pairs that an ambiguous name could mean, or the names closest to an unknown
     one.
     """
-    if name in queriers:
-        return name
-    pairs = [pair for pair in queriers if split_pair(pair)[0] == name]
-    if len(pairs) > 1:
-        raise UserError(f"querier '{name}' asks several responders; expected {' or '.join(map(repr, pairs))}")
-    if pairs:
-        return pairs[0]
+    for spelling in (name, plain_name(name)):  # the latter as names of transcripts are
+        if spelling in queriers:
+            return spelling
+        pairs = [pair for pair in queriers if split_pair(pair)[0] == spelling]
+        if len(pairs) > 1:
+            expected = " or ".join(map(repr, pairs))
+            raise UserError(f"querier '{name}' asks several responders; expected {expected}")
+        if pairs:
+            return pairs[0]
     close = difflib.get_close_matches(name, queriers, n=1) or list(queriers)[:5]
     raise UserError(f"querier '{name}' is unknown; did you mean {' or '.join(close)}?")
 

@@ -25,6 +25,7 @@ from train.data.encode import encode_all
 from train.data.layout import Example
 from train.data.mqdialog import load_mqdialog
 from train.data.responders import name_beside
+from train.data.transcript_rows import plain_name
 from train.dataset import with_context
 from train.errors import UserError
 from train.finetune import make_trainer
@@ -59,6 +60,8 @@ def onboard(
     trained = load_trained(source, torch.float32)  # writes the others' experts back unrounded
     _check_source(trained, source)
     found = load_mqdialog(data)
+    if querier not in found.queriers:
+        querier = plain_name(querier)  # as names of transcripts are
     name = name_beside(trained.queriers, querier, found.responder)
     if name in trained.queriers:
         raise UserError(f"querier '{name}' is known to {source} already")

@@ -201,16 +201,17 @@ def test_what_is_no_config_and_no_tensor_is_named(model):
         model(**batch | {"cluster_ids": batch["cluster_ids"].bool()})
 
 
-@pytest.mark.parametrize("where", ["argument", "configuration", "positional", "model"])
+@pytest.mark.parametrize("where", ["argument", "configuration", "positional", "model", "both"])
 def test_guidance_calls_the_model_without_queriers(where):
     model, batch = aware_model(), left_padded_batch() | {"querier_ids": QUERIER_IDS, "max_new_tokens": 2}
     guided = GenerationConfig(guidance_scale=1.5)
     settings = {
         "argument": {"guidance_scale": 1.5},
         "configuration": {"generation_config": guided},
+        "both": {"generation_config": GenerationConfig(max_new_tokens=2)},
     }.get(where, {})
     positional = [batch.pop("input_ids"), guided] if where == "positional" else []
-    if where == "model":
+    if where in ("model", "both"):
         model.generation_config.guidance_scale = 1.5
     with pytest.raises(NotImplementedError, match=r"guidance_scale: got 1\.5, expected 1; .*querier_ids"):
         model.generate(*positional, **batch, **settings)

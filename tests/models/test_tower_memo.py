@@ -1,6 +1,8 @@
 """Rows are grouped once for as long as the same people ask."""
 
+import copy
 import dataclasses
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -84,3 +86,13 @@ def test_other_queriers_or_policies_are_grouped_anew():
     model.qar = dataclasses.replace(model.qar, unknown_querier="error")
     with pytest.raises(ValueError, match="unknown_querier='error'"):
         model(input_ids, querier_ids=-torch.ones(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_does_not_carry_the_last_batch(duplicate):
+    model, ids = aware_model(), torch.tensor([0, 2])
+    batch = {"input_ids": torch.randint(3, 60, (2, 5)), "querier_ids": ids}
+    expected = model(**batch).logits
+    copied = duplicate(model)
+    assert copied.model.tower_memo._last == TowerMemo()._last
+    assert torch.equal(copied(**batch).logits, expected)

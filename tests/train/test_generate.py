@@ -50,6 +50,8 @@ def test_a_pair_is_known_by_who_asks_where_that_is_clear():
     assert known_querier(queriers, "Carol") == "Carol > Zed"
     with pytest.raises(UserError, match="several responders; expected 'Bob > Alice' or 'Bob > Zed'"):
         known_querier(queriers, "Bob")
+    assert known_querier(("José > Zed", "Al B"), "Jose\u0301") == "José > Zed"  # composed and decomposed
+    assert known_querier(("José > Zed", "Al B"), "Al  B") == "Al B"
     with pytest.raises(UserError, match="'Carla' is unknown; did you mean Carol > Zed"):
         known_querier(("Carol > Zed",), "Carla")
 
