@@ -41,6 +41,13 @@ def test_trained_experts_change_the_answer_of_their_querier_only(tower):
     assert not torch.equal(before[1], after[1])
 
 
+def assert_matches_plain_towers(model, batch):
+    got = model(**batch, querier_ids=QUERIER_IDS).logits
+    expected = PlainTowers(model).logits(**batch, querier_ids=QUERIER_IDS)
+    real = batch["attention_mask"].bool()
+    assert_equal_formulas(got[real], expected[real])
+
+
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,20 +57,14 @@ def test_matches_the_plain_implementation(family, tower, experts):
         with torch.no_grad():
             model.model.norm_specific.weight.uniform_(0.5, 1.5)
     batch = left_padded_batch()
-    got = model(**batch, querier_ids=QUERIER_IDS).logits
-    expected = PlainTowers(model).logits(**batch, querier_ids=QUERIER_IDS)
-    real = batch["attention_mask"].bool()
-    assert_equal_formulas(got[real], expected[real])
+    assert_matches_plain_towers(model, batch)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_first_expert_layer_leaves_the_layers_below_plain(tower):
     model, batch = aware_model(tower=tower, first_expert_layer=1).double(), left_padded_batch()
     assert model.model.layers[0].experts is None
-    got = model(**batch, querier_ids=QUERIER_IDS).logits
-    expected = PlainTowers(model).logits(**batch, querier_ids=QUERIER_IDS)
-    real = batch["attention_mask"].bool()
-    assert_equal_formulas(got[real], expected[real])
+    assert_matches_plain_towers(model, batch)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -88,10 +89,7 @@ def test_layers_that_peft_replicates(first, replicated, wrong, tower):
         with pytest.raises(ValueError, match=message):
             model(**batch, querier_ids=QUERIER_IDS)
         model.model.layers[wrong].towers_coincide = False
-    got = model(**batch, querier_ids=QUERIER_IDS).logits
-    expected = PlainTowers(model).logits(**batch, querier_ids=QUERIER_IDS)
-    real = batch["attention_mask"].bool()
-    assert_equal_formulas(got[real], expected[real])
+    assert_matches_plain_towers(model, batch)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -100,10 +98,7 @@ def test_first_layers_that_are_pruned(tower):
     del model.model.layers[0]
     model.model.layers[0].self_attn.layer_idx = 0
     model.config.num_hidden_layers = 1
-    got = model(**batch, querier_ids=QUERIER_IDS).logits
-    expected = PlainTowers(model).logits(**batch, querier_ids=QUERIER_IDS)
-    real = batch["attention_mask"].bool()
-    assert_equal_formulas(got[real], expected[real])
+    assert_matches_plain_towers(model, batch)
 
 
 @pytest.mark.parametrize("tower", TOWERS)

@@ -112,3 +112,12 @@ def train(model, steps=5, asking=("Howard",) * 3):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def batch_of(*queriers, seed=0):
+    """A batch of three sequences of different tokens per seed."""
+    batch = training_batch()
+    draw = torch.Generator().manual_seed(seed)
+    batch["input_ids"] = torch.randint(1, 90, batch["input_ids"].shape, generator=draw)
+    batch["labels"] = torch.where(batch["labels"] == -100, -100, batch["input_ids"])
+    return batch | {"querier_ids": torch.tensor(queriers)}
