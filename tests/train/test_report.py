@@ -7,10 +7,8 @@ from html.parser import HTMLParser
 import fake_run
 import pytest
 
-from train import cli
-from train.metrics import summarise
+from train.metrics import compare, summarise, swap_summary
 from train.report import render, write_report
-from train.report.__main__ import main
 from train.report.charts import PALETTE
 from train.report.wording import findings, headline
 
@@ -78,29 +76,33 @@ def test_all_sections_and_figures_are_there(page):
 def test_text_from_data_is_escaped(run):
     report = copy.deepcopy(run[0])
     report["dataset"]["show"] = '"><i>'
-    report["methods"]["<u>"] = report["methods"]["ft"]
-    page = render(report, {"<s>": [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.9}]}, *run[2:])
+    for method in ("ft", "qar"):
+        scores = report["methods"][method]["per_querier"]
+        scores["<u>"] = scores["Amy"]
+    similarity = run[2] | {"names": ["<s>", *run[2]["names"][1:]]}
+    page = render(report, run[1], similarity, run[3])
     assert "&lt;script&gt;alert(" in page and "&lt;b&gt;tonight&lt;/b&gt; &amp; talk" in page
     assert not {"script", "b>tonight", "i", "u", "s"} & set(Collector(page).tags)
 
 
-def test_missing_parts_leave_their_section_out(run):
-    scores = {key: run[0]["methods"]["ft"][key] for key in ("nll", "rougeL", "ci95")}
-    report = {"methods": {"ft": scores | {"rougeL": None}}, "paired": None, "querier_swap": None}
-    page = render(report, {}, None, [])
-    assert titles(page) == ["Methods"]
-    assert page.count("<svg") == 1  # NLL alone: there is no ROUGE-L to draw
-    assert "does not compare" in page and "None" not in page and "nan" not in page
+def test_where_one_person_asks_there_is_nobody_to_swap_or_compare_with(run):
+    page = render(run[0] | {"querier_swap": None}, run[1], {"names": ["Amy"], "matrix": [[1.0]]}, run[3])
+    assert set(SECTIONS) - set(titles(page)) == {"Querier swap", "Querier similarity"}
+    assert "Asked as another querier" not in page
 
 
 def test_a_diverged_method_is_reported_not_hidden(run, tmp_path):
     broken = [row | {"nll_sum": float("nan")} for row in fake_run.records("qar")]
     scores = summarise(broken, samples=50)
     assert scores["ci95"]["nll"] is None
-    report = run[0] | {"methods": run[0]["methods"] | {"qar": scores}, "paired": None}
-    page = write_report(report, tmp_path, *run[1:]).read_text()
-    assert "QAR has no finite NLL" in page and "does not compare" in page
+    report = run[0] | {"methods": run[0]["methods"] | {"qar": scores}}
+    report["paired"] = {"qar_vs_ft": compare(broken, fake_run.records("ft"), samples=50)}
+    report["querier_swap"] = swap_summary(broken, broken, samples=50)
+    curves = run[1] | {"qar": [{"step": 0, "lm_loss": 3.0}, {"step": 1, "lm_loss": float("nan")}]}
+    page = write_report(report, tmp_path, curves, *run[2:]).read_text()
+    assert "QAR has no finite NLL" in page and "QAR is better than FT on ROUGE-L." in page
     assert "By querier" not in titles(page)
+    assert "Asked as another querier" not in page and "nan" not in page
 
 
 def test_an_empty_reply_is_shown_as_empty(page):
@@ -129,7 +131,7 @@ def test_an_empty_reply_is_shown_as_empty(page):
 )
 def test_headline_claims_what_the_intervals_allow(nll, rouge, expected):
     paired = {"nll": {"diff": 0.0, "ci95": nll}, "rougeL": {"diff": 0.0, "ci95": rouge}}
-    assert expected in headline({"methods": {}, "paired": {"qar_vs_ft": paired}})
+    assert expected in headline({"paired": {"qar_vs_ft": paired}})
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,9 @@ def test_headline_claims_what_the_intervals_allow(nll, rouge, expected):
         (None, "not evidence"),
     ],
 )
-def test_swap_sentence_follows_its_interval(ci, expected):
+def test_swap_sentence_follows_its_interval(run, ci, expected):
     swap = {"nll_diff": 0.1, "nll_ci95": ci}
-    assert expected in findings({"methods": {}, "querier_swap": swap})[0]
+    assert any(expected in line for line in findings(run[0] | {"querier_swap": swap}))
 
 
 def test_scores_are_shown_in_nats_and_points(run, page):
@@ -169,19 +171,19 @@ def test_palette_stands_out_in_both_themes(method, paper):
 
 
 def test_write_report_writes_page_and_valid_json(run, tmp_path):
-    report = run[0] | {"seconds": {"train_qar": float("nan")}}
+    report = run[0] | {"dataset": {"windows": float("nan")}}
     path = write_report(report, tmp_path / "new" / "run", *run[1:])
     assert path.name == "report.html" and sorted(os.listdir(path.parent)) == ["report.html", "report.json"]
     saved = json.loads((path.parent / "report.json").read_text(), parse_constant=pytest.fail)
     assert saved["methods"]["qar"]["nll"] == report["methods"]["qar"]["nll"]
-    assert saved["seconds"] == {"train_qar": None}
+    assert saved["dataset"] == {"windows": None}
 
 
 def test_a_page_that_cannot_be_rendered_leaves_the_old_files(run, tmp_path):
     write_report(*run[:1], tmp_path, *run[1:])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(KeyError):
-        write_report({"methods": {}}, tmp_path, {}, None, [{"reference": "no query"}])
+        write_report(*run[:1], tmp_path, *run[1:3], [{"reference": "no query"}])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -194,55 +196,6 @@ def test_an_interrupted_write_leaves_the_old_file(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
-        write_report({"methods": {}}, tmp_path, {}, None, [])
+        write_report(*run[:1], tmp_path, *run[1:3], [])
     assert path.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json"]
-
-
-def save_run(folder, run):
-    for name, part in zip(("report", "curves", "similarity", "samples"), run, strict=True):
-        (folder / f"{name}.json").write_text(json.dumps(part))
-
-
-def test_command_line_renders_the_same_page(run, tmp_path, capsys):
-    path = write_report(*run[:1], tmp_path, *run[1:])
-    first = path.read_bytes()
-    path.unlink()
-    save_run(tmp_path, run)
-    main([str(tmp_path)])
-    assert path.read_bytes() == first
-    assert capsys.readouterr().out == f"{path}\n"
-
-
-def test_command_line_needs_report_json_only(run, tmp_path):
-    (tmp_path / "report.json").write_text(json.dumps(run[0]))
-    main([str(tmp_path)])
-    assert "Training" not in titles((tmp_path / "report.html").read_text())
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("report.json", None, "report.json: cannot be read"),
-        ("report.json", '{"methods": {', "report.json:1: damaged JSON"),
-        ("report.json", "[]", "report.json: damaged, expected a JSON object"),
-        ("report.json", "{}", "lacks what the report needs"),
-        ("curves.json", "", "curves.json: the file is empty"),
-        ("samples.json", "{}", "samples.json: damaged, expected a JSON list"),
-        ("samples.json", "[{}]", "lacks what the report needs"),
-        ("similarity.json", '{"names": ["a", "b"], "matrix": [[1]]}', "lacks what the report needs"),
-    ],
-)
-def test_command_line_names_what_is_damaged_in_one_line(run, tmp_path, capsys, name, content, expected):
-    save_run(tmp_path, run)
-    if content is None:
-        (tmp_path / name).unlink()
-    else:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(SystemExit) as error:
-        cli.run(lambda: main([str(tmp_path)]))
-    assert error.value.code == cli.USER_ERROR_EXIT
-    shown = capsys.readouterr().err
-    assert expected in shown
-    assert shown.count("\n") == 1
-    assert not (tmp_path / "report.html").exists()

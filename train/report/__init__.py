@@ -16,16 +16,16 @@ def write_report(
     report: Mapping[str, Any],
     out_dir: Path,
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    similarity: Mapping[str, Any] | None,
+    similarity: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
 ) -> Path:
     """Write `report.json` and `report.html` into `out_dir`; return the path of the page.
 
-    `report` holds "methods" (name → scores as `train.metrics.summarise` gives them) and, where measured,
+    `report` holds "methods" ("ft", "qar" and others → scores as `train.metrics.summarise` gives them),
     "dataset", "model", "paired" ({"qar_vs_ft": `train.metrics.compare`}), "querier_swap"
-    (`train.metrics.swap_summary`), "planted" and "seconds". `curves` maps a method to its log rows
-    ({"step", "loss"}, and "lm_loss" where the loss has other parts); `similarity` is
-    {"names": [...], "matrix": [[...]]}; a sample is {"query", "history", "reference", "asked_by", "answers"}.
+    (`train.metrics.swap_summary`; None if only one person asks), "planted" and "seconds". `curves` maps a
+    method to its log rows ({"step", "lm_loss"}); `similarity` is {"names": [...], "matrix": [[...]]}; a
+    sample is {"query", "history", "reference", "asked_by", "answers"}.
     Numbers that are not finite become null. Nothing is written if the page cannot be rendered.
     """
     report = _finite(report)

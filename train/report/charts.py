@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from train import svg
 
 PALETTE = {"zero_shot": "#8e979f", "ft": "#4f7a9e", "qar": "#e2570b"}
-OTHER_METHOD = "#2f9486"
 _INK = "#7b7b7b"
 _LONGEST = 16  # name on a heat map, in letters
 _WIDTH = 4.6  # inches: the text stays readable when a phone shrinks the figure to its width
@@ -35,12 +34,7 @@ _STYLE = {
     "axes.facecolor": "none",
 }
 
-Interval = Sequence[float | None] | None
-
-
-def colour(method: str) -> str:
-    """The method's colour, the same in every figure."""
-    return PALETTE.get(method, OTHER_METHOD)
+Interval = Sequence[float] | None
 
 
 @contextmanager
@@ -61,7 +55,7 @@ def _svg(figure: Figure) -> str:
 
 def _error(values: Sequence[float], cis: Sequence[Interval]) -> np.ndarray:
     """(2, N) distances below and above the value; NaN where there is no interval."""
-    ends = [ci if ci and None not in ci else (np.nan, np.nan) for ci in cis]
+    ends = [ci or (np.nan, np.nan) for ci in cis]
     return np.abs(np.asarray(ends, dtype=float).T - np.asarray(values, dtype=float))
 
 
@@ -177,8 +171,6 @@ def lines(
 def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float]], axis: str) -> str:
     """Square matrix by name on both axes; the diagonal is left out of the colour scale and blank."""
     values = np.array(matrix, dtype=float)
-    if values.shape != (len(names), len(names)):
-        raise ValueError(f"matrix: expected {len(names)} rows and columns, got shape {values.shape}")
     np.fill_diagonal(values, np.nan)
     limit = np.abs(np.nan_to_num(values)).max() or 1.0
     shown = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names]

@@ -66,12 +66,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 
 def answer_cards(sample: Mapping[str, Any]) -> str:
     """One question with its history, the reference reply and the answer given to each querier."""
-    asker = sample.get("asked_by")
+    asker = sample["asked_by"]
     turns = (f"{turn['from']}: {turn['value']}" for turn in sample["history"])
     history = "".join(f'<p class="turn" dir="auto">{text(turn)}</p>' for turn in turns)
-    asked = f'<p class="turn">{text(asker)} asks</p>' if asker else ""
+    asked = f'<p class="turn">{text(asker)} asks</p>'
     query = f'{asked}<p class="query" dir="auto">{text(sample["query"])}</p>'
-    cards = [_card("reference", "Reference", sample["reference"])] if sample.get("reference") else []
+    cards = [_card("reference", "Reference", sample["reference"])]
     for querier, answer in sample["answers"].items():
         title = f"To {querier}, who asked" if querier == asker else f"To {querier}"
         cards.append(_card("asker" if querier == asker else "", title, answer.strip() or "(empty reply)"))

@@ -31,17 +31,17 @@ _PAGE = """<!doctype html>
 def render(
     report: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    similarity: Mapping[str, Any] | None,
+    similarity: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The report as HTML; a section whose part is missing or empty is left out."""
+    """The report as HTML; a section that has nothing to show is left out."""
     methods = report["methods"]
     body = [
         sections.methods(methods),
         sections.answers(samples),
         sections.per_querier(methods),
-        sections.querier_swap(report.get("querier_swap")),
-        sections.planted(report.get("planted")),
+        sections.querier_swap(report["querier_swap"]),
+        sections.planted(report["planted"]),
         sections.expert_similarity(similarity),
         sections.training_curves(curves),
         sections.settings(report),

@@ -17,7 +17,7 @@ FIGURES = {
     "Gradient norm before clipping": {"grad_norm": "all parameters"},
     "Tokens per second": {"tokens_per_second": "all ranks, without padding"},
 }
-STROKES = (charts.colour("ft"), charts.colour("qar"))
+STROKES = (charts.PALETTE["ft"], charts.PALETTE["qar"])
 
 
 def write_run_page(rows: Rows, settings: Mapping[str, Any], folder: Path) -> Path:

@@ -1,17 +1,18 @@
-"""Sections of the report, each from its part of the data; a missing part gives an empty string."""
+"""Sections of the report, each from its part of the data; nothing to show gives an empty string."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from train.metrics.wording import COMPARED, LABELS, MISSING, SUMMARY, digits, in_units
+from train.metrics.wording import COMPARED, LABELS, SUMMARY, digits, in_units
 from train.report import charts
 from train.report.markup import answer_cards, facts, figure, figures, score_cell, section, table, text
-from train.report.wording import difference, label
+from train.report.wording import LABELS as NAMES
+from train.report.wording import difference
 
 Part = Mapping[str, Any]
 _COLUMNS = (*SUMMARY, "perplexity")
-_FADED = f"{charts.colour('qar')}80"  # half transparent: QAR asked as another querier
+_FADED = f"{charts.PALETTE['qar']}80"  # half transparent: QAR asked as another querier
 
 
 def methods(scores: Mapping[str, Part]) -> str:
@@ -30,19 +31,16 @@ def methods(scores: Mapping[str, Part]) -> str:
 
 
 def _method_row(name: str, scores: Part) -> list[str]:
-    ci = scores.get("ci95") or {}
-    cells = [score_cell(key, scores.get(key), ci.get(key)) for key in _COLUMNS]
-    counts = [text(scores.get(key, MISSING)) for key in ("empty", "generated", "examples")]
-    return [text(label(name)), *cells, *counts]
+    cells = [score_cell(key, scores[key], scores["ci95"].get(key)) for key in _COLUMNS]
+    counts = [text(scores[key]) for key in ("empty", "generated", "examples")]
+    return [text(NAMES[name]), *cells, *counts]
 
 
 def _method_dots(methods: Mapping[str, Part], key: str, direction: str) -> str:
-    known = {name: scores for name, scores in methods.items() if _finite(scores.get(key))}
-    if not known:
-        return ""
+    known = {name: scores for name, scores in methods.items() if scores[key] is not None}
     values = _in_units(key, [scores[key] for scores in known.values()])
-    cis = [_in_units(key, (scores.get("ci95") or {}).get(key) or ()) for scores in known.values()]
-    names, colours = [label(name) for name in known], [charts.colour(name) for name in known]
+    cis = [_in_units(key, scores["ci95"][key] or ()) for scores in known.values()]
+    names, colours = [NAMES[name] for name in known], [charts.PALETTE[name] for name in known]
     chart = charts.interval_dots(names, values, cis, colours, digits(key))
     return figure(f"{LABELS[key]} ({direction})", chart)
 
@@ -52,16 +50,13 @@ def _in_units(key: str, values: Iterable[float | None]) -> list[float | None]:
 
 
 def training_curves(curves: Mapping[str, Sequence[Part]]) -> str:
-    """Training loss against step; the language-model part (`lm_loss`) if a method logs it separately."""
+    """The language-model part of the training loss against step."""
     series = {}
     for method, rows in curves.items():
-        points = [(row["step"], row.get("lm_loss", row.get("loss"))) for row in rows]
-        points = [(step, loss) for step, loss in points if _finite(loss)]
-        if points:
-            steps, losses = zip(*points, strict=True)
-            series[label(method)] = (steps, losses, charts.colour(method))
-    if not series:
-        return ""
+        finite = [(row["step"], row["lm_loss"]) for row in rows if math.isfinite(row["lm_loss"])]
+        if finite:
+            steps, losses = zip(*finite, strict=True)
+            series[NAMES[method]] = (steps, losses, charts.PALETTE[method])
     note = (
         "Language-model loss on the training dialogues: its running mean over a faint line of logged values."
     )
@@ -71,23 +66,18 @@ def training_curves(curves: Mapping[str, Sequence[Part]]) -> str:
 
 def per_querier(methods: Mapping[str, Part]) -> str:
     """FT against QAR for every querier: ROUGE-L bars, the change in NLL and the numbers."""
-    sides = {name: (methods.get(name) or {}).get("per_querier") or {} for name in ("ft", "qar")}
-    names = [
-        name for name in sides["ft"] if all(_finite(side.get(name, {}).get("nll")) for side in sides.values())
-    ]
-    if not names:
+    sides = {side: methods[side]["per_querier"] for side in ("ft", "qar")}
+    names = [name for name in sides["ft"] if all(side[name]["nll"] is not None for side in sides.values())]
+    if not names:  # a method diverged
         return ""
     gains = {name: sides["qar"][name]["nll"] - sides["ft"][name]["nll"] for name in names}
     names.sort(key=gains.__getitem__)
-    parts = [_nll_changes(names, gains), _rouge_bars(names, sides)]
-    numbers = _querier_table(names, sides)
-    return section(
-        "By querier", figures(part for part in parts if part), numbers, note="Largest gain in NLL first."
-    )
+    drawn = figures([_nll_changes(names, gains), _rouge_bars(names, sides)])
+    return section("By querier", drawn, _querier_table(names, sides), note="Largest gain in NLL first.")
 
 
 def _nll_changes(names: Sequence[str], gains: Mapping[str, float]) -> str:
-    colours = charts.colour("qar"), charts.colour("ft")
+    colours = charts.PALETTE["qar"], charts.PALETTE["ft"]
     chart = charts.difference_bars(
         names, [gains[name] for name in names], *colours, "below zero: QAR is better"
     )
@@ -96,63 +86,57 @@ def _nll_changes(names: Sequence[str], gains: Mapping[str, float]) -> str:
 
 def _rouge_bars(names: Sequence[str], sides: Mapping[str, Part]) -> str:
     series = {
-        label(side): (_in_units("rougeL", [found[name].get("rougeL") for name in names]), charts.colour(side))
+        NAMES[side]: (_in_units("rougeL", [found[name]["rougeL"] for name in names]), charts.PALETTE[side])
         for side, found in sides.items()
     }
-    if all(value is None for values, _ in series.values() for value in values):
-        return ""
     return figure(LABELS["rougeL"], charts.grouped_bars(names, series, "", digits=digits("rougeL")))
 
 
 def _querier_table(names: Sequence[str], sides: Mapping[str, Part]) -> str:
     columns = [(key, side) for key in COMPARED for side in ("ft", "qar")]
-    header = ["Querier", "Windows", *(f"{LABELS[key]}, {label(side)}" for key, side in columns)]
+    header = ["Querier", "Windows", *(f"{LABELS[key]}, {NAMES[side]}" for key, side in columns)]
     rows = []
     for name in names:
-        cells = [score_cell(key, sides[side][name].get(key)) for key, side in columns]
-        rows.append(("", [text(name), text(sides["qar"][name].get("examples", MISSING)), *cells]))
+        cells = [score_cell(key, sides[side][name][key]) for key, side in columns]
+        rows.append(("", [text(name), text(sides["qar"][name]["examples"]), *cells]))
     return f"<details><summary>The numbers</summary>{table(header, rows)}</details>"
 
 
 def querier_swap(swap: Part | None) -> str:
     """QAR asked as the true querier and as another one."""
-    if not swap:
+    if swap is None:  # one person asks
         return ""
     parts = []
     for key in COMPARED:
-        pair = [swap.get(f"{key}_{side}") for side in ("true", "swapped")]
-        if all(map(_finite, pair)):
-            gap = difference(key, swap.get(f"{key}_diff"), swap.get(f"{key}_ci95"))
-            series = {"": (_in_units(key, pair), [charts.colour("qar"), _FADED])}
-            chart = charts.grouped_bars(["True querier", "Swapped"], series, "", digits=digits(key))
-            parts.append(figure(f"{LABELS[key]}: swapped − true = {gap}", chart))
+        pair = [swap[f"{key}_{side}"] for side in ("true", "swapped")]
+        gap = difference(key, swap[f"{key}_diff"], swap[f"{key}_ci95"])
+        series = {"": (_in_units(key, pair), [charts.PALETTE["qar"], _FADED])}
+        chart = charts.grouped_bars(["True querier", "Swapped"], series, "", digits=digits(key))
+        parts.append(figure(f"{LABELS[key]}: swapped − true = {gap}", chart))
     note = "Held-out questions asked under another querier's id: a model that uses the id gets worse."
-    return section("Querier swap", figures(parts), note=note) if parts else ""
+    return section("Querier swap", figures(parts), note=note)
 
 
-def planted(test: Part | None) -> str:
+def planted(test: Part) -> str:
     """Accuracy, against chance, on data whose replies depend on the querier by construction."""
-    if not test:
-        return ""
-    people = test.get("per_querier") or {}
+    people = test["per_querier"]
     series = {
-        label(side): (
-            [test.get(f"{side}_accuracy"), *(person.get(side) for person in people.values())],
-            charts.colour(side),
+        NAMES[side]: (
+            [test[f"{side}_accuracy"], *(person[side] for person in people.values())],
+            charts.PALETTE[side],
         )
         for side in ("ft", "qar")
     }
-    chance = (test["chance"], "chance") if _finite(test.get("chance")) else None
-    chart = charts.grouped_bars(["All", *people], series, "accuracy", chance)
+    chart = charts.grouped_bars(["All", *people], series, "accuracy", (test["chance"], "chance"))
     note = "Accuracy on held-out questions of a data set whose replies depend on the querier by construction."
     return section(
         "Planted test", figures([figure("Accuracy, overall and by querier", chart)]), note=note, half=True
     )
 
 
-def expert_similarity(similarity: Part | None) -> str:
+def expert_similarity(similarity: Part) -> str:
     """Heat map of {"names": [...], "matrix": [[...]]}: how alike the experts move the hidden states."""
-    if not similarity or len(similarity["names"]) < 2:
+    if len(similarity["names"]) < 2:
         return ""
     chart = charts.heat_map(similarity["names"], similarity["matrix"], "cosine")
     note = (
@@ -165,23 +149,13 @@ def expert_similarity(similarity: Part | None) -> str:
 
 def answers(samples: Sequence[Part]) -> str:
     """The same question answered to each querier, side by side."""
-    if not samples:
-        return ""
     note = "The same model and the same words; only the querier changes."
     return section("One question, several queriers", *map(answer_cards, samples), note=note)
 
 
 def settings(report: Part) -> str:
     """Data, settings, and how long each stage took."""
-    shown = {name: report[name] for name in ("dataset", "model") if report.get(name)}
-    if report.get("seconds"):
-        shown["seconds"] = {stage: _seconds(value) for stage, value in report["seconds"].items()}
-    return section("Run", facts(shown), half=True) if shown else ""
-
-
-def _seconds(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.0f}"
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+    seconds = {stage: f"{value:.0f}" for stage, value in report["seconds"].items()}
+    return section(
+        "Run", facts({"dataset": report["dataset"], "model": report["model"], "seconds": seconds}), half=True
+    )
