@@ -9,41 +9,37 @@ dialogues. Every method keeps its result, so a second run resumes where the firs
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import transformers
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from train.cli import run
 from train.config import TrainConfig, load_config
-from train.data.layout import MQDialog
 from train.data.planted import HABITS, NUM_DEV_QUESTIONS, habit_of
 from train.data.prepare import PrepareConfig, prepare
-from train.experiment.cell import check_cell, result_of, run_cell
+from train.experiment.cell import check_cell, model_of, result_of
 from train.experiment.plan import Experiment, Method
+from train.experiment.run import run_experiment
 from train.experiment.windows import cell_data
-from train.files import load_json
+from train.files import load_json, write_atomic
 from train.finetune import LOG
-from train.heldout import SAMPLE_SEED, HeldOut, querier_similarity
-from train.metrics import Record, compare, summarise, swap_summary, wording
-from train.metrics.wording import LABELS, SUMMARY, narrow_headings
-from train.report import write_report
+from train.heldout import SAMPLE_SEED, held_out_windows, querier_similarity
+from train.metrics import Record
+from train.report import render, write_html
 from train.samples import samples
-from train.trained import Trained
 
 GENERATED, MAX_NEW_TOKENS = 32, 32
 SAMPLES, PLANTED_SAMPLES = 4, 1
 PROMPTED = (Method("zero_shot", trained=False, changes={}),)
 TRAINED = tuple(Method(name, trained=True, changes={"method": name}) for name in ("ft", "qar"))
+REPORT = "report"
+"""The name of an experiment's results; the page lies beside those of the play."""
 console = Console()
-
-Results: TypeAlias = dict[str, dict[str, Any]]
-"""What :func:`train.experiment.cell.run_cell` gave, by method."""
 
 
 def demo(config: TrainConfig, planted: TrainConfig, responder: str) -> Path:
@@ -54,16 +50,27 @@ def demo(config: TrainConfig, planted: TrainConfig, responder: str) -> Path:
     play = _experiment(config, PROMPTED + TRAINED, GENERATED)
     habits = _experiment(planted, TRAINED, len(HABITS) * NUM_DEV_QUESTIONS)
     data = cell_data(play, play.cells()[0])
-    _show(data)
-    for experiment in (play, habits):
-        for cell in experiment.cells():
-            check_cell(experiment, cell)
-    results = _results(play, "", SAMPLES)
-    planted_results = _results(habits, "planted habits, ", PLANTED_SAMPLES)
-    report = _report(config, data, results, planted_results)
-    shown = planted_results["qar"]["samples"] + results["qar"]["samples"]
-    page = _write(report, play, results["qar"]["similarity"], shown)
-    _summarise(report, page)
+    console.print(
+        f"{data.responder}: {len(data.queriers)} queriers, {len(data.train)} training windows, "
+        f"{len(data.dev)} held out"
+    )
+    for cell in habits.cells():  # before the minutes that the play takes
+        check_cell(habits, cell)
+    folder = Path(play.output_dir)
+    results = run_experiment(play, folder, REPORT)
+    console.rule("[bold]planted habits", align="left")
+    planted_results = run_experiment(habits, Path(habits.output_dir), REPORT)
+    found = _recovered_habits(habits)
+    write_atomic(folder / "habits.json", json.dumps(found, indent=1) + "\n")
+    seconds = _seconds(results) | {f"planted_{name}": s for name, s in _seconds(planted_results).items()}
+    planted_shown, _ = _shown_of_qar(habits, PLANTED_SAMPLES)
+    shown, similarity = _shown_of_qar(play, SAMPLES)
+    page = write_html(render(results, found, seconds, _logs(play), similarity, planted_shown + shown), folder)
+    console.print(
+        f"planted habits: QAR {found['qar_accuracy']:.0%}, FT {found['ft_accuracy']:.0%}, "
+        f"chance {found['chance']:.0%}"
+    )
+    console.print(f"{page} ({sum(seconds.values()):.0f} s)")
     return page
 
 
@@ -77,65 +84,21 @@ def _experiment(config: TrainConfig, methods: tuple[Method, ...], generated: int
         seeds=(config.seed,),
         generated=generated,
         max_new_tokens=MAX_NEW_TOKENS,
+        pairs=tuple((method.name, before.name) for before, method in pairwise(methods)),
     )
 
 
-def _results(experiment: Experiment, title: str, count: int) -> Results:
-    """Each method's result, computed if there is none yet; QAR's has ``count`` samples."""
-    results = {}
-    for cell in experiment.cells():
-        name = cell.method.name
-        console.rule(f"[bold]{title}{name}", align="left")
-        extra = partial(_samples_and_similarity, experiment.generated, count) if name == "qar" else None
-        results[name] = result_of(experiment, cell) or run_cell(experiment, cell, extra)
-    return results
+def _seconds(results: dict[str, Any]) -> dict[str, float]:
+    return {name: scores["per_seed"][0]["seconds"] for name, scores in results["methods"].items()}
 
 
-def _samples_and_similarity(
-    generated: int, count: int, trained: Trained, data: MQDialog, held_out: HeldOut
-) -> dict[str, Any]:
-    answered = held_out.sample(generated, SAMPLE_SEED)
-    indices = answered[:: max(1, len(answered) // count)][:count]
-    matrix = querier_similarity(trained.model, held_out)
-    return {
-        "samples": samples(trained, data, held_out, indices, MAX_NEW_TOKENS),
-        "similarity": {"names": list(trained.queriers), "matrix": matrix},
-    }
-
-
-def _report(config: TrainConfig, data: MQDialog, results: Results, planted: Results) -> dict[str, Any]:
-    records = {method: result["records"] for method, result in results.items()}
-    swapped = results["qar"]["swapped"]  # None where only one person asks
-    return {
-        "dataset": {
-            "show": "plays",
-            "responder": data.responder,
-            "queriers": len(data.queriers),
-            "train_windows": len(data.train),
-            "dev_windows": len(data.dev),
-            "generated": GENERATED,
-            "reply_tokens": sum(record["tokens"] for record in records["qar"]),
-        },
-        "model": config.to_dict(),
-        "methods": {method: summarise(found) for method, found in records.items()},
-        "paired": {
-            "qar_vs_ft": compare(records["qar"], records["ft"]),
-            "ft_vs_zero_shot": compare(records["ft"], records["zero_shot"]),
-        },
-        "querier_swap": swap_summary(records["qar"], swapped) if swapped else None,
-        "planted": _recovered_habits(planted),
-        "seconds": {
-            **{method: result["seconds"] for method, result in results.items()},
-            **{f"planted_{method}": result["seconds"] for method, result in planted.items()},
-        },
-    }
-
-
-def _recovered_habits(results: Results) -> dict[str, Any]:
+def _recovered_habits(habits: Experiment) -> dict[str, Any]:
     """How often a held-out reply shows the asker's habit; the prompt does not say who asks."""
     hits = {
-        method: [(record["querier"], _shows_habit(record)) for record in result["records"]]
-        for method, result in results.items()
+        cell.method.name: [
+            (record["querier"], _shows_habit(record)) for record in result_of(habits, cell)["records"]
+        ]
+        for cell in habits.cells()
     }
     return {
         **{f"{method}_accuracy": _mean([hit for _, hit in found]) for method, found in hits.items()},
@@ -160,43 +123,26 @@ def _mean(values: list[bool]) -> float:
     return sum(values) / len(values)
 
 
-def _write(
-    report: dict[str, Any], play: Experiment, similarity: dict[str, Any], shown: list[dict[str, Any]]
-) -> Path:
+def _shown_of_qar(experiment: Experiment, count: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """``count`` samples of QAR's answers, and how alike its experts are."""
+    (cell,) = (cell for cell in experiment.cells() if cell.method.name == "qar")
+    trained, data = model_of(experiment, cell), cell_data(experiment, cell)
+    held_out = held_out_windows(experiment.config(cell), data)
+    answered = held_out.sample(experiment.generated, SAMPLE_SEED)
+    indices = answered[:: max(1, len(answered) // count)][:count]
+    matrix = querier_similarity(trained.model, held_out)
+    shown = samples(trained, data, held_out, indices, MAX_NEW_TOKENS)
+    return shown, {"names": list(trained.queriers), "matrix": matrix}
+
+
+def _logs(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
+    """Method -> what its training logged at each step."""
     logs = {
-        cell.method.name: load_json(Path(play.config(cell).output_dir) / LOG)
-        for cell in play.cells()
+        cell.method.name: load_json(Path(experiment.config(cell).output_dir) / LOG)
+        for cell in experiment.cells()
         if cell.method.trained
     }
-    curves = {method: [row for row in log if "loss" in row] for method, log in logs.items()}
-    return write_report(report, Path(play.output_dir), curves, similarity, shown)
-
-
-def _show(data: MQDialog) -> None:
-    console.print(
-        f"{data.responder}: {len(data.queriers)} queriers, {len(data.train)} training windows, "
-        f"{len(data.dev)} held out"
-    )
-
-
-def _summarise(report: dict[str, Any], page: Path) -> None:
-    table = Table("method", *narrow_headings(SUMMARY), box=SIMPLE, padding=0)
-    for method, scores in report["methods"].items():
-        nll, *others = (wording.score(key, scores[key]) for key in SUMMARY)
-        table.add_row(method, f"{nll} {wording.interval('nll', scores['ci95']['nll'])}", *others)
-    console.print(table)
-    paired, swap, habits = report["paired"]["qar_vs_ft"]["nll"], report["querier_swap"], report["planted"]
-    gain = wording.difference("nll", paired["diff"], paired["ci95"])
-    console.print(f"QAR - FT, {LABELS['nll']}: {gain}")
-    if swap:
-        cost = wording.difference("nll", swap["nll_diff"], swap["nll_ci95"])
-        console.print(f"QAR asked under another querier's id, {LABELS['nll']}: {cost}")
-    console.print(
-        f"planted habits: QAR {habits['qar_accuracy']:.0%}, FT {habits['ft_accuracy']:.0%}, "
-        f"chance {habits['chance']:.0%}"
-    )
-    total = sum(report["seconds"].values())
-    console.print(f"{page} ({total:.0f} s)")
+    return {method: [row for row in log if "loss" in row] for method, log in logs.items()}
 
 
 def main() -> None:

@@ -26,17 +26,34 @@ def records(method: str, worse: float = 0.0) -> list[dict]:
     return rows
 
 
-def report() -> dict:
+def results() -> dict:
     runs = {method: records(method) for method in NLL}
-    planted = {name: {"ft": 0.2 + 0.02 * i, "qar": 0.95 - 0.05 * i} for i, name in enumerate(QUERIERS)}
     return {
-        "dataset": {"show": "the_big_bang_theory", "responder": "Sheldon", "train": 2210, "dev": 240},
-        "model": {"base": "Qwen/Qwen2.5-0.5B", "tower": "residual", "expert_rank": 16, "lora": {"r": 16}},
+        "conditions": {
+            "responders": ["Sheldon"],
+            "train_windows": [2210],
+            "train": {"model": "Qwen/Qwen2.5-0.5B", "tower": "residual", "expert_rank": 16},
+        },
         "methods": {method: summarise(rows, samples=200) for method, rows in runs.items()},
         "paired": {"qar_vs_ft": compare(runs["qar"], runs["ft"], samples=200)},
-        "querier_swap": swap_summary(runs["qar"], records("qar", 0.08), samples=200),
-        "planted": {"qar_accuracy": 0.83, "ft_accuracy": 0.25, "chance": 0.17, "per_querier": planted},
-        "seconds": {"train_ft": 412.3, "train_qar": 433.0, "evaluate": 120.2},
+        "swap": {"qar": swap_summary(runs["qar"], records("qar", 0.08), samples=200)},
+    }
+
+
+def planted() -> dict:
+    people = {name: {"ft": 0.2 + 0.02 * i, "qar": 0.95 - 0.05 * i} for i, name in enumerate(QUERIERS)}
+    return {"qar_accuracy": 0.83, "ft_accuracy": 0.25, "chance": 0.17, "per_querier": people}
+
+
+def parts() -> dict:
+    """What the page is rendered from."""
+    return {
+        "results": results(),
+        "planted": planted(),
+        "seconds": {"ft": 412.3, "qar": 433.0},
+        "curves": curves(),
+        "similarity": similarity(),
+        "samples": samples(),
     }
 
 

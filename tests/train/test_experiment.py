@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from train.data.encode import encode_all
 from train.data.mqdialog import write_mqdialog
 from train.errors import UserError
-from train.experiment import __main__ as command
-from train.experiment import windows
+from train.experiment import run, windows
 from train.experiment.cell import result_of, run_cell
 from train.experiment.load import load_experiment
 from train.experiment.results import collect, published
@@ -50,16 +49,16 @@ def test_cells_survive_a_stop_and_end_in_a_table(plan, tmp_path, monkeypatch):
         ran.append(cell.name)
         return run_cell(experiment, cell)
 
-    run_cell = command.run_cell
-    monkeypatch.setattr(command, "run_cell", run_some)
+    run_cell = run.run_cell
+    monkeypatch.setattr(run, "run_cell", run_some)
     with pytest.raises(KeyboardInterrupt):
-        command.run_experiment(experiment, tmp_path, "tiny")
+        run.run_experiment(experiment, tmp_path, "tiny")
     assert ran == ["zero_shot-seed0", "ft-seed0", "qar-seed0"]
     assert json.loads((tmp_path / "tiny.json").read_text())["missing"] == ["ft-seed1", "qar-seed1"]
     before = result_of(experiment, experiment.cells()[0])
 
-    monkeypatch.setattr(command, "run_cell", lambda *cell: ran.append(cell[1].name) or run_cell(*cell))
-    command.run_experiment(experiment, tmp_path, "tiny")
+    monkeypatch.setattr(run, "run_cell", lambda *cell: ran.append(cell[1].name) or run_cell(*cell))
+    run.run_experiment(experiment, tmp_path, "tiny")
     assert ran[3:] == ["ft-seed1", "qar-seed1"]
     assert result_of(experiment, experiment.cells()[0]) == before
 
@@ -73,6 +72,7 @@ def test_cells_survive_a_stop_and_end_in_a_table(plan, tmp_path, monkeypatch):
     assert set(results["swap"]) == {"qar"}
     assert results["swap"]["qar"]["rougeL_true"] == pytest.approx(results["methods"]["qar"]["rougeL"])
     assert "| qar - ft |" in (tmp_path / "tiny.md").read_text()
+    assert "published" not in (tmp_path / "tiny.md").read_text()  # this is no play
     assert (tmp_path / "tiny.svg").read_text().rstrip().endswith("</svg>")
 
 
@@ -81,7 +81,7 @@ def test_what_cannot_go_on_is_refused_before_anything_is_written(plan, config, t
 
     def start(*overrides):
         experiment = load_experiment(plan, ["seeds=[0]", "pairs=[]", f"train.model={base}", *overrides])
-        command.run_experiment(experiment, tmp_path / "experiment", "tiny")
+        run.run_experiment(experiment, tmp_path / "experiment", "tiny")
 
     start()
     files = [path for path in (tmp_path / "experiment").rglob("*") if path.is_file()]
@@ -97,10 +97,24 @@ def test_what_cannot_go_on_is_refused_before_anything_is_written(plan, config, t
     assert all(path.read_bytes() == content for path, content in written.items())
 
 
+def test_a_method_that_diverged_has_a_result(plan, tmp_path, monkeypatch):
+    def diverged(experiment, cell):
+        result = run_cell(experiment, cell)
+        result["records"] = [record | {"nll_sum": float("nan")} for record in result["records"]]
+        (Path(experiment.config(cell).output_dir) / "result.json").write_text(json.dumps(result))
+
+    monkeypatch.setattr(run, "run_cell", diverged)
+    overrides = ["seeds=[0]", "methods={a: {trained: false}, b: {trained: false}}", "pairs=[[a, b]]"]
+    run.run_experiment(load_experiment(plan, overrides), tmp_path, "tiny")
+    results = json.loads((tmp_path / "tiny.json").read_text(), parse_constant=pytest.fail)
+    assert results["methods"]["a"]["nll"] is None and results["paired"]["a_vs_b"]["nll"]["ci95"] is None
+    assert "| a | 1 | not measured |" in (tmp_path / "tiny.md").read_text()
+
+
 def test_a_cell_of_other_settings_is_not_taken(plan):
     experiment = load_experiment(plan)
     cell = experiment.cells()[0]
-    command.run_cell(experiment, cell)
+    run_cell(experiment, cell)
     assert result_of(experiment, cell) is not None
     assert result_of(dataclasses.replace(experiment, generated=2), cell) is None
 
@@ -112,7 +126,7 @@ def test_methods_are_scored_on_the_windows_that_all_have_room_for(plan, tmp_path
     )
     tight = dataclasses.replace(experiment.methods[0], changes={"max_tokens": lengths[-1] - 1})
     experiment = dataclasses.replace(experiment, methods=(tight, experiment.methods[2]))
-    command.run_experiment(experiment, tmp_path, "tiny")
+    run.run_experiment(experiment, tmp_path, "tiny")
     read = [{r["id"] for r in result_of(experiment, cell)["records"]} for cell in experiment.cells()]
     assert read[0] == read[1] and 0 < len(read[0]) < len(tiny_data.dev)
     results = json.loads((tmp_path / "tiny.json").read_text())
@@ -125,7 +139,7 @@ def test_methods_are_scored_on_the_windows_that_all_have_room_for(plan, tmp_path
 def test_a_result_of_other_text_is_not_taken(plan, config, tiny_data):
     experiment = load_experiment(plan)
     cell = experiment.cells()[0]
-    command.run_cell(experiment, cell)
+    run_cell(experiment, cell)
     assert result_of(experiment, cell) is not None
     first, *rest = tiny_data.dev
     shown = dataclasses.replace(first.turns[-1], text="Something else.")
@@ -173,7 +187,7 @@ def test_every_split_holds_other_dialogues_out_and_counts_in_the_table(plan, tmp
         "methods={zero_shot: {trained: false}}",
     ]
     experiment = load_experiment(plan, [*overrides, "pairs=[]"])
-    command.run_experiment(experiment, tmp_path, "tiny")
+    run.run_experiment(experiment, tmp_path, "tiny")
     assert [cell.name for cell in experiment.cells()] == ["zero_shot-seed0", "zero_shot-seed0-split1"]
     first, second = ({r["id"] for r in result_of(experiment, cell)["records"]} for cell in experiment.cells())
     assert first != second
@@ -181,6 +195,7 @@ def test_every_split_holds_other_dialogues_out_and_counts_in_the_table(plan, tmp
     assert results["methods"]["zero_shot"]["examples"] == len(first | second)
     assert results["conditions"]["held_out_windows"] == len(first | second)
     assert [one["split"] for one in results["methods"]["zero_shot"]["per_seed"]] == [0, 1]
+    assert "published" in (tmp_path / "tiny.md").read_text()
 
 
 def test_a_transcript_of_ones_own_is_prepared(plan, tmp_path):
@@ -191,7 +206,7 @@ def test_a_transcript_of_ones_own_is_prepared(plan, tmp_path):
     source = [f"transcript={tmp_path / 'show.csv'}", "columns={scene: episode, speaker: who}"]
     overrides = [*source, "responders=[Bo]", "methods={zero_shot: {trained: false}}", "pairs=[]", "seeds=[0]"]
     experiment = load_experiment(plan, overrides)
-    command.run_experiment(experiment, tmp_path, "tiny")
+    run.run_experiment(experiment, tmp_path, "tiny")
     records = result_of(experiment, experiment.cells()[0])["records"]
     assert len(records) == 4 and {record["querier"] for record in records} == {"Ann > Bo"}
 
@@ -219,7 +234,7 @@ def test_prompt_baselines_are_rows_of_the_table(plan, tmp_path):
     }
     overrides = [f"methods={json.dumps(methods)}", "pairs=[[few_shot, role_profile]]", "train.max_tokens=300"]
     experiment = load_experiment(plan, overrides)
-    command.run_experiment(experiment, tmp_path, "tiny")
+    run.run_experiment(experiment, tmp_path, "tiny")
     results = json.loads((tmp_path / "tiny.json").read_text())
     assert len({scores["nll"] for scores in results["methods"].values()}) == 3  # contexts reach the model
     with pytest.raises(UserError, match="without profiles"):

@@ -1,5 +1,4 @@
 import copy
-import json
 import os
 import re
 from html.parser import HTMLParser
@@ -7,8 +6,9 @@ from html.parser import HTMLParser
 import fake_run
 import pytest
 
+from train.experiment.results import finite
 from train.metrics import compare, summarise, swap_summary
-from train.report import render, write_report
+from train.report import render, write_html
 from train.report.charts import PALETTE
 from train.report.wording import findings, headline
 
@@ -26,12 +26,12 @@ SECTIONS = (
 
 @pytest.fixture(scope="module")
 def run():
-    return fake_run.report(), fake_run.curves(), fake_run.similarity(), fake_run.samples()
+    return fake_run.parts()
 
 
 @pytest.fixture(scope="module")
 def page(run):
-    return render(*run)
+    return render(**run)
 
 
 class Collector(HTMLParser):
@@ -74,32 +74,33 @@ def test_all_sections_and_figures_are_there(page):
 
 
 def test_text_from_data_is_escaped(run):
-    report = copy.deepcopy(run[0])
-    report["dataset"]["show"] = '"><i>'
+    parts = copy.deepcopy(run)
+    parts["results"]["conditions"]["responders"] = ['"><i>']
     for method in ("ft", "qar"):
-        scores = report["methods"][method]["per_querier"]
+        scores = parts["results"]["methods"][method]["per_querier"]
         scores["<u>"] = scores["Amy"]
-    similarity = run[2] | {"names": ["<s>", *run[2]["names"][1:]]}
-    page = render(report, run[1], similarity, run[3])
+    parts["similarity"]["names"][0] = "<s>"
+    page = render(**parts)
     assert "&lt;script&gt;alert(" in page and "&lt;b&gt;tonight&lt;/b&gt; &amp; talk" in page
     assert not {"script", "b>tonight", "i", "u", "s"} & set(Collector(page).tags)
 
 
 def test_where_one_person_asks_there_is_nobody_to_swap_or_compare_with(run):
-    page = render(run[0] | {"querier_swap": None}, run[1], {"names": ["Amy"], "matrix": [[1.0]]}, run[3])
+    alone = {"names": ["Amy"], "matrix": [[1.0]]}
+    page = render(**run | {"results": run["results"] | {"swap": {}}, "similarity": alone})
     assert set(SECTIONS) - set(titles(page)) == {"Querier swap", "Querier similarity"}
     assert "Asked as another querier" not in page
 
 
-def test_a_diverged_method_is_reported_not_hidden(run, tmp_path):
+def test_a_diverged_method_is_reported_not_hidden(run):
     broken = [row | {"nll_sum": float("nan")} for row in fake_run.records("qar")]
-    scores = summarise(broken, samples=50)
-    assert scores["ci95"]["nll"] is None
-    report = run[0] | {"methods": run[0]["methods"] | {"qar": scores}}
-    report["paired"] = {"qar_vs_ft": compare(broken, fake_run.records("ft"), samples=50)}
-    report["querier_swap"] = swap_summary(broken, broken, samples=50)
-    curves = run[1] | {"qar": [{"step": 0, "lm_loss": 3.0}, {"step": 1, "lm_loss": float("nan")}]}
-    page = write_report(report, tmp_path, curves, *run[2:]).read_text()
+    methods = run["results"]["methods"] | {"qar": summarise(broken, samples=50)}
+    paired = {"qar_vs_ft": compare(broken, fake_run.records("ft"), samples=50)}
+    swap = {"qar": swap_summary(broken, broken, samples=50)}
+    results = finite(run["results"] | {"methods": methods, "paired": paired, "swap": swap})
+    assert results["methods"]["qar"]["nll"] is None
+    curves = run["curves"] | {"qar": [{"step": 0, "lm_loss": 3.0}, {"step": 1, "lm_loss": float("nan")}]}
+    page = render(**run | {"results": results, "curves": curves})
     assert "QAR has no finite NLL" in page and "QAR is better than FT on ROUGE-L." in page
     assert "By querier" not in titles(page)
     assert "Asked as another querier" not in page and "nan" not in page
@@ -145,15 +146,16 @@ def test_headline_claims_what_the_intervals_allow(nll, rouge, expected):
 )
 def test_swap_sentence_follows_its_interval(run, ci, expected):
     swap = {"nll_diff": 0.1, "nll_ci95": ci}
-    assert any(expected in line for line in findings(run[0] | {"querier_swap": swap}))
+    lines = findings(run["results"] | {"swap": {"qar": swap}}, run["planted"])
+    assert any(expected in line for line in lines)
 
 
 def test_scores_are_shown_in_nats_and_points(run, page):
-    qar = run[0]["methods"]["qar"]
+    qar = run["results"]["methods"]["qar"]
     low, high = (f"{100 * end:.1f}" for end in qar["ci95"]["rougeL"])
     assert f"{100 * qar['rougeL']:.1f} <small>[{low}, {high}]</small>" in page
     assert f"QAR {qar['nll']:.3f}, FT" in page
-    change = f"{run[0]['paired']['qar_vs_ft']['nll']['diff']:+.3f}".replace("-", "\N{MINUS SIGN}")
+    change = f"{run['results']['paired']['qar_vs_ft']['nll']['diff']:+.3f}".replace("-", "\N{MINUS SIGN}")
     assert f"difference {change} [" in page
 
 
@@ -170,25 +172,8 @@ def test_palette_stands_out_in_both_themes(method, paper):
     assert (light + 0.05) / (dark + 0.05) > 2.9
 
 
-def test_write_report_writes_page_and_valid_json(run, tmp_path):
-    report = run[0] | {"dataset": {"windows": float("nan")}}
-    path = write_report(report, tmp_path / "new" / "run", *run[1:])
-    assert path.name == "report.html" and sorted(os.listdir(path.parent)) == ["report.html", "report.json"]
-    saved = json.loads((path.parent / "report.json").read_text(), parse_constant=pytest.fail)
-    assert saved["methods"]["qar"]["nll"] == report["methods"]["qar"]["nll"]
-    assert saved["dataset"] == {"windows": None}
-
-
-def test_a_page_that_cannot_be_rendered_leaves_the_old_files(run, tmp_path):
-    write_report(*run[:1], tmp_path, *run[1:])
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(KeyError):
-        write_report(*run[:1], tmp_path, *run[1:3], [{"reference": "no query"}])
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_an_interrupted_write_leaves_the_old_file(run, tmp_path, monkeypatch):
-    path = write_report(*run[:1], tmp_path, *run[1:])
+def test_an_interrupted_write_leaves_the_old_file(page, tmp_path, monkeypatch):
+    path = write_html(page, tmp_path / "new" / "run")
     before = path.read_bytes()
 
     def full_disk(*_):
@@ -196,6 +181,6 @@ def test_an_interrupted_write_leaves_the_old_file(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
-        write_report(*run[:1], tmp_path, *run[1:3], [])
+        write_html("another", path.parent)
     assert path.read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json"]
+    assert os.listdir(path.parent) == ["report.html"]

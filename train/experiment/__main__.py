@@ -8,52 +8,14 @@ Every cell (method, seed and split) keeps its result, so a second run resumes wh
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
 import transformers
-from rich.console import Console
-from rich.markdown import Markdown
 
 from train.cli import run
-from train.experiment.cell import check_cell, result_of, run_cell
-from train.experiment.figure import figure
 from train.experiment.load import load_experiment
-from train.experiment.plan import Experiment
-from train.experiment.results import collect, published
-from train.experiment.table import markdown, published_table
-from train.files import write_atomic
-
-console = Console()
-WIDEST = 120  # columns for the table, even if the output is not a terminal
-
-
-def run_experiment(experiment: Experiment, folder: Path, name: str) -> None:
-    """Run the cells that have no result yet; table and figure are rewritten after each."""
-    experiment.prepare()
-    cells = experiment.cells()
-    for cell in cells:  # before any result or the table is overwritten
-        check_cell(experiment, cell)
-    for index, cell in enumerate(cells):
-        console.rule(f"[bold]{cell.name} ({index + 1} of {len(cells)})", align="left")
-        if result_of(experiment, cell) is None:
-            run_cell(experiment, cell)
-            write_results(experiment, folder, name)
-    text = write_results(experiment, folder, name)
-    Console(width=max(console.width, WIDEST)).print(Markdown(text))
-
-
-def write_results(experiment: Experiment, folder: Path, name: str) -> str:
-    """``name``.json, .md and .svg in ``folder``; returns the Markdown."""
-    results = collect(experiment)
-    # the paper's scores are shown with the plays, for orientation, not with a user's own dialogues
-    paper = published() if experiment.transcript is None else {}
-    text = markdown(results) + (f"\n{published_table(paper)}\n" if paper else "")
-    write_atomic(folder / f"{name}.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(folder / f"{name}.md", text)
-    write_atomic(folder / f"{name}.svg", figure(results, paper))
-    return text
+from train.experiment.run import run_experiment
 
 
 def main() -> None:

@@ -5,26 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from train.config import DTYPES, TrainConfig
-from train.data.layout import MQDialog
+from train.config import DTYPES
 from train.experiment.plan import Cell, Experiment
 from train.experiment.windows import base_of, cell_data, fingerprint
 from train.files import read_json, write_atomic
 from train.finetune import check_resumes, finetune
-from train.heldout import HeldOut, held_out_windows, score
+from train.heldout import held_out_windows, score
 from train.trained import Trained, load_trained, untrained
 
 RESULT = "result.json"
-
-Extra: TypeAlias = Callable[[Trained, MQDialog, HeldOut], dict[str, Any]]
-"""Computes what else to keep of a method, from its model, its dialogues and their held-out windows."""
 
 
 def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
@@ -47,21 +42,19 @@ def check_cell(experiment: Experiment, cell: Cell) -> None:
         check_resumes(config, cell_data(experiment, cell), base)
 
 
-def run_cell(experiment: Experiment, cell: Cell, extra: Extra | None = None) -> dict[str, Any]:
+def run_cell(experiment: Experiment, cell: Cell) -> dict[str, Any]:
     """Train (or resume, or reuse) and evaluate; the result is on disk when this returns.
 
     Returns:
         ``records`` of all held-out windows, ``swapped`` (the same windows asked under other queriers' ids;
-        None without per-querier experts), ``seconds``, and what ``extra`` gives.
+        None without per-querier experts) and ``seconds``.
 
     Raises:
         UserError: what is wrong with the data, the model or the configuration.
     """
     start = time.perf_counter()
-    config = experiment.config(cell)
-    data = cell_data(experiment, cell)
-    trained = _model(config, data, cell.method.trained)
-    held_out = held_out_windows(config, data)
+    trained = model_of(experiment, cell)
+    held_out = held_out_windows(experiment.config(cell), cell_data(experiment, cell))
     records, swapped = score(trained, held_out, experiment.generated, experiment.max_new_tokens)
     result = {
         "key": _key(experiment, cell),
@@ -70,11 +63,19 @@ def run_cell(experiment: Experiment, cell: Cell, extra: Extra | None = None) -> 
         "seed": cell.seed,
         "records": records,
         "swapped": swapped,
-        **(extra(trained, data, held_out) if extra else {}),
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_atomic(_folder(experiment, cell) / RESULT, json.dumps(result, ensure_ascii=False))
     return result
+
+
+def model_of(experiment: Experiment, cell: Cell) -> Trained:
+    """The cell's model in fp32: trained (or resumed, or reused), or the base as it is."""
+    config = experiment.config(cell)
+    if cell.method.trained:
+        return load_trained(finetune(config, resume=True), torch.float32)
+    data = cell_data(experiment, cell)
+    return untrained(config, data.responder, tuple(data.queriers))
 
 
 def _folder(experiment: Experiment, cell: Cell) -> Path:
@@ -94,9 +95,3 @@ def _key(experiment: Experiment, cell: Cell) -> str:
 def _inputs(experiment: Experiment, cell: Cell) -> dict[str, str]:
     """Checksums of the dialogues and the base model's weights, which older results lack."""
     return {"text": fingerprint(experiment, cell), "base": base_of(experiment.config(cell).model)}
-
-
-def _model(config: TrainConfig, data: MQDialog, is_trained: bool) -> Trained:
-    if is_trained:
-        return load_trained(finetune(config, resume=True), torch.float32)  # as the untrained model is scored
-    return untrained(config, data.responder, tuple(data.queriers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
     Returns:
         ``conditions``; ``methods``: name -> scores over all seeds, with ``per_seed``; ``paired``: name ->
         differences with 95 % intervals over dialogues; ``swap``: name -> what another id changes;
-        ``missing``: cells without a result.
+        ``missing``: cells without a result. Numbers that are not finite are None.
     """
     found: dict[str, Runs] = {}
     missing = []
@@ -43,7 +44,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         f"{first}_vs_{second}": _difference(found.get(first, []), found.get(second, []))
         for first, second in experiment.pairs
     }
-    return {
+    results = {
         "conditions": conditions(experiment),
         "methods": {name: _scores(runs) for name, runs in found.items()},
         "paired": {name: difference for name, difference in paired.items() if difference},
@@ -54,6 +55,16 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         },
         "missing": missing,
     }
+    return finite(results)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for every number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _column(runs: Runs, key: str) -> list[Any]:
@@ -70,10 +81,10 @@ def _difference(first: Runs, second: Runs) -> dict[str, Any] | None:
 def _scores(runs: Runs) -> dict[str, Any]:
     pooled = summarise_seeds(_column(runs, "records"))
     each = [
-        {"seed": cell.seed, "split": cell.split, **scores}
-        for (cell, _), scores in zip(runs, pooled["per_seed"], strict=True)
+        {"seed": cell.seed, "split": cell.split, "seconds": result["seconds"], **scores}
+        for (cell, result), scores in zip(runs, pooled["per_seed"], strict=True)
     ]
-    return {key: value for key, value in pooled.items() if key != "per_querier"} | {"per_seed": each}
+    return pooled | {"per_seed": each}
 
 
 def published() -> dict[str, Any]:

@@ -29,25 +29,37 @@ _PAGE = """<!doctype html>
 
 
 def render(
-    report: Mapping[str, Any],
+    results: Mapping[str, Any],
+    planted: Mapping[str, Any],
+    seconds: Mapping[str, float],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     similarity: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The report as HTML; a section that has nothing to show is left out."""
-    methods = report["methods"]
+    """The demo's report as HTML; a section that has nothing to show is left out.
+
+    Args:
+        results: of the methods "zero_shot", "ft" and "qar" (:func:`train.experiment.results.collect`).
+        planted: how often replies show the planted habits: ``ft_accuracy``, ``qar_accuracy``, ``chance`` and
+            ``per_querier`` ("ft" and "qar" of each).
+        seconds: how long each stage took.
+        curves: method -> its log rows (``step``, ``lm_loss``).
+        similarity: ``names`` and ``matrix``, the cosines between the effects of their experts.
+        samples: of each, ``query``, ``history``, ``reference``, ``asked_by``, ``answers`` (querier -> reply).
+    """
+    methods, swap = results["methods"], results["swap"].get("qar")
     body = [
         sections.methods(methods),
         sections.answers(samples),
         sections.per_querier(methods),
-        sections.querier_swap(report["querier_swap"]),
-        sections.planted(report["planted"]),
+        sections.querier_swap(swap),
+        sections.planted(planted),
         sections.expert_similarity(similarity),
         sections.training_curves(curves),
-        sections.settings(report),
+        sections.settings(results["conditions"], seconds),
     ]
     title = "Querier-aware responder: comparison report"
-    return document(title, headline(report), findings(report), body)
+    return document(title, headline(results), findings(results, planted), body)
 
 
 def document(title: str, heading: str, lines: Sequence[str], body: Sequence[str]) -> str:

@@ -153,9 +153,7 @@ def answers(samples: Sequence[Part]) -> str:
     return section("One question, several queriers", *map(answer_cards, samples), note=note)
 
 
-def settings(report: Part) -> str:
-    """Data, settings, and how long each stage took."""
-    seconds = {stage: f"{value:.0f}" for stage, value in report["seconds"].items()}
-    return section(
-        "Run", facts({"dataset": report["dataset"], "model": report["model"], "seconds": seconds}), half=True
-    )
+def settings(conditions: Part, seconds: Mapping[str, float]) -> str:
+    """Data, settings, versions, and how long each stage took."""
+    rounded = {stage: f"{value:.0f}" for stage, value in seconds.items()}
+    return section("Run", facts({**conditions, "seconds": rounded}), half=True)

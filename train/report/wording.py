@@ -32,9 +32,9 @@ _PHRASES = {
 }
 
 
-def headline(report: Mapping[str, Any]) -> str:
+def headline(results: Mapping[str, Any]) -> str:
     """One sentence: how QAR compares with plain fine-tuning, no stronger than the intervals allow."""
-    paired = _paired(report)
+    paired = _paired(results)
     if not paired:
         return "This run does not compare QAR with FT."
     outcomes = {metric: outcome(found["ci95"], LOWER_IS_BETTER[metric]) for metric, found in paired.items()}
@@ -46,14 +46,14 @@ def headline(report: Mapping[str, Any]) -> str:
     return f"QAR is {', and '.join(clauses)}."
 
 
-def findings(report: Mapping[str, Any]) -> list[str]:
+def findings(results: Mapping[str, Any], planted: Mapping[str, Any]) -> list[str]:
     """The sentences under the headline, one for each measurement of the run."""
-    lines = [_paired_line(metric, found, report) for metric, found in _paired(report).items()]
-    swap = report["querier_swap"]
+    lines = [_paired_line(metric, found, results) for metric, found in _paired(results).items()]
+    swap = results["swap"].get("qar")
     if swap and swap["nll_diff"] is not None:
         lines.append(_swap_line(swap))
-    lines.append(_planted_line(report["planted"]))
-    for method, found in report["methods"].items():
+    lines.append(_planted_line(planted))
+    for method, found in results["methods"].items():
         if found["empty"]:
             share = f"{found['empty']} of {found['generated']}"
             lines.append(f"{LABELS[method]}: {share} replies were empty; each scores 0 and is counted.")
@@ -62,9 +62,9 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _paired(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _paired(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The differences that there are; a method that diverged has none of NLL."""
-    found = {metric: report["paired"]["qar_vs_ft"][metric] for metric in scores.COMPARED}
+    found = {metric: results["paired"]["qar_vs_ft"][metric] for metric in scores.COMPARED}
     return {metric: difference for metric, difference in found.items() if difference["diff"] is not None}
 
 
@@ -73,8 +73,8 @@ def difference(key: str, value: float | None, ci: Sequence[float] | None) -> str
     return typeset(scores.difference(key, value, ci))
 
 
-def _paired_line(metric: str, paired: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    qar, ft = (scores.score(metric, report["methods"][method][metric]) for method in ("qar", "ft"))
+def _paired_line(metric: str, paired: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    qar, ft = (scores.score(metric, results["methods"][method][metric]) for method in ("qar", "ft"))
     direction = "lower" if LOWER_IS_BETTER[metric] else "higher"
     gap = difference(metric, paired["diff"], paired["ci95"])
     return f"{scores.LABELS[metric]} ({direction} is better): QAR {qar}, FT {ft}, difference {gap}."
