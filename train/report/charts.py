@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
@@ -47,10 +48,10 @@ def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
         yield figure, axes
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure) -> Markup:
     text = svg.to_svg(figure, transparent=True)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids would repeat across figures
-    return text.replace(_INK, "currentColor").replace("<svg", '<svg role="img"', 1)
+    return Markup(text.replace(_INK, "currentColor"))  # matplotlib has escaped the names in it
 
 
 def _error(values: Sequence[float], cis: Sequence[Interval]) -> np.ndarray:
@@ -71,7 +72,7 @@ def interval_dots(
     cis: Sequence[Interval],
     colours: Sequence[str],
     digits: int,
-) -> str:
+) -> Markup:
     """One dot with its error bar for each row; the axis need not start at zero."""
     with _canvas(0.75 + 0.36 * len(names)) as (figure, axes):
         errors = _error(values, cis)
@@ -106,7 +107,7 @@ def grouped_bars(
     axis: str,
     line: tuple[float, str] | None = None,
     digits: int = 2,
-) -> str:
+) -> Markup:
     """Horizontal bars, one for each (row, series) that has a value; `line` is a labelled dashed mark.
 
     `series` maps a label to (values, colour). Bars start at zero, so that their lengths can be compared.
@@ -133,7 +134,9 @@ def grouped_bars(
         return _svg(figure)
 
 
-def difference_bars(names: Sequence[str], values: Sequence[float], better: str, worse: str, axis: str) -> str:
+def difference_bars(
+    names: Sequence[str], values: Sequence[float], better: str, worse: str, axis: str
+) -> Markup:
     """Horizontal bars around zero; negative ones take the colour `better`."""
     with _canvas(0.75 + 0.4 * len(names)) as (figure, axes):
         bars = axes.barh(
@@ -153,7 +156,7 @@ def difference_bars(names: Sequence[str], values: Sequence[float], better: str, 
 
 def lines(
     series: Mapping[str, tuple[Sequence[float], Sequence[float], str]], x_axis: str, y_axis: str
-) -> str:
+) -> Markup:
     """For each label, (x, y, colour): the running mean of y over a faint line of its values."""
     with _canvas(3.0) as (figure, axes):
         for name, (x, y, stroke) in series.items():
@@ -168,7 +171,7 @@ def lines(
         return _svg(figure)
 
 
-def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float]], axis: str) -> str:
+def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float]], axis: str) -> Markup:
     """Square matrix by name on both axes; the diagonal is left out of the colour scale and blank."""
     values = np.array(matrix, dtype=float)
     np.fill_diagonal(values, np.nan)

@@ -4,28 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from train.report import sections
-from train.report.markup import text
+from train.report.sections import Section
 from train.report.wording import findings, headline
 
-_STYLE = Path(__file__).with_name("style.css")
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><p class="eyebrow">{title}</p><h1>{headline}</h1><ul class="findings">{findings}</ul></header>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+)
 
 
 def render(
@@ -48,7 +38,7 @@ def render(
         samples: of each, ``query``, ``history``, ``reference``, ``asked_by``, ``answers`` (querier -> reply).
     """
     methods, swap = results["methods"], results["swap"].get("qar")
-    body = [
+    shown = [
         sections.methods(methods),
         sections.answers(samples),
         sections.per_querier(methods),
@@ -59,15 +49,10 @@ def render(
         sections.settings(results["conditions"], seconds),
     ]
     title = "Querier-aware responder: comparison report"
-    return document(title, headline(results), findings(results, planted), body)
+    return document(title, headline(results), findings(results, planted), shown)
 
 
-def document(title: str, heading: str, lines: Sequence[str], body: Sequence[str]) -> str:
-    """A page from texts, which are escaped here, and sections, which are HTML already."""
-    return _PAGE.format(
-        title=text(title),
-        style=_STYLE.read_text(encoding="utf-8"),
-        headline=text(heading),
-        findings="".join(f"<li>{text(line)}</li>" for line in lines),
-        body="\n".join(filter(None, body)),
-    )
+def document(title: str, heading: str, lines: Sequence[str], shown: Sequence[Section | None]) -> str:
+    """A page of ``page.html.j2``, which escapes all text."""
+    template = _ENVIRONMENT.get_template("page.html.j2")
+    return template.render(title=title, heading=heading, lines=lines, sections=shown)

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from train.report import charts, write_html
-from train.report.markup import facts, figure, figures, section
 from train.report.page import document
+from train.report.sections import Section, facts
 
 Rows = Sequence[Mapping[str, Any]]
 # caption -> the logged values that the figure shows, and their names in the legend
@@ -31,17 +33,18 @@ def write_run_page(rows: Rows, settings: Mapping[str, Any], folder: Path) -> Pat
     steps = [row for row in rows if "loss" in row]
     last = steps[-1]["lm_loss"] if steps else float("nan")
     found = [f"{len(steps)} steps, last loss {last:.3f}"]
-    drawn = [figure(caption, _chart(rows, names)) for caption, names in FIGURES.items() if _has(rows, names)]
-    note = "The running mean over a faint line of the logged values."
-    body = [section("Curves", figures(drawn), note=note), section("Settings", facts(_shown(settings)))]
-    return write_html(document("Training run", str(folder), found, body), folder)
+    drawn = [(caption, _chart(rows, names)) for caption, names in FIGURES.items() if _has(rows, names)]
+    curves = Section("Curves", "The running mean over a faint line of the logged values.", figures=drawn)
+    given = {name: value for name, value in settings.items() if value is not None}
+    shown = [curves, Section("Settings", facts=list(facts(given)))]
+    return write_html(document("Training run", str(folder), found, shown), folder)
 
 
 def _has(rows: Rows, names: Mapping[str, str]) -> bool:
     return any(name in row for row in rows for name in names)
 
 
-def _chart(rows: Rows, names: Mapping[str, str]) -> str:
+def _chart(rows: Rows, names: Mapping[str, str]) -> Markup:
     series = {}
     for (name, label), stroke in zip(names.items(), STROKES, strict=False):
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -49,7 +52,3 @@ def _chart(rows: Rows, names: Mapping[str, str]) -> str:
             steps, values = zip(*points, strict=True)
             series[label] = (steps, values, stroke)
     return charts.lines(series, "step", "")
-
-
-def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
