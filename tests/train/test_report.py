@@ -8,9 +8,9 @@ import pytest
 
 from train.experiment.results import finite
 from train.metrics import compare, summarise, swap_summary
+from train.plotting import PALETTE
 from train.report import render, write_html
-from train.report.charts import PALETTE
-from train.report.wording import findings, headline
+from train.report.findings import findings, headline
 
 SECTIONS = (
     "Methods",

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from train.metrics.wording import in_units
-from train.svg import canvas, to_svg
+from train.plotting import PALETTE, canvas, name_rows, to_svg
 
-ACCENT, MUTED = "#e2570b", "#4f7a9e"
+ACCENT, MUTED = PALETTE["qar"], PALETTE["ft"]
 LANGUAGES = {"english": "o", "chinese": "s"}
 
 
@@ -30,7 +30,7 @@ def _differences(axes: Axes, paired: Mapping[str, Any]) -> None:
     axes.axvline(0, color="#999999", linewidth=0.8)
     for row, difference in enumerate(paired.values()):
         _point(axes, row, difference["nll"]["diff"], difference["nll"]["ci95"])
-    _name(axes, [name.replace("_vs_", " - ").replace("_", " ") for name in paired])
+    name_rows(axes, [name.replace("_vs_", " - ").replace("_", " ") for name in paired])
     axes.set_xlabel("difference in NLL per reply token\n(left is better)")
 
 
@@ -40,7 +40,7 @@ def _rouge(axes: Axes, methods: Mapping[str, Any]) -> None:
         ends = scores["ci95"]["rougeL"]
         value, *ends = (in_units("rougeL", value) for value in (scores["rougeL"], *(ends or ())))
         _point(axes, row, value, ends)
-    _name(axes, [name.replace("_", " ") for name in measured])
+    name_rows(axes, [name.replace("_", " ") for name in measured])
     axes.set_xlabel("ROUGE-L of generated replies\n(right is better)")
 
 
@@ -50,7 +50,7 @@ def _published(axes: Axes, published: Mapping[str, Any]) -> None:
     for language, marker in LANGUAGES.items():
         values = [means[language][name] for name in names]
         axes.plot(values, range(len(names)), marker, color=ACCENT, markersize=5, label=language)
-    _name(axes, [name.replace("_", " ") for name in names])
+    name_rows(axes, [name.replace("_", " ") for name in names])
     axes.legend(frameon=False)
     axes.set_xlabel("the paper's ROUGE-L\n(other data and models)")
 
@@ -59,10 +59,3 @@ def _point(axes: Axes, row: int, value: float, ends: list[float] | None) -> None
     if ends:
         axes.plot(ends, [row, row], color=MUTED, linewidth=2, solid_capstyle="round")
     axes.plot([value], [row], "o", color=ACCENT, markersize=5)
-
-
-def _name(axes: Axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
-    axes.spines["right"].set_visible(False)
-    axes.tick_params(axis="y", length=0)

@@ -15,9 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 
-from train import svg
+from train.plotting import PALETTE, canvas, name_rows, to_svg
 
-PALETTE = {"zero_shot": "#8e979f", "ft": "#4f7a9e", "qar": "#e2570b"}
 _INK = "#7b7b7b"
 _LONGEST = 16  # name on a heat map, in letters
 _WIDTH = 4.6  # inches: the text stays readable when a phone shrinks the figure to its width
@@ -27,7 +26,6 @@ _STYLE = {
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
     "axes.linewidth": 0.6,
-    "axes.spines.right": False,
     "xtick.color": _INK,
     "ytick.color": _INK,
     "legend.frameon": False,
@@ -40,7 +38,7 @@ Interval = Sequence[float] | None
 
 @contextmanager
 def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
-    with svg.canvas(_WIDTH, height, _STYLE) as figure, warnings.catch_warnings():
+    with canvas(_WIDTH, height, _STYLE) as figure, warnings.catch_warnings():
         # The browser draws the glyphs that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         axes = figure.subplots()
@@ -49,7 +47,7 @@ def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _svg(figure: Figure) -> Markup:
-    text = svg.to_svg(figure, transparent=True)
+    text = to_svg(figure, transparent=True)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids would repeat across figures
     return Markup(text.replace(_INK, "currentColor"))  # matplotlib has escaped the names in it
 
@@ -58,12 +56,6 @@ def _error(values: Sequence[float], cis: Sequence[Interval]) -> np.ndarray:
     """(2, N) distances below and above the value; NaN where there is no interval."""
     ends = [ci or (np.nan, np.nan) for ci in cis]
     return np.abs(np.asarray(ends, dtype=float).T - np.asarray(values, dtype=float))
-
-
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
 
 
 def interval_dots(
@@ -95,7 +87,7 @@ def interval_dots(
                 ha="center",
                 fontsize=8.5,
             )
-        _name_rows(axes, names)
+        name_rows(axes, names)
         axes.margins(x=0.15)
         axes.grid(axis="x", color=_INK, alpha=0.2, linewidth=0.6)
         return _svg(figure)
@@ -124,7 +116,7 @@ def grouped_bars(
                 padding=3,
                 fontsize=8,
             )
-        _name_rows(axes, names)
+        name_rows(axes, names)
         axes.margins(x=0.12)
         axes.set_xlabel(axis)
         if line:
@@ -146,7 +138,7 @@ def difference_bars(
             bars, [f"{value:+.3f}".replace("-", "\N{MINUS SIGN}") for value in values], padding=3, fontsize=8
         )
         axes.axvline(0, color=_INK, linewidth=0.8)
-        _name_rows(axes, names)
+        name_rows(axes, names)
         axes.spines.left.set_visible(False)
         axes.margins(x=0.45)  # room for the numbers beside the names
         axes.locator_params(axis="x", nbins=4)

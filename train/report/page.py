@@ -7,8 +7,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from train.report import sections
+from train.report.findings import findings, headline
 from train.report.sections import Section
-from train.report.wording import findings, headline
 
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),

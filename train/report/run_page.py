@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from train.plotting import PALETTE
 from train.report import charts, write_html
 from train.report.page import document
 from train.report.sections import Section, facts
@@ -19,7 +20,7 @@ FIGURES = {
     "Gradient norm before clipping": {"grad_norm": "all parameters"},
     "Tokens per second": {"tokens_per_second": "all ranks, without padding"},
 }
-STROKES = (charts.PALETTE["ft"], charts.PALETTE["qar"])
+STROKES = (PALETTE["ft"], PALETTE["qar"])
 
 
 def write_run_page(rows: Rows, settings: Mapping[str, Any], folder: Path) -> Path:

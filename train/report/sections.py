@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 from markupsafe import Markup
 
 from train.metrics.wording import COMPARED, LABELS, SUMMARY, digits, in_units, interval, score
+from train.plotting import PALETTE
 from train.report import charts
-from train.report.wording import LABELS as NAMES
-from train.report.wording import difference, typeset
+from train.report.findings import LABELS as NAMES
+from train.report.findings import difference, typeset
 
 Part: TypeAlias = Mapping[str, Any]
 Figure: TypeAlias = tuple[str, Markup]
@@ -18,7 +19,7 @@ Figure: TypeAlias = tuple[str, Markup]
 Cell: TypeAlias = tuple[str, str]
 """A value and its interval, which may be empty."""
 _COLUMNS = (*SUMMARY, "perplexity")
-_FADED = f"{charts.PALETTE['qar']}80"  # half transparent: QAR asked as another querier
+_FADED = f"{PALETTE['qar']}80"  # half transparent: QAR asked as another querier
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _method_dots(methods: Mapping[str, Part], key: str, direction: str) -> Figur
     known = {name: scores for name, scores in methods.items() if scores[key] is not None}
     values = _in_units(key, [scores[key] for scores in known.values()])
     cis = [_in_units(key, scores["ci95"][key] or ()) for scores in known.values()]
-    names, colours = [NAMES[name] for name in known], [charts.PALETTE[name] for name in known]
+    names, colours = [NAMES[name] for name in known], [PALETTE[name] for name in known]
     chart = charts.interval_dots(names, values, cis, colours, digits(key))
     return f"{LABELS[key]} ({direction})", chart
 
@@ -95,7 +96,7 @@ def training_curves(curves: Mapping[str, Sequence[Part]]) -> Section:
         finite = [(row["step"], row["lm_loss"]) for row in rows if math.isfinite(row["lm_loss"])]
         if finite:
             steps, losses = zip(*finite, strict=True)
-            series[NAMES[method]] = (steps, losses, charts.PALETTE[method])
+            series[NAMES[method]] = (steps, losses, PALETTE[method])
     note = (
         "Language-model loss on the training dialogues: its running mean over a faint line of logged values."
     )
@@ -118,7 +119,7 @@ def per_querier(methods: Mapping[str, Part]) -> Section | None:
 
 
 def _nll_changes(names: Sequence[str], gains: Mapping[str, float]) -> Figure:
-    colours = charts.PALETTE["qar"], charts.PALETTE["ft"]
+    colours = PALETTE["qar"], PALETTE["ft"]
     chart = charts.difference_bars(
         names, [gains[name] for name in names], *colours, "below zero: QAR is better"
     )
@@ -127,7 +128,7 @@ def _nll_changes(names: Sequence[str], gains: Mapping[str, float]) -> Figure:
 
 def _rouge_bars(names: Sequence[str], sides: Mapping[str, Part]) -> Figure:
     series = {
-        NAMES[side]: (_in_units("rougeL", [found[name]["rougeL"] for name in names]), charts.PALETTE[side])
+        NAMES[side]: (_in_units("rougeL", [found[name]["rougeL"] for name in names]), PALETTE[side])
         for side, found in sides.items()
     }
     return LABELS["rougeL"], charts.grouped_bars(names, series, "", digits=digits("rougeL"))
@@ -151,7 +152,7 @@ def querier_swap(swap: Part | None) -> Section | None:
     for key in COMPARED:
         pair = [swap[f"{key}_{side}"] for side in ("true", "swapped")]
         gap = difference(key, swap[f"{key}_diff"], swap[f"{key}_ci95"])
-        series = {"": (_in_units(key, pair), [charts.PALETTE["qar"], _FADED])}
+        series = {"": (_in_units(key, pair), [PALETTE["qar"], _FADED])}
         chart = charts.grouped_bars(["True querier", "Swapped"], series, "", digits=digits(key))
         drawn.append((f"{LABELS[key]}: swapped − true = {gap}", chart))
     note = "Held-out questions asked under another querier's id: a model that uses the id gets worse."
@@ -164,7 +165,7 @@ def planted(test: Part) -> Section:
     series = {
         NAMES[side]: (
             [test[f"{side}_accuracy"], *(person[side] for person in people.values())],
-            charts.PALETTE[side],
+            PALETTE[side],
         )
         for side in ("ft", "qar")
     }
