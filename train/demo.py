@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from rich.console import Console
 
 from train.cli import run
 from train.config import TrainConfig, load_config
+from train.data.layout import MQDialog
 from train.data.planted import HABITS, NUM_DEV_QUESTIONS, habit_of
 from train.data.prepare import PrepareConfig, prepare
 from train.experiment.cell import check_cell, model_of, result_of
@@ -28,13 +31,15 @@ from train.experiment.run import run_experiment
 from train.experiment.windows import cell_data
 from train.files import load_json, write_atomic
 from train.finetune import LOG
-from train.heldout import SAMPLE_SEED, held_out_windows, querier_similarity
+from train.heldout import SAMPLE_SEED, HeldOut, held_out_windows, querier_similarity
 from train.metrics import Record
 from train.report import render, write_html
-from train.samples import samples
+from train.trained import Trained
 
 GENERATED, MAX_NEW_TOKENS = 32, 32
 SAMPLES, PLANTED_SAMPLES = 4, 1
+ASKED_BY = 4
+"""Queriers of each sample: who really asked, and the most frequent others."""
 PROMPTED = (Method("zero_shot", trained=False, changes={}),)
 TRAINED = tuple(Method(name, trained=True, changes={"method": name}) for name in ("ft", "qar"))
 REPORT = "report"
@@ -133,6 +138,35 @@ def _shown_of_qar(experiment: Experiment, count: int) -> tuple[list[dict[str, An
     matrix = querier_similarity(trained.model, held_out)
     shown = samples(trained, data, held_out, indices, MAX_NEW_TOKENS)
     return shown, {"names": list(trained.queriers), "matrix": matrix}
+
+
+def samples(
+    trained: Trained, data: MQDialog, held_out: HeldOut, indices: Sequence[int], max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """The queries of the windows at ``indices``, each answered to several queriers, all in mixed batches.
+
+    Returns what :func:`train.report.render` shows of each.
+    """
+    frequent = [name for name, _ in Counter(e.querier for e in data.train).most_common(ASKED_BY)]
+    examples = [held_out.examples[index] for index in indices]
+    askers = [_askers(example.querier, frequent) for example in examples]
+    flat = [(index, name) for index, names in zip(indices, askers, strict=True) for name in names]
+    ids = [trained.queriers.index(name) for _, name in flat]
+    replies = iter(held_out.generate(trained.model, [index for index, _ in flat], ids, max_new_tokens))
+    return [
+        {
+            "history": [{"from": turn.speaker, "value": turn.text} for turn in example.turns[:-2]],
+            "query": example.query,
+            "reference": example.reply,
+            "asked_by": example.querier,
+            "answers": {name: next(replies) for name in names},
+        }
+        for example, names in zip(examples, askers, strict=True)
+    ]
+
+
+def _askers(true: str, frequent: Sequence[str]) -> list[str]:
+    return [true, *(name for name in frequent if name != true)][:ASKED_BY]
 
 
 def _logs(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:

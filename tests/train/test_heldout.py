@@ -4,11 +4,11 @@ from rich.console import Console
 
 from train.chat import Chat
 from train.data.transcript import Turn
+from train.demo import samples
 from train.errors import UserError
 from train.finetune import finetune
 from train.generate import answer
 from train.heldout import held_out_windows, querier_similarity, score
-from train.samples import samples
 from train.trained import load_trained, untrained
 
 QUERIERS = ("Ada", "Bram", "Cleo")
