@@ -89,11 +89,11 @@ def _check_trained_on(trained: Trained, config: TrainConfig, data: MQDialog) -> 
     """Refuse data that were built anew: they may hold out what the model was trained on.
 
     They are checked against the run, if the model still lies in one, and against the checksum in the
-    model's folder, which older versions did not write.
+    model's folder.
     """
     try:
         check_finished(config, data)
-        if trained.training_windows not in (None, training_windows(data)):
+        if trained.training_windows != training_windows(data):
             raise UserError("its training windows differ")
     except UserError as error:
         raise UserError(

@@ -14,6 +14,7 @@ from train.errors import UserError
 from train.files import read_json, write_atomic
 
 RUN = "run.json"
+KEYS = ("config", "responder", "queriers", "num_clusters", "training_windows", "ranks", "base")
 FREE = ("data", "output_dir", "save_steps", "save_total_limit", "report_to", "gradient_checkpointing")
 """Settings that may differ when a run is resumed, because they do not change what is computed.
 
@@ -28,8 +29,8 @@ def write_run(config: TrainConfig, data: MQDialog, base: str) -> None:
 
 
 def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """The configuration of the run in ``folder``; its ``responder``, ``queriers`` and ``num_clusters``."""
-    about = read_json(folder / RUN, ("config", "responder", "queriers", "num_clusters"))
+    """The configuration of the run in ``folder``, and what else :func:`write_run` wrote."""
+    about = read_json(folder / RUN, KEYS)
     return config_from(about.pop("config"), str(folder / RUN)), about
 
 
@@ -41,7 +42,7 @@ def check_continues(config: TrainConfig, data: MQDialog) -> None:
 def check_base(config: TrainConfig, base: str) -> None:
     """``UserError`` if the run was started on other base weights; one without ``run.json`` passes."""
     folder = Path(config.output_dir)
-    if (folder / RUN).is_file() and read_run(folder)[1].get("base", base) != base:
+    if (folder / RUN).is_file() and read_run(folder)[1]["base"] != base:
         raise UserError(
             f"{folder / RUN}: the run was started when '{config.model}' had other weights; "
             "another output_dir starts anew"
@@ -64,7 +65,7 @@ def _compare(config: TrainConfig, data: MQDialog, free: tuple[str, ...]) -> None
     started, about = read_run(folder)
     before, now = started.to_dict() | about, config.to_dict() | _beside_config(data)
     for key in now:
-        if key not in free and key in before and before[key] != now[key]:
+        if key not in free and before[key] != now[key]:
             raise UserError(
                 f"{folder / RUN}: the run was started with {key}={before[key]!r:.80}, got {now[key]!r:.80}; "
                 "another output_dir starts anew"

@@ -28,6 +28,7 @@ from train.errors import UserError
 from train.files import build_directory, check_place, read_json
 
 TRAINED, EXPERTS = "trained.json", "experts.safetensors"
+KEYS = ("config", "responder", "training_windows", "qar", "base", "base_folder")
 EXPERT_NAMES = (".experts.", "norm_specific.", "contrast.")
 
 
@@ -41,7 +42,7 @@ class Trained:
     responder: str
     queriers: tuple[str, ...]
     training_windows: str | None = None
-    """Of the data, :func:`train.run_file.training_windows`; None where an older folder does not say."""
+    """Of the data, :func:`train.run_file.training_windows`; None where nothing was trained."""
 
 
 def is_querier_part(name: str) -> bool:
@@ -110,7 +111,7 @@ def first_trained_layer(config: TrainConfig, num_layers: int) -> int:
 
 
 def save_trained(
-    peft: PeftModel, config: TrainConfig, responder: str, training_windows: str | None, folder: Path
+    peft: PeftModel, config: TrainConfig, responder: str, training_windows: str, folder: Path
 ) -> None:
     """Write the trained parts, atomically."""
     with build_directory(folder) as building:
@@ -129,7 +130,7 @@ def save_with_adapter_of(source: Path, trained: Trained, folder: Path) -> None:
 
 
 def _write_experts(
-    model: PreTrainedModel, config: TrainConfig, responder: str, training_windows: str | None, folder: Path
+    model: PreTrainedModel, config: TrainConfig, responder: str, training_windows: str, folder: Path
 ) -> None:
     save_file(_expert_state(model), folder / EXPERTS)
     about = {
@@ -169,13 +170,13 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
         qar = QARConfig.from_dict(about["qar"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / TRAINED}: {error}") from error
-    known_as = about.get("base_folder")
+    known_as = about["base_folder"]
     if known_as and not Path(config.model).is_dir():  # typed as seen from another folder
         config = config.replace(model=known_as)
     trained_in = DTYPES[config.dtype]
     model, tokenizer = load_base(config.model, dtype or trained_in)
     is_exact = dtype in (None, torch.float32, trained_in)
-    if is_exact and about.get("base", found := fingerprint(model, trained_in)) != found:
+    if is_exact and about["base"] != fingerprint(model, trained_in):
         raise UserError(
             f"model '{config.model}': other weights than those that {folder} was trained on; "
             f"bring them back, or delete {folder.parent} and train anew"
@@ -188,8 +189,8 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
         raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from error
     _untie(model)
     merged = peft.merge_and_unload().to(default_device()).eval()
-    queriers, windows = qar.querier_names or (), about.get("training_windows")
-    return Trained(merged, tokenizer, config, about["responder"], queriers, windows)
+    queriers = qar.querier_names or ()
+    return Trained(merged, tokenizer, config, about["responder"], queriers, about["training_windows"])
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -202,10 +203,10 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What ``trained.json`` says: ``config``, ``responder`` and ``qar``."""
+    """What ``trained.json`` says."""
     if not (folder / TRAINED).is_file():
         raise UserError(f"{folder}: no trained model there ({TRAINED} is missing)")
-    return read_json(folder / TRAINED, ("config", "responder", "qar"))
+    return read_json(folder / TRAINED, KEYS)
 
 
 def _expert_state(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from train.data.plays import read_plays
 from train.data.transcript import Scene, read_transcript
 from train.data.transcript_rows import plain_name
 from train.errors import UserError
-from train.files import build_directory, load_json, read_text, write_atomic
+from train.files import build_directory, read_json, read_text, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +138,9 @@ def _require_same_recipe(config: PrepareConfig) -> None:
     path = config.folder / RECIPE
     if not path.is_file():
         return
-    found = load_json(path)
-    changed = [key for key, value in _recipe(config).items() if key in found and found[key] != value]
+    recipe = _recipe(config)
+    found = read_json(path, recipe)
+    changed = [key for key, value in recipe.items() if found[key] != value]
     if "responder" in changed:
         raise UserError(
             f"{config.folder} holds the data of '{found['responder']}', which has the same folder name as "
