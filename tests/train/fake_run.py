@@ -32,9 +32,9 @@ def report() -> dict:
     return {
         "dataset": {"show": "the_big_bang_theory", "responder": "Sheldon", "train": 2210, "dev": 240},
         "model": {"base": "Qwen/Qwen2.5-0.5B", "tower": "residual", "expert_rank": 16, "lora": {"r": 16}},
-        "methods": {method: summarise(rows, samples=200) for method, rows in runs.items()},
-        "paired": {"qar_vs_ft": compare(runs["qar"], runs["ft"], samples=200)},
-        "querier_swap": swap_summary(runs["qar"], records("qar", 0.08), samples=200),
+        "methods": {method: summarise(rows) for method, rows in runs.items()},
+        "paired": {"qar_vs_ft": compare(runs["qar"], runs["ft"])},
+        "querier_swap": swap_summary(runs["qar"], records("qar", 0.08)),
         "planted": {"qar_accuracy": 0.83, "ft_accuracy": 0.25, "chance": 0.17, "per_querier": planted},
         "seconds": {"train_ft": 412.3, "train_qar": 433.0, "evaluate": 120.2},
     }

@@ -95,7 +95,7 @@ def test_missing_parts_leave_their_section_out(run):
 
 def test_a_diverged_method_is_reported_not_hidden(run, tmp_path):
     broken = [row | {"nll_sum": float("nan")} for row in fake_run.records("qar")]
-    scores = summarise(broken, samples=50)
+    scores = summarise(broken)
     assert scores["ci95"]["nll"] is None
     report = run[0] | {"methods": run[0]["methods"] | {"qar": scores}, "paired": None}
     page = write_report(report, tmp_path, *run[1:]).read_text()
