@@ -31,20 +31,19 @@ logger = logging.getLogger(__name__)
 
 
 def load_base(
-    name: str, dtype: torch.dtype = torch.float32, cache: Path = CACHE
+    name: str, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer.
 
     Args:
         name: ``smollm2-135m-instruct``, a folder, or a hub name.
         dtype: of the weights.
-        cache: where the converted small model is kept.
 
     Raises:
         UserError: if there is no such model, its folder is damaged, or it is of a family without experts.
     """
-    tokenizer = load_tokenizer(name, cache)
-    source = _source(name, cache)
+    tokenizer = load_tokenizer(name)
+    source = _source(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
@@ -66,20 +65,20 @@ def fingerprint(model: PreTrainedModel, dtype: torch.dtype) -> str:
     return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:16]
 
 
-def num_layers(name: str, cache: Path = CACHE) -> int:
+def num_layers(name: str) -> int:
     """Of the model's decoder, without loading its weights."""
     try:
-        return AutoConfig.from_pretrained(_source(name, cache)).num_hidden_layers
+        return AutoConfig.from_pretrained(_source(name)).num_hidden_layers
     except (OSError, ValueError) as error:
         raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def load_tokenizer(name: str, cache: Path = CACHE) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; one without a padding token of its own pads with its end mark.
 
     Raises ``UserError`` where it cannot be loaded, or has neither.
     """
-    source = _source(name, cache)
+    source = _source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -93,10 +92,10 @@ def load_tokenizer(name: str, cache: Path = CACHE) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _source(name: str, cache: Path) -> str | Path:
+def _source(name: str) -> str | Path:
     """What transformers can load."""
     if name == SMOLLM2:
-        return _converted_smollm2(cache)
+        return _converted_smollm2()
     if _looks_like_path(name) and not (Path(name) / "config.json").is_file():
         raise UserError(f"model '{name}': no such folder with a config.json")
     if not Path(name).is_dir():
@@ -113,9 +112,9 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).is_dir() or name.count("/") > 1
 
 
-def _converted_smollm2(cache: Path) -> Path:
+def _converted_smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, converted from the package's GGUF once."""
-    folder = cache / SMOLLM2
+    folder = CACHE / SMOLLM2
     if (folder / "config.json").is_file():
         return folder
     found = importlib.util.find_spec(_PACKAGE)
