@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,10 +46,8 @@ def load_base(
     """
     tokenizer = load_tokenizer(name)
     source = _source(name)
-    try:
+    with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
     try:
         family_of(model)
     except TypeError as error:
@@ -67,10 +67,9 @@ def fingerprint(model: PreTrainedModel, dtype: torch.dtype) -> str:
 
 def num_layers(name: str) -> int:
     """Of the model's decoder, without loading its weights."""
-    try:
-        return AutoConfig.from_pretrained(_source(name)).num_hidden_layers
-    except (OSError, ValueError) as error:
-        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
+    source = _source(name)
+    with _loading(name):
+        return AutoConfig.from_pretrained(source).num_hidden_layers
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -79,10 +78,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises ``UserError`` where it cannot be loaded, or has neither.
     """
     source = _source(name)
-    try:
+    with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -90,6 +87,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"model '{name}': its tokenizer has no padding and no end-of-sequence token to pad with"
         )
     return tokenizer
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what is wrong with the model's files, met within the block, into a ``UserError`` of one line."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _source(name: str) -> str | Path:
