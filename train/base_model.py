@@ -59,7 +59,7 @@ def load_base(
     return model, tokenizer
 
 
-def fingerprint(model: PreTrainedModel, dtype: torch.dtype) -> str:
+def weights_checksum(model: PreTrainedModel, dtype: torch.dtype) -> str:
     """Of the weights that :func:`load_base` loaded, as they are in ``dtype``, the coarser of the two."""
     rounded = model.sampled_weights.to(dtype).float()
     return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:16]

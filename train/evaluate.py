@@ -30,7 +30,7 @@ from train.generate import querier_id, responders
 from train.heldout import BATCH_SIZE, held_out_windows, score
 from train.metrics import Record, compare, summarise, swap_summary, wording
 from train.metrics.wording import COMPARED, LABELS, SUMMARY, narrow_headings
-from train.run_file import RUN, check_finished, training_windows
+from train.run_file import RUN, check_finished, training_checksum
 from train.trained import Trained, load_trained, read_about
 
 GENERATED, MAX_NEW_TOKENS = 128, 48
@@ -93,7 +93,7 @@ def _check_trained_on(trained: Trained, config: TrainConfig, data: MQDialog) -> 
     """
     try:
         check_finished(config, data)
-        if trained.training_windows != training_windows(data):
+        if trained.training_checksum != training_checksum(data):
             raise UserError("its training windows differ")
     except UserError as error:
         raise UserError(

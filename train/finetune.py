@@ -29,7 +29,7 @@ from transformers.integrations import get_available_reporting_integrations, is_t
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from train import checkpoints, ranks
-from train.base_model import fingerprint, load_base
+from train.base_model import load_base, weights_checksum
 from train.batches import Collator, Windows
 from train.callbacks import LossProgress, StopOnInterrupt
 from train.cli import run
@@ -38,13 +38,13 @@ from train.data.layout import MQDialog
 from train.dataset import RunData, load_data, window_set
 from train.errors import UserError
 from train.files import remove_unfinished, write_atomic
+from train.keep_best import BEST, KeepBest, discard_best
 from train.layers import upper_part
 from train.packing import PackingCollator, use_packed_attention
 from train.report.run_page import write_run_page
-from train.run_file import check_base, check_continues, check_finished, training_windows, write_run
+from train.run_file import check_base, check_continues, check_finished, training_checksum, write_run
 from train.trained import TRAINED, build, first_trained_layer, read_about, save_trained
 from train.trainer import QARTrainer
-from train.validation import BEST, KeepBest, discard_best
 
 LOG, TRAINED_FOLDER = "log.json", "trained"
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _train(config: TrainConfig, resume: bool) -> None:
     mine = _checkpoint_to_resume(config, found.data, resume) if ranks.is_main() else None
     checkpoint = ranks.from_main(mine)
     prepared = prepare(config, found)
-    base = fingerprint(prepared.peft.get_base_model(), DTYPES[config.dtype])
+    base = weights_checksum(prepared.peft.get_base_model(), DTYPES[config.dtype])
     if checkpoint:
         check_base(config, base)
     trainer = make_trainer(prepared.model, prepared.tokenizer, prepared.windows, config)
@@ -124,8 +124,8 @@ def _write_results(
         if ranks.is_main():
             write_atomic(output / LOG, json.dumps(history, indent=1))
             write_run_page(history, config.to_dict(), output)
-            windows = training_windows(data)
-            save_trained(prepared.peft, config, data.responder, windows, output / TRAINED_FOLDER)
+            checksum = training_checksum(data)
+            save_trained(prepared.peft, config, data.responder, checksum, output / TRAINED_FOLDER)
     ranks.wait()
 
 
@@ -194,8 +194,8 @@ def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> 
 def check_resumes(config: TrainConfig, data: MQDialog, base: Callable[[], str]) -> None:
     """``UserError`` if :func:`finetune` with ``resume`` would refuse what is in the output_dir.
 
-    ``base`` gives the base model's :func:`~train.base_model.fingerprint`, and is called only if there is
-    something to resume. Nothing is written.
+    ``base`` gives the checksum of the base model's weights, and is called only if there is something to
+    resume. Nothing is written.
     """
     output = Path(config.output_dir)
     if _is_finished(output / TRAINED_FOLDER, config):

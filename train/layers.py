@@ -52,7 +52,7 @@ def lower_states(
     The accelerator, if there is one, computes them; they are kept in ``cache``, under a name that the model
     and the windows decide.
     """
-    path = cache / f"{_fingerprint(model, windows, num_layers)}.safetensors"
+    path = cache / f"{_states_key(model, windows, num_layers)}.safetensors"
     states = _read(path, len(windows))
     if states is None:
         states = _run_lower(model, windows, num_layers)
@@ -102,7 +102,7 @@ def _read(path: Path, count: int) -> list[Tensor] | None:
         return None
 
 
-def _fingerprint(model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int) -> str:
+def _states_key(model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int) -> str:
     digest = hashlib.sha256(f"{num_layers} {model.dtype} {model.config.to_json_string()}".encode())
     for part in (model.model.embed_tokens, model.model.layers[:num_layers]):
         for weight in part.state_dict().values():

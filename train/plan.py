@@ -33,7 +33,7 @@ from qar_models import sparse_parameters
 from train import ranks
 from train.config import DTYPES, TrainConfig
 from train.data.layout import MQDialog
-from train.data.summary import num_dialogues
+from train.data.tables import num_dialogues
 from train.dataset import load_data
 from train.files import read_json
 from train.finetune import Prepared, make_trainer, prepare

@@ -23,7 +23,7 @@ The data may have moved: its content is compared, not its path.
 
 
 def write_run(config: TrainConfig, data: MQDialog, base: str) -> None:
-    """Describe the run in its folder; ``base`` is the base model's :func:`~train.base_model.fingerprint`."""
+    """Describe the run in its folder; ``base`` is the checksum of the base model's weights."""
     about = {"config": config.to_dict(), **_beside_config(data), "base": base}
     write_atomic(Path(config.output_dir) / RUN, json.dumps(about, indent=1, ensure_ascii=False))
 
@@ -55,7 +55,7 @@ def check_finished(config: TrainConfig, data: MQDialog) -> None:
         _compare(config, data, (*FREE, "ranks"))
 
 
-def training_windows(data: MQDialog) -> str:
+def training_checksum(data: MQDialog) -> str:
     """A checksum of everything that is trained on."""
     return hashlib.sha256(repr(data.train).encode()).hexdigest()[:16]
 
@@ -77,6 +77,6 @@ def _beside_config(data: MQDialog) -> dict[str, Any]:
         "responder": data.responder,
         "queriers": list(data.queriers),
         "num_clusters": data.num_clusters,
-        "training_windows": training_windows(data),
+        "training_windows": training_checksum(data),
         "ranks": ranks.world_size(),
     }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qar_models import QARConfig, apply_qar
-from train.base_model import default_device, fingerprint, load_base
+from train.base_model import default_device, load_base, weights_checksum
 from train.config import DTYPES, TrainConfig, config_from
 from train.errors import UserError
 from train.files import build_directory, check_place, read_json
@@ -41,8 +41,8 @@ class Trained:
     config: TrainConfig
     responder: str
     queriers: tuple[str, ...]
-    training_windows: str | None = None
-    """Of the data, :func:`train.run_file.training_windows`; None where nothing was trained."""
+    training_checksum: str | None = None
+    """Of the data, :func:`train.run_file.training_checksum`; None where nothing was trained."""
 
 
 def is_querier_part(name: str) -> bool:
@@ -111,14 +111,14 @@ def first_trained_layer(config: TrainConfig, num_layers: int) -> int:
 
 
 def save_trained(
-    peft: PeftModel, config: TrainConfig, responder: str, training_windows: str, folder: Path
+    peft: PeftModel, config: TrainConfig, responder: str, training_checksum: str, folder: Path
 ) -> None:
     """Write the trained parts, atomically."""
     with build_directory(folder) as building:
         # the embeddings are not trained; asking would look the base model up again
         peft.save_pretrained(building, save_embedding_layers=False)
         (building / "README.md").unlink(missing_ok=True)
-        _write_experts(peft.get_base_model(), config, responder, training_windows, building)
+        _write_experts(peft.get_base_model(), config, responder, training_checksum, building)
 
 
 def save_with_adapter_of(source: Path, trained: Trained, folder: Path) -> None:
@@ -126,19 +126,19 @@ def save_with_adapter_of(source: Path, trained: Trained, folder: Path) -> None:
     with build_directory(folder) as building:
         for path in source.glob("adapter_*"):
             shutil.copy2(path, building)
-        _write_experts(trained.model, trained.config, trained.responder, trained.training_windows, building)
+        _write_experts(trained.model, trained.config, trained.responder, trained.training_checksum, building)
 
 
 def _write_experts(
-    model: PreTrainedModel, config: TrainConfig, responder: str, training_windows: str, folder: Path
+    model: PreTrainedModel, config: TrainConfig, responder: str, training_checksum: str, folder: Path
 ) -> None:
     save_file(_expert_state(model), folder / EXPERTS)
     about = {
         "config": config.to_dict(),
         "responder": responder,
-        "training_windows": training_windows,
+        "training_windows": training_checksum,
         "qar": model.qar.to_dict(),
-        "base": fingerprint(model, DTYPES[config.dtype]),
+        "base": weights_checksum(model, DTYPES[config.dtype]),
         "base_folder": str(Path(config.model).resolve()) if Path(config.model).is_dir() else None,
     }
     (folder / TRAINED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -176,7 +176,7 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
     trained_in = DTYPES[config.dtype]
     model, tokenizer = load_base(config.model, dtype or trained_in)
     is_exact = dtype in (None, torch.float32, trained_in)
-    if is_exact and about["base"] != fingerprint(model, trained_in):
+    if is_exact and about["base"] != weights_checksum(model, trained_in):
         raise UserError(
             f"model '{config.model}': other weights than those that {folder} was trained on; "
             f"bring them back, or delete {folder.parent} and train anew"

@@ -21,7 +21,7 @@ from train.data.mqdialog import load_mqdialog
 from train.data.planted import RESPONDER as PLANTED_RESPONDER
 from train.data.prepare import PLANTED, PLAYS, PrepareConfig, prepare, read_scenes
 from train.data.speakers import find_speakers, qualified, survey
-from train.data.summary import overview_table, pairs_table, speakers_table, summary_table
+from train.data.tables import overview_table, pairs_table, speakers_table, summary_table
 from train.data.transcript_rows import KEYS, plain_name
 from train.errors import UserError
 

@@ -48,7 +48,7 @@ class PrepareConfig:
     """None means the paper's for a transcript, smaller ones for plays."""
     num_clusters: int = 5
     encoder: str | None = None
-    """Of the queries that are clustered, see :mod:`train.data.embed`; None means TF-IDF."""
+    """Of the queries that are clustered, see :mod:`train.data.cluster`; None means TF-IDF."""
     seed: int = 0
     force: bool = False
     """Rebuild a folder that exists."""

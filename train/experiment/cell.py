@@ -15,7 +15,7 @@ import torch
 from train.config import DTYPES, TrainConfig
 from train.data.layout import MQDialog
 from train.experiment.plan import Cell, Experiment
-from train.experiment.windows import base_of, cell_data, fingerprint
+from train.experiment.windows import base_of, cell_data, text_checksum
 from train.files import read_json, write_atomic
 from train.finetune import check_resumes, finetune
 from train.heldout import HeldOut, held_out_windows, score
@@ -91,7 +91,7 @@ def _key(experiment: Experiment, cell: Cell) -> str:
 
 def _inputs(experiment: Experiment, cell: Cell) -> dict[str, str]:
     """Checksums of the dialogues and the base model's weights."""
-    return {"text": fingerprint(experiment, cell), "base": base_of(experiment.config(cell).model)}
+    return {"text": text_checksum(experiment, cell), "base": base_of(experiment.config(cell).model)}
 
 
 def _model(config: TrainConfig, data: MQDialog, is_trained: bool) -> Trained:

@@ -10,7 +10,7 @@ from train.metrics.records import SCORE_KEYS, Record, rescore, score_reply, unsc
 from train.metrics.rouge import ROUGE_KEYS, rouge
 from train.metrics.seeds import compare_seeds, pool, summarise_seeds
 from train.metrics.summary import CORPUS_KEYS, compare, summarise, swap_summary
-from train.metrics.text import Tokens, tokens_for
+from train.metrics.text import TokenKind, tokens_for
 
 __all__ = [
     "BLEU_KEYS",
@@ -18,7 +18,7 @@ __all__ = [
     "ROUGE_KEYS",
     "SCORE_KEYS",
     "Record",
-    "Tokens",
+    "TokenKind",
     "bootstrap_ci",
     "compare",
     "compare_seeds",

@@ -14,7 +14,7 @@ import numpy as np
 
 from train.metrics.records import SCORE_KEYS, Record
 from train.metrics.summary import CORPUS_KEYS, compare, summarise, tokens_of
-from train.metrics.text import Tokens
+from train.metrics.text import TokenKind
 
 COUNTS = ("empty", "failed")
 PER_SEED = ("nll", *SCORE_KEYS, *CORPUS_KEYS)
@@ -47,7 +47,7 @@ def _mean(window: Sequence[Record]) -> Record:
     return mean | {key: any(record.get(key) for record in window) for key in COUNTS}
 
 
-def summarise_seeds(runs: Sequence[Sequence[Record]], tokens: Tokens | None = None) -> dict[str, Any]:
+def summarise_seeds(runs: Sequence[Sequence[Record]], tokens: TokenKind | None = None) -> dict[str, Any]:
     """As ``summarise``, of all ``runs`` together, with ``per_seed`` values.
 
     Scores of all replies of a run together (``CORPUS_KEYS``) are averaged over the runs, a querier's over the

@@ -14,7 +14,7 @@ import numpy as np
 from train.metrics.bleu import CORPUS_BLEU_KEYS, DISTINCT_KEYS, corpus_bleu, distinct
 from train.metrics.bootstrap import bootstrap_ci, listed, nll_summary, paired_bootstrap, paired_nll
 from train.metrics.records import SCORE_KEYS, Record
-from train.metrics.text import Tokens, tokens_for
+from train.metrics.text import TokenKind, tokens_for
 
 CORPUS_KEYS = (*CORPUS_BLEU_KEYS, *DISTINCT_KEYS)
 """Scores of all replies together."""
@@ -37,7 +37,7 @@ def _means(records: Sequence[Record]) -> dict[str, float | None]:
     return {key: _mean([record.get(key) for record in records]) for key in SCORE_KEYS}
 
 
-def _corpus(records: Sequence[Record], tokens: Tokens) -> dict[str, float | None]:
+def _corpus(records: Sequence[Record], tokens: TokenKind) -> dict[str, float | None]:
     """Scores of all replies together; a failed one counts as empty."""
     generated = _scored(records, "rougeL")
     if not generated or any("reference" not in record for record in generated):
@@ -59,18 +59,18 @@ def _token_nll(records: Sequence[Record]) -> float:
     return float(sum(_column(records, "nll_sum")) / sum(_column(records, "tokens")))
 
 
-def tokens_of(records: Sequence[Record]) -> Tokens:
+def tokens_of(records: Sequence[Record]) -> TokenKind:
     """The kind that suits all references together, by which replies are scored one by one, too."""
     return tokens_for(record["reference"] for record in records if "reference" in record)
 
 
-def _querier_scores(records: Sequence[Record], name: str, tokens: Tokens) -> dict[str, Any]:
+def _querier_scores(records: Sequence[Record], name: str, tokens: TokenKind) -> dict[str, Any]:
     own = [record for record in records if record["querier"] == name]
     counts = {"examples": len(own), "tokens": sum(_column(own, "tokens"))}
     return {"nll": _token_nll(own), **_means(own), **_corpus(own, tokens), **counts}
 
 
-def summarise(records: Sequence[Record], tokens: Tokens | None = None) -> dict[str, Any]:
+def summarise(records: Sequence[Record], tokens: TokenKind | None = None) -> dict[str, Any]:
     """Scores of one method: overall, as the mean over queriers ("macro"), per querier, with intervals.
 
     ROUGE and BLEU are means over the ``generated`` examples; ``CORPUS_KEYS`` are scores of all their replies
