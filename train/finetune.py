@@ -30,7 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from train import checkpoints, ranks
 from train.base_model import load_base, weights_checksum
-from train.batches import Collator, Windows
+from train.batches import Collator, PackingCollator, Windows, use_packed_attention
 from train.callbacks import LossProgress, StopOnInterrupt
 from train.cli import run
 from train.config import DTYPES, TrainConfig, load_config
@@ -40,7 +40,6 @@ from train.errors import UserError
 from train.files import remove_unfinished, write_atomic
 from train.keep_best import BEST, KeepBest, discard_best
 from train.layers import upper_part
-from train.packing import PackingCollator, use_packed_attention
 from train.report.run_page import write_run_page
 from train.run_file import check_base, check_continues, check_finished, training_checksum, write_run
 from train.trained import TRAINED, build, first_trained_layer, read_about, save_trained

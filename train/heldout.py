@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.base_model import load_base, load_tokenizer, num_layers
-from train.batches import Collator, Windows
+from train.batches import Collator, Windows, text_key
 from train.config import TrainConfig
 from train.data.encode import IGNORE
 from train.data.layout import Example, MQDialog
@@ -38,7 +38,7 @@ SAMPLE_SEED = 0
 @torch.inference_mode()
 def reply_nll(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """NLL in nats summed over each reply, and its number of tokens: ``(B,)``, ``(B,)``."""
-    text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
+    text = text_key(batch)
     batch = {key: batch[key].to(model.device) for key in (text, "attention_mask", "querier_ids", "labels")}
     if batch[text].is_floating_point():  # states of frozen layers, in the dtype that those ran in
         batch[text] = batch[text].to(model.dtype)
@@ -205,7 +205,7 @@ def querier_similarity(model: PreTrainedModel, held_out: HeldOut) -> list[list[f
     """
     scored = upper_part(model, held_out.first_layer)
     batch = next(iter(held_out.loader))
-    text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
+    text = text_key(batch)
     inputs = {key: batch[key][:COMPARED].to(model.device) for key in (text, "attention_mask")}
     mask = inputs["attention_mask"].unsqueeze(-1)
     states = []
