@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers.trainer_utils import SaveStrategy
 
 from train.batches import Windows
 from train.cli import run
@@ -28,8 +27,8 @@ from train.data.responders import name_beside
 from train.data.transcript_rows import plain_name
 from train.dataset import with_context
 from train.errors import UserError
-from train.finetune import make_trainer
 from train.generate import responders
+from train.setup import make_trainer
 from train.trained import TRAINED, Trained, check_replaceable, load_trained, save_with_adapter_of
 
 EPOCHS, LEARNING_RATE = 4.0, 5e-3
@@ -123,9 +122,13 @@ def _train(
             report_to="none",
             validation=0.0,
         )
-        trainer = make_trainer(trained.model, trained.tokenizer, Windows(windows), settings)
-        trainer.args.save_strategy = SaveStrategy.NO  # a few minutes' work, soon repeated
-        trainer.train()
+        make_trainer(
+            trained.model,
+            trained.tokenizer,
+            Windows(windows),
+            settings,
+            save_strategy="no",  # a few minutes' work, soon repeated
+        ).train()
 
 
 def main() -> None:

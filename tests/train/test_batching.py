@@ -14,8 +14,9 @@ from train.base_model import load_base
 from train.batches import Collator, LengthGroupedSampler, PackingCollator, Windows
 from train.data.encode import encode_all
 from train.errors import UserError
-from train.finetune import finetune, make_trainer
+from train.finetune import finetune
 from train.layers import lower_states
+from train.setup import make_trainer
 from train.trained import EXPERTS, build
 
 
