@@ -18,7 +18,7 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from train.data.layout import Example, MQDialog
-from train.data.transcript_rows import plain_name
+from train.data.names import plain_name
 from train.errors import UserError
 from train.files import read_mapping
 

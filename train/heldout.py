@@ -20,7 +20,7 @@ from train.batches import Collator, Windows, text_key
 from train.config import TrainConfig
 from train.data.encode import IGNORE
 from train.data.layout import Example, MQDialog
-from train.data.responders import split_pair
+from train.data.names import split_pair
 from train.dataset import window_set
 from train.errors import UserError
 from train.generate import generate_replies

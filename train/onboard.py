@@ -23,11 +23,9 @@ from train.cli import run
 from train.data.encode import encode_all
 from train.data.layout import Example
 from train.data.mqdialog import load_mqdialog
-from train.data.responders import name_beside
-from train.data.transcript_rows import plain_name
+from train.data.names import name_beside, plain_name
 from train.dataset import with_context
 from train.errors import UserError
-from train.generate import responders
 from train.setup import make_trainer
 from train.trained import TRAINED, Trained, check_replaceable, load_trained, save_with_adapter_of
 
@@ -64,8 +62,8 @@ def onboard(
     name = name_beside(trained.queriers, querier, found.responder)
     if name in trained.queriers:
         raise UserError(f"querier '{name}' is known to {source} already")
-    if found.responder not in responders(trained):
-        expected = " or ".join(responders(trained))
+    if found.responder not in trained.responders:
+        expected = " or ".join(trained.responders)
         raise UserError(f"{data}: the responder is {found.responder}, expected {expected}")
     examples = [example for example in found.train if example.querier == querier]
     if not examples:

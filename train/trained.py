@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qar_models import QARConfig, apply_qar
 from train.base_model import default_device, load_base, weights_checksum
 from train.config import DTYPES, TrainConfig, config_from
+from train.data.names import known_querier, split_pair
 from train.errors import UserError
 from train.files import build_directory, check_place, read_json
 
@@ -43,6 +44,20 @@ class Trained:
     queriers: tuple[str, ...]
     training_checksum: str | None = None
     """Of the data, :func:`train.run_file.training_checksum`; None where nothing was trained."""
+
+    @property
+    def responders(self) -> list[str]:
+        """Everybody for whom the model answers."""
+        return sorted({self.roles(name)[1] for name in self.queriers})
+
+    def roles(self, querier: str) -> tuple[str, str]:
+        """Who asks and who answers; in a model of several responders ``querier`` is the name of a pair."""
+        asker, responder = split_pair(known_querier(self.queriers, querier))
+        return asker, responder or self.responder
+
+    def querier_id(self, name: str) -> int:
+        """The id of a name that :func:`~train.data.names.known_querier` knows."""
+        return self.queriers.index(known_querier(self.queriers, name))
 
 
 def is_querier_part(name: str) -> bool:

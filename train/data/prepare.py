@@ -13,14 +13,14 @@ from pathlib import Path
 from train.data.anybody import ANYBODY, turn_around
 from train.data.cluster import cluster_queries
 from train.data.dialogue import PLAY_THRESHOLDS, Thresholds, count_turns, split_queriers
-from train.data.layout import PAIR_IDS, Example, MQDialog, responder_folder, short_name
+from train.data.layout import PAIR_IDS, Example, MQDialog, responder_folder
 from train.data.mqdialog import write_mqdialog
+from train.data.names import plain_name, short_name
 from train.data.planted import RESPONDER as PLANTED_RESPONDER
 from train.data.planted import SHOW as PLANTED
 from train.data.planted import planted
 from train.data.plays import read_plays
 from train.data.transcript import Scene, read_transcript
-from train.data.transcript_rows import plain_name
 from train.errors import UserError
 from train.files import build_directory, read_json, read_text, write_atomic
 
@@ -39,7 +39,7 @@ class PrepareConfig:
     """Who answers; "Anybody" is everybody but the ``queriers``, see :mod:`train.data.anybody`."""
     out: Path = Path("data")
     transcript: Path | None = None
-    """A file of JSON lines, Markdown or CSV, see :mod:`train.data.transcript_rows`."""
+    """A file of JSON lines, Markdown or CSV, see :mod:`train.data.transcript`."""
     columns: tuple[tuple[str, str], ...] = ()
     """Of a CSV file: pairs of scene, speaker or text and the column that holds it."""
     queriers: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from train.config import TEXTS, TrainConfig, parse_override
-from train.data.transcript_rows import KEYS
+from train.data.transcript import KEYS
 from train.errors import UserError
 from train.experiment.plan import Experiment, Method
 from train.files import read_mapping, unknown_key

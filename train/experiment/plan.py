@@ -59,7 +59,7 @@ class Experiment:
         max_new_tokens: of a generated reply.
         pairs: the paired differences, as (method, compared with).
         responders: whose dialogues are prepared first; if there are none, ``train`` names the ``data``.
-        transcript: where ``responders`` speak (:mod:`train.data.transcript_rows`); None: Shakespeare's plays.
+        transcript: where ``responders`` speak (:mod:`train.data.transcript`); None: Shakespeare's plays.
         columns: pairs for a CSV ``transcript``: scene, speaker or text, and the name of its column.
         queriers: the only people who ask ``responders``; if empty, all who have ``min_dialogues``.
         min_dialogues: how many dialogues with a responder make somebody a querier.
