@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from train import ranks
-from train.config import TrainConfig, config_from
+from train.config import TrainConfig
 from train.data.layout import MQDialog
 from train.errors import UserError
 from train.files import read_json, write_atomic
+from train.settings import config_from
 
 RUN = "run.json"
 KEYS = ("config", "responder", "queriers", "num_clusters", "training_windows", "ranks", "base")
@@ -31,7 +32,7 @@ def write_run(config: TrainConfig, data: MQDialog, base: str) -> None:
 def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """The configuration of the run in ``folder``, and what else :func:`write_run` wrote."""
     about = read_json(folder / RUN, KEYS)
-    return config_from(about.pop("config"), str(folder / RUN)), about
+    return config_from(TrainConfig, about.pop("config"), str(folder / RUN)), about
 
 
 def check_continues(config: TrainConfig, data: MQDialog) -> None:

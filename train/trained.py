@@ -23,10 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qar_models import QARConfig, apply_qar
 from train.base_model import default_device, load_base, weights_checksum
-from train.config import DTYPES, TrainConfig, config_from
+from train.config import DTYPES, TrainConfig
 from train.data.names import known_querier, split_pair
 from train.errors import UserError
 from train.files import build_directory, check_place, read_json
+from train.settings import config_from
 
 TRAINED, EXPERTS = "trained.json", "experts.safetensors"
 KEYS = ("config", "responder", "training_windows", "qar", "base", "base_folder")
@@ -180,7 +181,7 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():  # PEFT would look for it on the hub
             raise UserError(f"{folder / name}: is missing")
-    config = config_from(about["config"], str(folder / TRAINED))
+    config = config_from(TrainConfig, about["config"], str(folder / TRAINED))
     try:
         qar = QARConfig.from_dict(about["qar"])
     except (TypeError, ValueError) as error:
