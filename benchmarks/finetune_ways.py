@@ -20,12 +20,11 @@ from transformers import PreTrainedModel
 
 from benchmarks.straightforward import IGNORE, Straightforward
 from train.base_model import load_base
-from train.batches import Collator, Windows
+from train.batches import Collator, PackingCollator, Windows, use_packed_attention
 from train.config import TrainConfig
 from train.data.encode import encode_all
 from train.data.mqdialog import load_mqdialog
 from train.errors import UserError
-from train.packing import PackingCollator, use_packed_attention
 from train.trained import build
 
 BASELINE, OURS = "straightforward", "qar"

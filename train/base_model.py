@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,24 +33,21 @@ logger = logging.getLogger(__name__)
 
 
 def load_base(
-    name: str, dtype: torch.dtype = torch.float32, cache: Path = CACHE
+    name: str, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer.
 
     Args:
         name: ``smollm2-135m-instruct``, a folder, or a hub name.
         dtype: of the weights.
-        cache: where the converted small model is kept.
 
     Raises:
         UserError: if there is no such model, its folder is damaged, or it is of a family without experts.
     """
-    tokenizer = load_tokenizer(name, cache)
-    source = _source(name, cache)
-    try:
+    tokenizer = load_tokenizer(name)
+    source = _source(name)
+    with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
     try:
         family_of(model)
     except TypeError as error:
@@ -60,30 +59,27 @@ def load_base(
     return model, tokenizer
 
 
-def fingerprint(model: PreTrainedModel, dtype: torch.dtype) -> str:
+def weights_checksum(model: PreTrainedModel, dtype: torch.dtype) -> str:
     """Of the weights that :func:`load_base` loaded, as they are in ``dtype``, the coarser of the two."""
     rounded = model.sampled_weights.to(dtype).float()
     return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:16]
 
 
-def num_layers(name: str, cache: Path = CACHE) -> int:
+def num_layers(name: str) -> int:
     """Of the model's decoder, without loading its weights."""
-    try:
-        return AutoConfig.from_pretrained(_source(name, cache)).num_hidden_layers
-    except (OSError, ValueError) as error:
-        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
+    source = _source(name)
+    with _loading(name):
+        return AutoConfig.from_pretrained(source).num_hidden_layers
 
 
-def load_tokenizer(name: str, cache: Path = CACHE) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; one without a padding token of its own pads with its end mark.
 
     Raises ``UserError`` where it cannot be loaded, or has neither.
     """
-    source = _source(name, cache)
-    try:
+    source = _source(name)
+    with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -93,10 +89,19 @@ def load_tokenizer(name: str, cache: Path = CACHE) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _source(name: str, cache: Path) -> str | Path:
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what is wrong with the model's files, met within the block, into a ``UserError`` of one line."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model '{name}': cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _source(name: str) -> str | Path:
     """What transformers can load."""
     if name == SMOLLM2:
-        return _converted_smollm2(cache)
+        return _converted_smollm2()
     if _looks_like_path(name) and not (Path(name) / "config.json").is_file():
         raise UserError(f"model '{name}': no such folder with a config.json")
     if not Path(name).is_dir():
@@ -113,9 +118,9 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).is_dir() or name.count("/") > 1
 
 
-def _converted_smollm2(cache: Path) -> Path:
+def _converted_smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, converted from the package's GGUF once."""
-    folder = cache / SMOLLM2
+    folder = CACHE / SMOLLM2
     if (folder / "config.json").is_file():
         return folder
     found = importlib.util.find_spec(_PACKAGE)

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from scipy.sparse import issparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from train.data.layout import Example, MQDialog
-from train.data.transcript_rows import plain_name
+from train.data.names import plain_name
 from train.errors import UserError
 from train.files import read_mapping
 
 Missing = Literal["error", "name"]
-Embed = Callable[[Sequence[str]], Any]
-"""N texts to vectors, an array or sparse matrix ``(N, D)``; similar texts have a large inner product."""
 
 ROLE = "{profile}"
 QUERIER = "You are talking with {name}. {profile}"
@@ -65,16 +62,13 @@ def querier_profile(data: MQDialog, profiles: Mapping[str, str], missing: Missin
     return _with_contexts(data, [QUERIER.format(name=name, profile=known[name]) for name in names])
 
 
-def few_shot(data: MQDialog, k: int = 5, embed: Embed | None = None) -> MQDialog:
+def few_shot(data: MQDialog, k: int = 5) -> MQDialog:
     """Few-shot: ``k`` training windows of the same responder, each of another dialogue, before the query.
 
     The windows with the queries most similar to this window's are chosen, most similar first, so that a
-    prompt that is too long loses the least similar. The window's own dialogue is never used. If a responder
-    has fewer than ``k`` other training dialogues, all of them are given.
-
-    Args:
-        embed: see ``Embed``; by default TF-IDF of words (of characters where the text has no spaces),
-            fitted on the training queries.
+    prompt that is too long loses the least similar. Similar is what shares words (characters where the text
+    has no spaces), by TF-IDF. The window's own dialogue is never used. If a responder has fewer than ``k``
+    other training dialogues, all of them are given.
     """
     if k < 1:
         raise UserError(f"few-shot: got {k} examples, expected at least 1")
@@ -82,23 +76,21 @@ def few_shot(data: MQDialog, k: int = 5, embed: Embed | None = None) -> MQDialog
     for responder in {example.responder for example in asking}:
         windows = [window for window in data.train if window.responder == responder]
         indices = [index for index, example in enumerate(asking) if example.responder == responder]
-        shots = _nearest([asking[index] for index in indices], windows, k, embed)
+        shots = _nearest([asking[index] for index in indices], windows, k)
         contexts |= {index: _transcript(found) for index, found in zip(indices, shots, strict=True)}
     return _with_contexts(data, [contexts[index] for index in range(len(asking))])
 
 
-def _nearest(
-    asking: Sequence[Example], windows: Sequence[Example], k: int, embed: Embed | None
-) -> list[list[Example]]:
+def _nearest(asking: Sequence[Example], windows: Sequence[Example], k: int) -> list[list[Example]]:
     """For each of ``asking`` the ``k`` windows of other dialogues with the most similar queries."""
     if not windows:
         return [[] for _ in asking]
     known = [window.query for window in windows]
-    embed = embed or tfidf(known)
-    vectors, queries = embed(known), embed([example.query for example in asking])
+    tfidf = _tfidf(known)
+    vectors, queries = tfidf.transform(known), tfidf.transform([example.query for example in asking])
     chosen = []
     for row, example in enumerate(asking):
-        similarity = _dense(vectors @ queries[[row]].T)[:, 0]
+        similarity = (vectors @ queries[[row]].T).toarray()[:, 0]
         ranked = (windows[index] for index in np.argsort(-similarity, kind="stable"))
         dialogues: dict[tuple[int, str], Example] = {}
         for window in ranked:
@@ -117,16 +109,12 @@ def _transcript(windows: Sequence[Example]) -> str:
     return "\n\n".join([SHOTS.format(responder=windows[0].responder), *texts])
 
 
-def tfidf(texts: Sequence[str]) -> Embed:
-    """TF-IDF vectors of unit length, fitted on ``texts``."""
+def _tfidf(texts: Sequence[str]) -> TfidfVectorizer:
+    """Vectors of unit length, fitted on ``texts``."""
     spaced = sum(bool(re.search(r"\w\s+\w", text)) for text in texts) * 2 >= len(texts)
     words = {"token_pattern": r"(?u)\b\w+\b"} if spaced else {"analyzer": "char", "ngram_range": (1, 2)}
     never_empty = [*texts, "a"]
-    return TfidfVectorizer(sublinear_tf=True, **words).fit(never_empty).transform
-
-
-def _dense(matrix: Any) -> np.ndarray:
-    return matrix.toarray() if issparse(matrix) else np.asarray(matrix)
+    return TfidfVectorizer(sublinear_tf=True, **words).fit(never_empty)
 
 
 def _dialogue(example: Example) -> tuple[int, str]:

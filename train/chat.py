@@ -19,18 +19,10 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from train.cli import positive_int, run
+from train.data.names import known_querier
 from train.data.transcript import Turn
 from train.errors import UserError
-from train.generate import (
-    answer,
-    answer_table,
-    end_marks,
-    generate_replies,
-    known_querier,
-    prompt_as,
-    querier_id,
-    roles,
-)
+from train.generate import answer, answer_table, end_marks, generate_replies, prompt_as
 from train.trained import Trained, load_trained
 
 
@@ -63,14 +55,14 @@ class Chat:
     def _answer(self, query: str) -> None:
         asked = [*self.history, Turn(self.querier, query)]
         prompt = prompt_as(self.trained, asked, self.querier)  # a refused query is not kept
-        responder = roles(self.trained, self.querier)[1]
+        responder = self.trained.roles(self.querier)[1]
         self.console.print(Text.assemble((responder, "bold"), ": "), end="")
         tokenizer = self.trained.tokenizer
         (reply,) = generate_replies(
             self.trained.model,
             tokenizer,
             [prompt],
-            [querier_id(self.trained.queriers, self.querier)],
+            [self.trained.querier_id(self.querier)],
             self.max_new_tokens,
             end_marks(self.trained),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),

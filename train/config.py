@@ -8,24 +8,22 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
-import yaml
 
 from qar_models import QARConfig
 from qar_models.config import ExpertKind, GradientLayout, Tower, UnknownPolicy
 from train.data.encode import Style
 from train.errors import UserError
-from train.files import read_mapping, unknown_key
+from train.files import read_mapping
+from train.settings import TEXTS, config_from, convert, parse_override
 
 Method = Literal["qar", "ft"]
 Batching = Literal["packed", "grouped", "padded"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PATHS = ("data", "output_dir", "model", "profiles", "deepspeed")
-TEXTS = (str, str | None)
-"""Types whose overrides are taken literally: YAML would read ``a #2`` as ``a``, and ``2026`` as a number."""
 _COUNTS = ("lora_rank", "batch_size", "gradient_accumulation", "max_tokens", "save_steps", "save_total_limit")
 _RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (_COUNTS, lambda value: value >= 1),
@@ -133,6 +131,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in PATHS:
+            if getattr(self, name):
+                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for expected, (names, holds) in _RANGES.items():
             for name in names:
                 if not holds(getattr(self, name)):
@@ -213,24 +214,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     values, hints = _read_yaml(path), get_type_hints(TrainConfig)
     for override in overrides:
         key, value = parse_override(override, hints.get(override.partition("=")[0]) in TEXTS)
-        values[key] = _convert(value, hints[key], f"override '{override}'") if key in hints else value
-    return config_from(values, str(path))
-
-
-def parse_override(override: str, is_text: bool = False) -> tuple[str, Any]:
-    """Key and value of ``key=value``: YAML, but a text is taken literally unless it is quoted or ``null``.
-
-    Raises ``UserError`` naming ``override`` if it is no such pair.
-    """
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"override '{override}': expected key=value")
-    if is_text and value not in ("", "~", "null") and value[0] not in "\"'":
-        return key, value
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': the value is not valid YAML") from error
+        values[key] = convert(value, hints[key], f"override '{override}'") if key in hints else value
+    return config_from(TrainConfig, values, str(path))
 
 
 def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -243,53 +228,3 @@ def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]
     if not isinstance(base, str):
         raise UserError(f"{path}: key 'extends': got {base!r}, expected the path of a YAML file")
     return _read_yaml(path.parent / base, (*extended_by, path)) | values
-
-
-def config_from(values: dict[str, Any], origin: str) -> TrainConfig:
-    """Check the keys and types of ``values``; ``origin`` is named in errors."""
-    hints = get_type_hints(TrainConfig)
-    for key in values:
-        if key not in hints:
-            raise unknown_key(key, hints, origin)
-    for field in dataclasses.fields(TrainConfig):
-        if field.default is dataclasses.MISSING and field.name not in values:
-            raise UserError(f"{origin}: key '{field.name}' is missing")
-    checked = {key: _convert(value, hints[key], f"{origin}: key '{key}'") for key, value in values.items()}
-    return TrainConfig(**(checked | _paths(checked)))
-
-
-def _paths(values: dict[str, Any]) -> dict[str, str]:
-    """``~`` expanded to the home folder."""
-    return {key: os.path.expanduser(values[key]) for key in PATHS if values.get(key)}
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as the annotated type: exact, except int -> float, list -> tuple and '1e-4' -> float."""
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise UserError(f"{where}: got {value!r}, expected one of {', '.join(map(str, get_args(hint)))}")
-        return value
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{where}: got {value!r}, expected a list of names")
-        return tuple(value)
-    options = get_args(hint) or (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in (option for option in options if option is not type(None)):
-        if get_origin(option) is Literal:
-            return _convert(value, option, where)
-        if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            return _number(value, where)
-        if type(value) is option:
-            return value
-    expected = " or ".join("null" if option is type(None) else option.__name__ for option in options)
-    raise UserError(f"{where}: got {value!r}, expected {expected}")
-
-
-def _number(value: float | str, where: str) -> float:
-    """YAML reads ``1e-4`` (without a dot) as text."""
-    try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"{where}: got {value!r}, expected a number") from None

@@ -43,7 +43,7 @@ def consolidate(folder: Path, out: Path) -> Path:
     peft = build(model, config, tuple(about["queriers"]), about["num_clusters"])
     first = first_trained_layer(config, model.config.num_hidden_layers)
     load_parts(upper_part(model, first), checkpoint)
-    save_trained(peft, config, about["responder"], about.get("training_windows"), out)
+    save_trained(peft, config, about["responder"], about["training_windows"], out)
     logger.info("%s -> %s", checkpoint, out)
     return out
 

@@ -22,15 +22,14 @@ from rich.text import Text
 from train.cli import positive_int, run
 from train.config import DTYPES, TrainConfig
 from train.data.layout import Example, MQDialog
-from train.data.responders import name_beside, split_pair
+from train.data.names import name_beside, split_pair
 from train.dataset import load_data
 from train.errors import UserError
 from train.files import check_file, write_atomic
-from train.generate import querier_id, responders
 from train.heldout import BATCH_SIZE, held_out_windows, score
 from train.metrics import Record, compare, summarise, swap_summary, wording
 from train.metrics.wording import COMPARED, LABELS, SUMMARY, narrow_headings
-from train.run_file import RUN, check_finished, training_windows
+from train.run_file import RUN, check_finished, training_checksum
 from train.trained import Trained, load_trained, read_about
 
 GENERATED, MAX_NEW_TOKENS = 128, 48
@@ -89,11 +88,11 @@ def _check_trained_on(trained: Trained, config: TrainConfig, data: MQDialog) -> 
     """Refuse data that were built anew: they may hold out what the model was trained on.
 
     They are checked against the run, if the model still lies in one, and against the checksum in the
-    model's folder, which older versions did not write.
+    model's folder.
     """
     try:
         check_finished(config, data)
-        if trained.training_windows not in (None, training_windows(data)):
+        if trained.training_checksum != training_checksum(data):
             raise UserError("its training windows differ")
     except UserError as error:
         raise UserError(
@@ -104,15 +103,15 @@ def _check_trained_on(trained: Trained, config: TrainConfig, data: MQDialog) -> 
 
 def _as_known(trained: Trained, data: MQDialog) -> MQDialog:
     """``data`` with the ids that its queriers have in the model."""
-    strangers = sorted({example.responder for example in data.dev} - set(responders(trained)))
+    strangers = sorted({example.responder for example in data.dev} - set(trained.responders))
     if strangers:
-        expected = " or ".join(responders(trained))
+        expected = " or ".join(trained.responders)
         raise UserError(f"data: {strangers[0]} is the responder, expected {expected}")
 
     def known(example: Example) -> Example:
         asker, _ = split_pair(example.querier)  # the same person may ask several responders
         name = name_beside(trained.queriers, asker, example.responder)
-        return dataclasses.replace(example, querier=name, querier_id=querier_id(trained.queriers, name))
+        return dataclasses.replace(example, querier=name, querier_id=trained.querier_id(name))
 
     return dataclasses.replace(data, dev=[known(example) for example in data.dev])
 

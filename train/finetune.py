@@ -12,53 +12,34 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__" and __package__ is None:
     # run by path, as DeepSpeed's launcher does without --module: Python then looks in train/ only
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import transformers
-from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from train import checkpoints, ranks
-from train.base_model import fingerprint, load_base
-from train.batches import Collator, Windows
-from train.callbacks import LossProgress, StopOnInterrupt
+from train.base_model import weights_checksum
+from train.batches import Collator
+from train.callbacks import StopOnInterrupt
 from train.cli import run
 from train.config import DTYPES, TrainConfig, load_config
 from train.data.layout import MQDialog
-from train.dataset import RunData, load_data, window_set
+from train.dataset import load_data
+from train.dry_run import dry_run
 from train.errors import UserError
 from train.files import remove_unfinished, write_atomic
-from train.layers import upper_part
-from train.packing import PackingCollator, use_packed_attention
+from train.keep_best import BEST, KeepBest, discard_best
 from train.report.run_page import write_run_page
-from train.run_file import check_base, check_continues, check_finished, training_windows, write_run
-from train.trained import TRAINED, build, first_trained_layer, read_about, save_trained
-from train.trainer import QARTrainer
-from train.validation import BEST, KeepBest, discard_best
+from train.run_file import check_base, check_continues, check_finished, training_checksum, write_run
+from train.setup import Prepared, make_trainer, prepare
+from train.trained import TRAINED, read_about, save_trained
 
 LOG, TRAINED_FOLDER = "log.json", "trained"
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model ready for training, with its adapters (``peft``), and the part the trainer sees (``model``)."""
-
-    peft: PeftModel
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    windows: Windows
-    valid: Windows
 
 
 def finetune(config: TrainConfig, resume: bool = False) -> Path:
@@ -88,7 +69,7 @@ def _train(config: TrainConfig, resume: bool) -> None:
     mine = _checkpoint_to_resume(config, found.data, resume) if ranks.is_main() else None
     checkpoint = ranks.from_main(mine)
     prepared = prepare(config, found)
-    base = fingerprint(prepared.peft.get_base_model(), DTYPES[config.dtype])
+    base = weights_checksum(prepared.peft.get_base_model(), DTYPES[config.dtype])
     if checkpoint:
         check_base(config, base)
     trainer = make_trainer(prepared.model, prepared.tokenizer, prepared.windows, config)
@@ -124,46 +105,9 @@ def _write_results(
         if ranks.is_main():
             write_atomic(output / LOG, json.dumps(history, indent=1))
             write_run_page(history, config.to_dict(), output)
-            windows = training_windows(data)
-            save_trained(prepared.peft, config, data.responder, windows, output / TRAINED_FOLDER)
+            checksum = training_checksum(data)
+            save_trained(prepared.peft, config, data.responder, checksum, output / TRAINED_FOLDER)
     ranks.wait()
-
-
-def prepare(config: TrainConfig, found: RunData) -> Prepared:
-    """Model and windows, ready for :func:`make_trainer`."""
-    _check_machine(config)
-    data = found.data
-    with ranks.main_first():
-        model, tokenizer = load_base(config.model, DTYPES[config.dtype])
-    # after loading: converting the small model draws random numbers on one rank, and all must start alike
-    transformers.set_seed(config.seed)
-    first = first_trained_layer(config, model.config.num_hidden_layers)
-    with ranks.main_first():
-        windows, valid = (
-            window_set(examples, model, tokenizer, config, first) for examples in (data.train, found.valid)
-        )
-    if not len(windows):
-        raise UserError(f"{config.data}: no training window fits into max_tokens={config.max_tokens}")
-    if found.valid and not len(valid):
-        raise UserError(f"{config.data}: no validation window fits into max_tokens={config.max_tokens}")
-    longest, positions = max(windows.lengths + valid.lengths), model.config.max_position_embeddings
-    if longest > positions:
-        raise UserError(
-            f"max_tokens: got {config.max_tokens}, and a window of {longest} tokens, but the model has "
-            f"{positions} positions"
-        )
-    peft = build(model, config, tuple(data.queriers), data.num_clusters)
-    trained = upper_part(model, first)
-    return Prepared(peft, trained, tokenizer, windows, valid)
-
-
-def _check_machine(config: TrainConfig) -> None:
-    if config.dtype == "float16" and not torch.cuda.is_available():
-        raise UserError("dtype: float16 needs a GPU (it scales the loss); on a CPU use bfloat16 or float32")
-    installed = get_available_reporting_integrations()
-    if config.report_to not in ("none", "all", "tensorboard", *installed):
-        names = ", ".join(["none", *installed])
-        raise UserError(f"report_to: '{config.report_to}' is not installed or unknown; available: {names}")
 
 
 def validation_loader(prepared: Prepared, config: TrainConfig) -> DataLoader:
@@ -194,8 +138,8 @@ def _checkpoint_to_resume(config: TrainConfig, data: MQDialog, resume: bool) -> 
 def check_resumes(config: TrainConfig, data: MQDialog, base: Callable[[], str]) -> None:
     """``UserError`` if :func:`finetune` with ``resume`` would refuse what is in the output_dir.
 
-    ``base`` gives the base model's :func:`~train.base_model.fingerprint`, and is called only if there is
-    something to resume. Nothing is written.
+    ``base`` gives the checksum of the base model's weights, and is called only if there is something to
+    resume. Nothing is written.
     """
     output = Path(config.output_dir)
     if _is_finished(output / TRAINED_FOLDER, config):
@@ -212,62 +156,6 @@ def _is_finished(folder: Path, config: TrainConfig) -> bool:
     return (folder / TRAINED).is_file() and read_about(folder)["config"] == as_stored
 
 
-def make_trainer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Windows, config: TrainConfig
-) -> QARTrainer:
-    """A trainer of whatever parameters of ``model`` require gradients."""
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    collator: PackingCollator | Collator = Collator(tokenizer.pad_token_id)
-    if config.batching == "packed":
-        use_packed_attention(model)
-        collator = PackingCollator()
-    trainer = QARTrainer(
-        model, _arguments(config), data_collator=collator, train_dataset=windows, config=config
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(LossProgress)
-    return trainer
-
-
-def _arguments(config: TrainConfig) -> TrainingArguments:
-    """The configuration in transformers' terms."""
-    return TrainingArguments(
-        output_dir=config.output_dir,
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        adam_beta2=config.adam_beta2,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_ratio,
-        logging_steps=1,
-        save_steps=config.save_steps,
-        bf16=config.dtype == "bfloat16",
-        fp16=config.dtype == "float16",
-        deepspeed=config.deepspeed,
-        report_to=_available(config.report_to),
-        seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=False,
-        logging_nan_inf_filter=False,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # every rank's memory already takes in the gathered batch
-        use_cpu=not torch.cuda.is_available(),
-        accelerator_config={"use_configured_state": ranks.launched()},
-    )
-
-
-def _available(report_to: str) -> str:
-    if report_to == "tensorboard" and not is_tensorboard_available():
-        logger.info("tensorboard is not installed: no event files are written")
-        return "none"
-    return report_to
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -280,8 +168,6 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if ranks.is_main() else logging.ERROR, format="%(message)s")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from train.plan import dry_run  # not above: the plan imports this module
-
         dry_run(config)
     else:
         finetune(config, arguments.resume)

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +23,7 @@ from train.cli import positive_int, run
 from train.config import TrainConfig
 from train.data.encode import encode_prompt, end_mark
 from train.data.layout import Example, MQDialog
-from train.data.responders import split_pair
 from train.data.transcript import Turn
-from train.data.transcript_rows import plain_name
 from train.dataset import with_context
 from train.errors import UserError
 from train.trained import Trained, load_trained
@@ -81,7 +78,7 @@ def answer(
     ``history`` is rewritten as spoken by each querier in turn, so that nothing but who asks differs. In a
     model of several responders, each querier's own responder answers.
     """
-    ids = [querier_id(trained.queriers, name) for name in queriers]
+    ids = [trained.querier_id(name) for name in queriers]
     prompts = [prompt_as(trained, history, name) for name in queriers]
     replies = generate_replies(
         trained.model, trained.tokenizer, prompts, ids, max_new_tokens, end_marks(trained)
@@ -92,7 +89,7 @@ def answer(
 def prompt_as(trained: Trained, history: Sequence[Turn], querier: str) -> list[int]:
     """The prompt for ``history`` as if ``querier`` had said all of it that ``trained.responder`` did not."""
     config = trained.config
-    asker, responder = roles(trained, querier)
+    asker, responder = trained.roles(querier)
     turns = [Turn(responder if turn.speaker == trained.responder else asker, turn.text) for turn in history]
     return encode_prompt(
         turns,
@@ -113,41 +110,6 @@ def _context(config: TrainConfig, turns: Sequence[Turn], responder: str) -> str:
     return with_context(MQDialog(responder, [""], 1, [], [window]), config).dev[0].context
 
 
-def roles(trained: Trained, querier: str) -> tuple[str, str]:
-    """Who asks and who answers; in a model of several responders ``querier`` is the name of a pair."""
-    asker, responder = split_pair(known_querier(trained.queriers, querier))
-    return asker, responder or trained.responder
-
-
-def responders(trained: Trained) -> list[str]:
-    """Everybody for whom the model answers."""
-    return sorted({roles(trained, name)[1] for name in trained.queriers})
-
-
-def querier_id(queriers: Sequence[str], name: str) -> int:
-    """The id of a name that :func:`known_querier` knows."""
-    return list(queriers).index(known_querier(queriers, name))
-
-
-def known_querier(queriers: Sequence[str], name: str) -> str:
-    """The querier called ``name``; a pair is also found by who asks, if they ask only one responder.
-
-    Raises ``UserError`` with the pairs that an ambiguous name could mean, or the names closest to an unknown
-    one.
-    """
-    for spelling in (name, plain_name(name)):  # the latter as names of transcripts are
-        if spelling in queriers:
-            return spelling
-        pairs = [pair for pair in queriers if split_pair(pair)[0] == spelling]
-        if len(pairs) > 1:
-            expected = " or ".join(map(repr, pairs))
-            raise UserError(f"querier '{name}' asks several responders; expected {expected}")
-        if pairs:
-            return pairs[0]
-    close = difflib.get_close_matches(name, queriers, n=1) or list(queriers)[:5]
-    raise UserError(f"querier '{name}' is unknown; did you mean {' or '.join(close)}?")
-
-
 def end_marks(trained: Trained) -> list[int]:
     """Tokens that end a reply: the end mark that was learnt, and the tokenizer's end of sequence."""
     mark = end_mark(trained.tokenizer, trained.config.style)
@@ -159,7 +121,7 @@ def answer_table(trained: Trained, replies: Mapping[str, str]) -> Table:
     columns = (Column(heading, overflow="fold") for heading in ("asked by", "answered by", "reply"))
     table = Table(*columns, show_lines=True)
     for name, reply in replies.items():
-        table.add_row(*map(Text, (*roles(trained, name), reply)))
+        table.add_row(*map(Text, (*trained.roles(name), reply)))
     return table
 
 

@@ -16,19 +16,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.base_model import load_base, load_tokenizer, num_layers
-from train.batches import Collator, Windows
+from train.batches import Collator, Windows, text_key
 from train.config import TrainConfig
 from train.data.encode import IGNORE
 from train.data.layout import Example, MQDialog
-from train.data.responders import split_pair
+from train.data.names import split_pair
 from train.dataset import window_set
 from train.errors import UserError
 from train.generate import generate_replies
 from train.layers import upper_part
-from train.metrics import Record, Tokens, score_reply, tokens_for, unscored
+from train.metrics import Record, score_reply, tokens_for, unscored
 from train.trained import Trained, first_trained_layer
 
 BATCH_SIZE = 16
+COMPARED = 8
+"""Windows, all of the first batch, on which experts are compared."""
 SAMPLE_SEED = 0
 """Every model answers the same windows, whatever the seed of its training."""
 
@@ -36,7 +38,7 @@ SAMPLE_SEED = 0
 @torch.inference_mode()
 def reply_nll(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """NLL in nats summed over each reply, and its number of tokens: ``(B,)``, ``(B,)``."""
-    text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
+    text = text_key(batch)
     batch = {key: batch[key].to(model.device) for key in (text, "attention_mask", "querier_ids", "labels")}
     if batch[text].is_floating_point():  # states of frozen layers, in the dtype that those ran in
         batch[text] = batch[text].to(model.dtype)
@@ -115,20 +117,13 @@ class HeldOut:
         everything = range(len(self.windows))
         return sorted(random.Random(seed).sample(everything, min(count, len(everything))))
 
-    def records(
-        self,
-        scores: Sequence[tuple[float, int]],
-        replies: Mapping[int, str | None],
-        tokens: Tokens | None = None,
-    ) -> list[Record]:
+    def records(self, scores: Sequence[tuple[float, int]], replies: Mapping[int, str | None]) -> list[Record]:
         """One record per window.
 
-        Args:
-            replies: for each window that was to be answered the text, or None where generation failed.
-            tokens: what ROUGE and BLEU compare, see :func:`train.metrics.rouge`; None chooses by all replies
-                in the data.
+        ``replies`` has for each window that was to be answered the text, or None where generation failed.
+        What ROUGE and BLEU compare is chosen by all replies in the data.
         """
-        tokens = tokens or tokens_for(example.reply for example in self.examples)
+        tokens = tokens_for(example.reply for example in self.examples)
         return [
             {
                 "id": example.id,
@@ -202,16 +197,16 @@ def _others(queriers: Sequence[str], true: int) -> list[int]:
 
 
 @torch.inference_mode()
-def querier_similarity(model: PreTrainedModel, held_out: HeldOut, count: int = 8) -> list[list[float]]:
+def querier_similarity(model: PreTrainedModel, held_out: HeldOut) -> list[list[float]]:
     """How alike the experts are, ``(Q, Q)`` cosines between the ways they move the same states.
 
-    Each of the Q queriers asks the same ``count`` windows; what is compared is the last hidden state minus
-    its mean over queriers. (Weights themselves do not compare: each expert has a basis of its own.)
+    Each of the Q queriers asks the first ``COMPARED`` windows; what is compared is the last hidden state
+    minus its mean over queriers. (Weights themselves do not compare: each expert has a basis of its own.)
     """
     scored = upper_part(model, held_out.first_layer)
     batch = next(iter(held_out.loader))
-    text = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
-    inputs = {key: batch[key][:count].to(model.device) for key in (text, "attention_mask")}
+    text = text_key(batch)
+    inputs = {key: batch[key][:COMPARED].to(model.device) for key in (text, "attention_mask")}
     mask = inputs["attention_mask"].unsqueeze(-1)
     states = []
     for querier_id in range(model.qar.num_queriers):

@@ -25,7 +25,6 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from train.bootstrap import bootstrap_ci, listed, sign_flip_p
 from train.cli import run
 from train.data.layout import Example
 from train.data.responders import load_dialogues
@@ -33,6 +32,7 @@ from train.endpoint import Cached, Endpoint, Message, NoAnswer
 from train.errors import UserError
 from train.files import check_file, load_json, write_atomic
 from train.metrics import Record
+from train.metrics.bootstrap import bootstrap_ci, listed, sign_flip_p
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,8 @@ def judge_all(pairs: Sequence[Pair], judge: Judge) -> dict[str, Any]:
     Returns:
         ``wins_a``, ``wins_b``, ``ties``, ``failed``, which add up to ``pairs``; ``win_rate``: the share of
         judged pairs that a won, ties counted as half (None if none was judged), with ``ci95`` over dialogues
-        and ``p`` (:func:`train.bootstrap.sign_flip_p`) against a rate of one half; ``verdicts``: id -> a, b,
-        tie or failed.
+        and ``p`` (:func:`train.metrics.bootstrap.sign_flip_p`) against a rate of one half; ``verdicts``: id
+        -> a, b, tie or failed.
 
     Raises:
         UserError: if the endpoint refuses, or ``GIVE_UP_AFTER`` pairs in a row could not be judged.

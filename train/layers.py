@@ -24,6 +24,7 @@ from train.base_model import default_device
 from train.data.encode import Encoded
 from train.files import write_tensors
 
+BATCH_SIZE = 8
 logger = logging.getLogger(__name__)
 
 
@@ -44,17 +45,17 @@ def upper_part(model: PreTrainedModel, first_layer: int) -> PreTrainedModel:
 
 
 def lower_states(
-    model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int, cache: Path, batch_size: int = 8
+    model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int, cache: Path
 ) -> list[Tensor]:
     """Hidden states ``(S, H)`` of every window after the first ``num_layers`` layers of a plain model.
 
     The accelerator, if there is one, computes them; they are kept in ``cache``, under a name that the model
     and the windows decide.
     """
-    path = cache / f"{_fingerprint(model, windows, num_layers)}.safetensors"
+    path = cache / f"{_states_key(model, windows, num_layers)}.safetensors"
     states = _read(path, len(windows))
     if states is None:
-        states = _run_lower(model, windows, num_layers, batch_size)
+        states = _run_lower(model, windows, num_layers)
         _keep(states, path)
     return states
 
@@ -67,9 +68,7 @@ def _keep(states: Sequence[Tensor], path: Path) -> None:
 
 
 @torch.no_grad()
-def _run_lower(
-    model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int, batch_size: int
-) -> list[Tensor]:
+def _run_lower(model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int) -> list[Tensor]:
     config = _config_of_layers(model.config, 0, num_layers)
     decoder = _decoder_part(model.model, config, 0, num_layers).eval()
     decoder.norm = nn.Identity()
@@ -78,8 +77,8 @@ def _run_lower(
     order = sorted(range(len(windows)), key=lambda index: len(windows[index].input_ids))
     states: dict[int, Tensor] = {}
     progress = tqdm(total=len(windows), desc="frozen layers", unit="window")
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for start in range(0, len(order), BATCH_SIZE):
+        chosen = order[start : start + BATCH_SIZE]
         rows = [torch.tensor(windows[index].input_ids) for index in chosen]
         ids = pad_sequence(rows, batch_first=True).to(device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
@@ -103,7 +102,7 @@ def _read(path: Path, count: int) -> list[Tensor] | None:
         return None
 
 
-def _fingerprint(model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int) -> str:
+def _states_key(model: PreTrainedModel, windows: Sequence[Encoded], num_layers: int) -> str:
     digest = hashlib.sha256(f"{num_layers} {model.dtype} {model.config.to_json_string()}".encode())
     for part in (model.model.embed_tokens, model.model.layers[:num_layers]):
         for weight in part.state_dict().values():

@@ -17,19 +17,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers.trainer_utils import SaveStrategy
 
 from train.batches import Windows
 from train.cli import run
 from train.data.encode import encode_all
 from train.data.layout import Example
 from train.data.mqdialog import load_mqdialog
-from train.data.responders import name_beside
-from train.data.transcript_rows import plain_name
+from train.data.names import name_beside, plain_name
 from train.dataset import with_context
 from train.errors import UserError
-from train.finetune import make_trainer
-from train.generate import responders
+from train.setup import make_trainer
 from train.trained import TRAINED, Trained, check_replaceable, load_trained, save_with_adapter_of
 
 EPOCHS, LEARNING_RATE = 4.0, 5e-3
@@ -65,8 +62,8 @@ def onboard(
     name = name_beside(trained.queriers, querier, found.responder)
     if name in trained.queriers:
         raise UserError(f"querier '{name}' is known to {source} already")
-    if found.responder not in responders(trained):
-        expected = " or ".join(responders(trained))
+    if found.responder not in trained.responders:
+        expected = " or ".join(trained.responders)
         raise UserError(f"{data}: the responder is {found.responder}, expected {expected}")
     examples = [example for example in found.train if example.querier == querier]
     if not examples:
@@ -123,9 +120,13 @@ def _train(
             report_to="none",
             validation=0.0,
         )
-        trainer = make_trainer(trained.model, trained.tokenizer, Windows(windows), settings)
-        trainer.args.save_strategy = SaveStrategy.NO  # a few minutes' work, soon repeated
-        trainer.train()
+        make_trainer(
+            trained.model,
+            trained.tokenizer,
+            Windows(windows),
+            settings,
+            save_strategy="no",  # a few minutes' work, soon repeated
+        ).train()
 
 
 def main() -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from train import ranks
-from train.config import TrainConfig, config_from
+from train.config import TrainConfig
 from train.data.layout import MQDialog
 from train.errors import UserError
 from train.files import read_json, write_atomic
+from train.settings import config_from
 
 RUN = "run.json"
+KEYS = ("config", "responder", "queriers", "num_clusters", "training_windows", "ranks", "base")
 FREE = ("data", "output_dir", "save_steps", "save_total_limit", "report_to", "gradient_checkpointing")
 """Settings that may differ when a run is resumed, because they do not change what is computed.
 
@@ -22,15 +24,15 @@ The data may have moved: its content is compared, not its path.
 
 
 def write_run(config: TrainConfig, data: MQDialog, base: str) -> None:
-    """Describe the run in its folder; ``base`` is the base model's :func:`~train.base_model.fingerprint`."""
+    """Describe the run in its folder; ``base`` is the checksum of the base model's weights."""
     about = {"config": config.to_dict(), **_beside_config(data), "base": base}
     write_atomic(Path(config.output_dir) / RUN, json.dumps(about, indent=1, ensure_ascii=False))
 
 
 def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """The configuration of the run in ``folder``; its ``responder``, ``queriers`` and ``num_clusters``."""
-    about = read_json(folder / RUN, ("config", "responder", "queriers", "num_clusters"))
-    return config_from(about.pop("config"), str(folder / RUN)), about
+    """The configuration of the run in ``folder``, and what else :func:`write_run` wrote."""
+    about = read_json(folder / RUN, KEYS)
+    return config_from(TrainConfig, about.pop("config"), str(folder / RUN)), about
 
 
 def check_continues(config: TrainConfig, data: MQDialog) -> None:
@@ -41,7 +43,7 @@ def check_continues(config: TrainConfig, data: MQDialog) -> None:
 def check_base(config: TrainConfig, base: str) -> None:
     """``UserError`` if the run was started on other base weights; one without ``run.json`` passes."""
     folder = Path(config.output_dir)
-    if (folder / RUN).is_file() and read_run(folder)[1].get("base", base) != base:
+    if (folder / RUN).is_file() and read_run(folder)[1]["base"] != base:
         raise UserError(
             f"{folder / RUN}: the run was started when '{config.model}' had other weights; "
             "another output_dir starts anew"
@@ -54,7 +56,7 @@ def check_finished(config: TrainConfig, data: MQDialog) -> None:
         _compare(config, data, (*FREE, "ranks"))
 
 
-def training_windows(data: MQDialog) -> str:
+def training_checksum(data: MQDialog) -> str:
     """A checksum of everything that is trained on."""
     return hashlib.sha256(repr(data.train).encode()).hexdigest()[:16]
 
@@ -64,7 +66,7 @@ def _compare(config: TrainConfig, data: MQDialog, free: tuple[str, ...]) -> None
     started, about = read_run(folder)
     before, now = started.to_dict() | about, config.to_dict() | _beside_config(data)
     for key in now:
-        if key not in free and key in before and before[key] != now[key]:
+        if key not in free and before[key] != now[key]:
             raise UserError(
                 f"{folder / RUN}: the run was started with {key}={before[key]!r:.80}, got {now[key]!r:.80}; "
                 "another output_dir starts anew"
@@ -76,6 +78,6 @@ def _beside_config(data: MQDialog) -> dict[str, Any]:
         "responder": data.responder,
         "queriers": list(data.queriers),
         "num_clusters": data.num_clusters,
-        "training_windows": training_windows(data),
+        "training_windows": training_checksum(data),
         "ranks": ranks.world_size(),
     }

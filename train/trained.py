@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qar_models import QARConfig, apply_qar
-from train.base_model import default_device, fingerprint, load_base
-from train.config import DTYPES, TrainConfig, config_from
+from train.base_model import default_device, load_base, weights_checksum
+from train.config import DTYPES, TrainConfig
+from train.data.names import known_querier, split_pair
 from train.errors import UserError
 from train.files import build_directory, check_place, read_json
+from train.settings import config_from
 
 TRAINED, EXPERTS = "trained.json", "experts.safetensors"
+KEYS = ("config", "responder", "training_windows", "qar", "base", "base_folder")
 EXPERT_NAMES = (".experts.", "norm_specific.", "contrast.")
 
 
@@ -40,8 +43,22 @@ class Trained:
     config: TrainConfig
     responder: str
     queriers: tuple[str, ...]
-    training_windows: str | None = None
-    """Of the data, :func:`train.run_file.training_windows`; None where an older folder does not say."""
+    training_checksum: str | None = None
+    """Of the data, :func:`train.run_file.training_checksum`; None where nothing was trained."""
+
+    @property
+    def responders(self) -> list[str]:
+        """Everybody for whom the model answers."""
+        return sorted({self.roles(name)[1] for name in self.queriers})
+
+    def roles(self, querier: str) -> tuple[str, str]:
+        """Who asks and who answers; in a model of several responders ``querier`` is the name of a pair."""
+        asker, responder = split_pair(known_querier(self.queriers, querier))
+        return asker, responder or self.responder
+
+    def querier_id(self, name: str) -> int:
+        """The id of a name that :func:`~train.data.names.known_querier` knows."""
+        return self.queriers.index(known_querier(self.queriers, name))
 
 
 def is_querier_part(name: str) -> bool:
@@ -110,14 +127,14 @@ def first_trained_layer(config: TrainConfig, num_layers: int) -> int:
 
 
 def save_trained(
-    peft: PeftModel, config: TrainConfig, responder: str, training_windows: str | None, folder: Path
+    peft: PeftModel, config: TrainConfig, responder: str, training_checksum: str, folder: Path
 ) -> None:
     """Write the trained parts, atomically."""
     with build_directory(folder) as building:
         # the embeddings are not trained; asking would look the base model up again
         peft.save_pretrained(building, save_embedding_layers=False)
         (building / "README.md").unlink(missing_ok=True)
-        _write_experts(peft.get_base_model(), config, responder, training_windows, building)
+        _write_experts(peft.get_base_model(), config, responder, training_checksum, building)
 
 
 def save_with_adapter_of(source: Path, trained: Trained, folder: Path) -> None:
@@ -125,19 +142,19 @@ def save_with_adapter_of(source: Path, trained: Trained, folder: Path) -> None:
     with build_directory(folder) as building:
         for path in source.glob("adapter_*"):
             shutil.copy2(path, building)
-        _write_experts(trained.model, trained.config, trained.responder, trained.training_windows, building)
+        _write_experts(trained.model, trained.config, trained.responder, trained.training_checksum, building)
 
 
 def _write_experts(
-    model: PreTrainedModel, config: TrainConfig, responder: str, training_windows: str | None, folder: Path
+    model: PreTrainedModel, config: TrainConfig, responder: str, training_checksum: str, folder: Path
 ) -> None:
     save_file(_expert_state(model), folder / EXPERTS)
     about = {
         "config": config.to_dict(),
         "responder": responder,
-        "training_windows": training_windows,
+        "training_windows": training_checksum,
         "qar": model.qar.to_dict(),
-        "base": fingerprint(model, DTYPES[config.dtype]),
+        "base": weights_checksum(model, DTYPES[config.dtype]),
         "base_folder": str(Path(config.model).resolve()) if Path(config.model).is_dir() else None,
     }
     (folder / TRAINED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -164,18 +181,18 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():  # PEFT would look for it on the hub
             raise UserError(f"{folder / name}: is missing")
-    config = config_from(about["config"], str(folder / TRAINED))
+    config = config_from(TrainConfig, about["config"], str(folder / TRAINED))
     try:
         qar = QARConfig.from_dict(about["qar"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / TRAINED}: {error}") from error
-    known_as = about.get("base_folder")
+    known_as = about["base_folder"]
     if known_as and not Path(config.model).is_dir():  # typed as seen from another folder
         config = config.replace(model=known_as)
     trained_in = DTYPES[config.dtype]
     model, tokenizer = load_base(config.model, dtype or trained_in)
     is_exact = dtype in (None, torch.float32, trained_in)
-    if is_exact and about.get("base", found := fingerprint(model, trained_in)) != found:
+    if is_exact and about["base"] != weights_checksum(model, trained_in):
         raise UserError(
             f"model '{config.model}': other weights than those that {folder} was trained on; "
             f"bring them back, or delete {folder.parent} and train anew"
@@ -188,8 +205,8 @@ def load_trained(folder: Path, dtype: torch.dtype | None = None) -> Trained:
         raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from error
     _untie(model)
     merged = peft.merge_and_unload().to(default_device()).eval()
-    queriers, windows = qar.querier_names or (), about.get("training_windows")
-    return Trained(merged, tokenizer, config, about["responder"], queriers, windows)
+    queriers = qar.querier_names or ()
+    return Trained(merged, tokenizer, config, about["responder"], queriers, about["training_windows"])
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -202,10 +219,10 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What ``trained.json`` says: ``config``, ``responder`` and ``qar``."""
+    """What ``trained.json`` says."""
     if not (folder / TRAINED).is_file():
         raise UserError(f"{folder}: no trained model there ({TRAINED} is missing)")
-    return read_json(folder / TRAINED, ("config", "responder", "qar"))
+    return read_json(folder / TRAINED, KEYS)
 
 
 def _expert_state(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -21,11 +21,10 @@ from transformers.trainer import SCHEDULER_NAME
 
 from qar_models import RowSparseAdamW, average_row_gradients, clip_grad_norm_, sparse_parameters
 from train import checkpoints, ranks
-from train.batches import Windows
+from train.batches import LengthGroupedSampler, Windows
 from train.config import TrainConfig
 from train.errors import UserError
 from train.expert_optimizer import ExpertOptimizer
-from train.packing import LengthGroupedSampler
 from train.trained import is_querier_part
 
 WEIGHTS = "trained_parts.safetensors"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from train.data.chat import SYSTEM
+from train.data.chat_template import SYSTEM
 from train.data.encode import IGNORE, TooLongError, encode, encode_all, encode_prompt, resolve_style
 from train.data.transcript import Turn
 from train.errors import UserError

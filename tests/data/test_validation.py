@@ -24,12 +24,6 @@ def test_whole_dialogues_move_and_the_test_split_stays():
     assert taken == [max(1, round(0.2 * count)) for count in owned]
 
 
-def test_the_seed_decides():
-    data = planted()
-    first, again, other = (split_validation(data, 0.3, seed)[1] for seed in (1, 1, 2))
-    assert first == again != other
-
-
 def test_a_querier_keeps_a_dialogue_and_nonsense_is_refused():
     data = planted()
     lonely = dataclasses.replace(data, train=data.train[:1])

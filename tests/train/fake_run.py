@@ -34,9 +34,9 @@ def results() -> dict:
             "train_windows": [2210],
             "train": {"model": "Qwen/Qwen2.5-0.5B", "tower": "residual", "expert_rank": 16},
         },
-        "methods": {method: summarise(rows, samples=200) for method, rows in runs.items()},
-        "paired": {"qar_vs_ft": compare(runs["qar"], runs["ft"], samples=200)},
-        "swap": {"qar": swap_summary(runs["qar"], records("qar", 0.08), samples=200)},
+        "methods": {method: summarise(rows) for method, rows in runs.items()},
+        "paired": {"qar_vs_ft": compare(runs["qar"], runs["ft"])},
+        "swap": {"qar": swap_summary(runs["qar"], records("qar", 0.08))},
     }
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
@@ -101,13 +100,6 @@ def test_shots_of_text_without_spaces(data):
     chinese = [window("d1_part0", "今天天气好吗"), window("d2_part0", "你吃饭了吗")]
     asked = dataclasses.replace(data, train=chinese, dev=[window("d9_part0", "昨天天气怎样")])
     assert "天气好吗" in few_shot(asked, k=1).dev[0].context
-
-
-def test_shots_by_ones_own_vectors(data):
-    def only_soup(texts):
-        return np.array([[1.0 if "soup" in text or "sailed" in text else 0.0] for text in texts])
-
-    assert "soup" in few_shot(data, k=1, embed=only_soup).dev[0].context
 
 
 def test_no_shots_at_all_are_refused(data):

@@ -11,12 +11,12 @@ from benchmarks import finetune_speed, schema
 from benchmarks.finetune_ways import ABLATION, PAIR, Job, Training
 from qar_models.packing import PACKED_ATTENTION
 from train.base_model import load_base
-from train.batches import Collator, Windows
+from train.batches import Collator, LengthGroupedSampler, PackingCollator, Windows
 from train.data.encode import encode_all
 from train.errors import UserError
-from train.finetune import finetune, make_trainer
+from train.finetune import finetune
 from train.layers import lower_states
-from train.packing import LengthGroupedSampler, PackingCollator
+from train.setup import make_trainer
 from train.trained import EXPERTS, build
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from train import finetune as module
+from train import setup
 from train.base_model import load_base
 from train.callbacks import StopOnInterrupt
 from train.checkpoints import last_checkpoint
@@ -124,7 +125,7 @@ def test_signals_are_given_back_and_a_thread_trains_without(config):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     nothing = torch.tensor(math.nan, requires_grad=True)
     with pytest.raises(UserError, match="the loss is nan"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.QARTrainer, "compute_loss", lambda *args, **kwargs: nothing)
+        patch.setattr(setup.QARTrainer, "compute_loss", lambda *args, **kwargs: nothing)
         finetune(config)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     with ThreadPoolExecutor() as pool:
@@ -135,13 +136,13 @@ def test_signals_are_given_back_and_a_thread_trains_without(config):
 
 def test_a_run_that_converts_its_model_draws_the_same_experts(config, tmp_path, monkeypatch):
     folder = finetune(config)
-    load = module.load_base
+    load = setup.load_base
 
     def converting(*args):
         torch.rand(3)
         return load(*args)
 
-    monkeypatch.setattr(module, "load_base", converting)
+    monkeypatch.setattr(setup, "load_base", converting)
     again = finetune(config.replace(output_dir=str(tmp_path / "runs" / "again")))
     assert all(torch.equal(tensor, experts_of(again)[name]) for name, tensor in experts_of(folder).items())
 

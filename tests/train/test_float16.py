@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from processes import completed, log_of, start
 from test_distributed import as_two_ranks, die, needs_deepspeed
 
-from train import finetune as finetune_module
+from train import setup
 from train.checkpoints import last_checkpoint
 
 OVERFLOWS, FITS = 2.0**16, 2.0**8
@@ -19,7 +19,7 @@ OVERFLOWS, FITS = 2.0**16, 2.0**8
 
 def scale_on_cpu(rank, scale, victim=None):
     """Let this process scale its loss, at first by ``scale``; ``victim`` dies when step 6 starts."""
-    finetune_module._check_machine = lambda config: None
+    setup._check_machine = lambda config: None
     original = Accelerator.__init__
 
     def with_scaler(self, *args, **kwargs):

@@ -14,11 +14,12 @@ from transformers import GenerationConfig
 from train import chat as command
 from train.chat import Chat
 from train.data.encode import encode
+from train.data.names import known_querier
 from train.data.responders import merge
 from train.data.transcript import Turn
 from train.dataset import with_context
 from train.errors import UserError
-from train.generate import answer_table, end_marks, generate_replies, known_querier, prompt_as
+from train.generate import answer_table, end_marks, generate_replies, prompt_as
 from train.trained import untrained
 
 

@@ -12,9 +12,9 @@ from train.data.mqdialog import write_mqdialog
 from train.data.validation import split_validation
 from train.errors import UserError
 from train.finetune import finetune
+from train.keep_best import BEST, SCORE, KeepBest
 from train.trained import EXPERTS
 from train.trainer import WEIGHTS
-from train.validation import BEST, SCORE, KeepBest
 
 
 @pytest.fixture

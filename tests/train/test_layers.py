@@ -23,7 +23,7 @@ def windows(loaded, tiny_data):
 @pytest.mark.parametrize("first_layer", [1, 2])
 def test_parts_compute_what_the_whole_computes(loaded, windows, tmp_path, tower, first_layer):
     model, tokenizer = loaded
-    states = lower_states(model, windows, first_layer, tmp_path, batch_size=4)
+    states = lower_states(model, windows, first_layer, tmp_path)
     apply_qar(model, QARConfig(3, expert_rank=4, tower=tower, first_expert_layer=first_layer))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1) if parameter.dim() == 3 else None

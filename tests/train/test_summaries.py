@@ -31,21 +31,21 @@ def record(name, querier="Ann", nll_sum=2.0, tokens=2, rouge_l=0.5, dialogue=Non
 
 
 def test_nll_weights_tokens_not_examples():
-    summary = nll_summary([1.0, 30.0], [1, 10])
+    summary = nll_summary([1.0, 30.0], [1, 10], ["a", "b"])
     assert summary["nll"] == pytest.approx(31 / 11)
     assert summary["perplexity"] == pytest.approx(math.exp(31 / 11))
     assert summary["ci95"] == pytest.approx([1.0, 3.0])  # sums and counts are drawn together
 
 
 def test_paired_nll_by_hand():
-    paired = paired_nll([1.0, 8.0], [2.0, 10.0], [1, 4])
+    paired = paired_nll([1.0, 8.0], [2.0, 10.0], [1, 4], ["a", "b"])
     assert paired["diff"] == pytest.approx(-3 / 5)
     assert paired["ci95"] == pytest.approx([-1.0, -0.5])
 
 
 def test_an_example_without_tokens_is_an_error():
     with pytest.raises(ValueError, match="token"):
-        nll_summary([1.0, 0.0], [1, 0])
+        nll_summary([1.0, 0.0], [1, 0], ["a", "b"])
 
 
 def test_summarise_by_hand():

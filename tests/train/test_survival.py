@@ -23,11 +23,11 @@ from train.consolidate import consolidate
 from train.dataset import RunData
 from train.errors import UserError
 from train.finetune import finetune
+from train.keep_best import KeepBest
 from train.onboard import onboard
 from train.run_file import RUN, check_continues
 from train.trained import EXPERTS
 from train.trainer import WEIGHTS, QARTrainer
-from train.validation import KeepBest
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""A transcript turned around: a few people ask, and everybody else is the one who answers.
+"""A transcript turned around: a few named people ask, and whoever they talk with answers as one responder.
 
-One querier has a handful of dialogues with one responder, but many with everybody together, so that the
-querier's expert sees more text.
+Somebody has a handful of dialogues with any one responder, but many with all people together, so that their
+expert sees more text. The responder that stands for all the others is called ``ANYBODY``.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,9 +14,10 @@ ANYBODY = "Anybody"
 
 
 def turn_around(scenes: Sequence[Scene], queriers: Collection[str]) -> list[Scene]:
-    """Every dialogue of one of ``queriers`` with somebody else, as a scene in which the other is ``ANYBODY``.
+    """The dialogues of each of ``queriers`` with others, who are renamed ``ANYBODY``; each is a scene.
 
-    Dialogues between two of ``queriers`` are left out, since nobody in them would be ``ANYBODY``.
+    Left out are dialogues without any of ``queriers``, where nobody would ask, and those between two of them,
+    where nobody would answer.
 
     Raises ``UserError`` without queriers, for one who never speaks, and if a speaker has the name already.
     """

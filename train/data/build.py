@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.progress import track
 
 from train.cli import positive_int, run
-from train.data.layout import short_name
 from train.data.mqdialog import load_mqdialog
+from train.data.names import plain_name, short_name
 from train.data.planted import RESPONDER as PLANTED_RESPONDER
 from train.data.prepare import PLANTED, PLAYS, PrepareConfig, prepare, read_scenes
 from train.data.speakers import find_speakers, qualified, survey
-from train.data.summary import overview_table, pairs_table, speakers_table, summary_table
-from train.data.transcript_rows import KEYS, plain_name
+from train.data.tables import overview_table, pairs_table, speakers_table, summary_table
+from train.data.transcript import KEYS
 from train.errors import UserError
 
 logger = logging.getLogger(__name__)

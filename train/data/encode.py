@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat import render_chat
+from train.data.chat_template import render_chat
 from train.data.layout import Example
 from train.data.rendering import MARKS, Rendered, has_marks, render_marked, structure_tokens
 from train.data.transcript import Turn

@@ -6,11 +6,11 @@ target_role, target_role_short, input_role, input_role_short, role_pair_id, clus
 responder, the *input* the querier.
 """
 
-import unicodedata
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from train.data.names import short_name
 from train.data.transcript import Turn
 
 SPLITS = ("train", "dev")
@@ -70,11 +70,6 @@ class MQDialog:
     num_clusters: int
     train: list[Example]
     dev: list[Example]
-
-
-def short_name(name: str) -> str:
-    """Only the letters, their marks and the digits of ``name``, for file names: ``MistressQuickly``."""
-    return "".join(one for one in name if one.isalnum() or unicodedata.category(one).startswith("M"))
 
 
 def responder_folder(root: Path, show: str, responder: str) -> Path:

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train.data.layout import FIRST_PAIR_ID, PAIR_IDS, SPLITS, Example, MQDialog, short_name
-from train.data.transcript import Turn, merge_turns
-from train.data.transcript_rows import HALF_A_CHARACTER, check_name
+from train.data.layout import FIRST_PAIR_ID, PAIR_IDS, SPLITS, Example, MQDialog
+from train.data.names import check_name, short_name
+from train.data.transcript import HALF_A_CHARACTER, Turn, merge_turns
 from train.errors import UserError
 from train.files import load_json, write_atomic
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from train.data.anybody import ANYBODY, turn_around
 from train.data.cluster import cluster_queries
 from train.data.dialogue import PLAY_THRESHOLDS, Thresholds, count_turns, split_queriers
-from train.data.layout import PAIR_IDS, Example, MQDialog, responder_folder, short_name
+from train.data.layout import PAIR_IDS, Example, MQDialog, responder_folder
 from train.data.mqdialog import write_mqdialog
+from train.data.names import plain_name, short_name
 from train.data.planted import RESPONDER as PLANTED_RESPONDER
 from train.data.planted import SHOW as PLANTED
 from train.data.planted import planted
 from train.data.plays import read_plays
 from train.data.transcript import Scene, read_transcript
-from train.data.transcript_rows import plain_name
 from train.errors import UserError
-from train.files import build_directory, load_json, read_text, write_atomic
+from train.files import build_directory, read_json, read_text, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class PrepareConfig:
     """Who answers; "Anybody" is everybody but the ``queriers``, see :mod:`train.data.anybody`."""
     out: Path = Path("data")
     transcript: Path | None = None
-    """A file of JSON lines, Markdown or CSV, see :mod:`train.data.transcript_rows`."""
+    """A file of JSON lines, Markdown or CSV, see :mod:`train.data.transcript`."""
     columns: tuple[tuple[str, str], ...] = ()
     """Of a CSV file: pairs of scene, speaker or text and the column that holds it."""
     queriers: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class PrepareConfig:
     """None means the paper's for a transcript, smaller ones for plays."""
     num_clusters: int = 5
     encoder: str | None = None
-    """Of the queries that are clustered, see :mod:`train.data.embed`; None means TF-IDF."""
+    """Of the queries that are clustered, see :mod:`train.data.cluster`; None means TF-IDF."""
     seed: int = 0
     force: bool = False
     """Rebuild a folder that exists."""
@@ -138,8 +138,9 @@ def _require_same_recipe(config: PrepareConfig) -> None:
     path = config.folder / RECIPE
     if not path.is_file():
         return
-    found = load_json(path)
-    changed = [key for key, value in _recipe(config).items() if key in found and found[key] != value]
+    recipe = _recipe(config)
+    found = read_json(path, recipe)
+    changed = [key for key, value in recipe.items() if found[key] != value]
     if "responder" in changed:
         raise UserError(
             f"{config.folder} holds the data of '{found['responder']}', which has the same folder name as "

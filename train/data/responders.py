@@ -11,7 +11,7 @@ from pathlib import Path
 
 from train.data.layout import PAIR_IDS, Example, MQDialog
 from train.data.mqdialog import load_mqdialog
-from train.data.transcript_rows import ARROW
+from train.data.names import pair_name
 from train.errors import UserError
 
 
@@ -48,23 +48,6 @@ def merge(parts: Sequence[MQDialog]) -> MQDialog:
         clusters += part.num_clusters
     train, dev = halves
     return MQDialog(", ".join(responders), queriers, clusters, _without_held_out(train, dev), dev)
-
-
-def pair_name(querier: str, responder: str) -> str:
-    """What a pair is called among the queriers of a data set of several responders."""
-    return f"{querier}{ARROW}{responder}"
-
-
-def split_pair(name: str) -> tuple[str, str | None]:
-    """Who asks and who answers in a pair's name; a name that is no pair's has None for the latter."""
-    querier, arrow, responder = name.partition(ARROW)
-    return querier, responder if arrow else None
-
-
-def name_beside(queriers: Sequence[str], querier: str, responder: str) -> str:
-    """What ``querier`` of ``responder`` is called among ``queriers``: a pair if those are pairs."""
-    pairs = split_pair(queriers[0])[1] is not None
-    return pair_name(querier, responder) if pairs else querier
 
 
 def _without_held_out(train: Sequence[Example], dev: Sequence[Example]) -> list[Example]:

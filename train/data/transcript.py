@@ -1,14 +1,40 @@
-"""Scenes of speaker turns, and how a transcript becomes them (formats: :mod:`train.data.transcript_rows`)."""
+"""Scenes of speaker turns, read from a transcript.
 
+JSON lines: ``{"scene": str, "speaker": str, "text": str}``; adjacent lines of one scene belong together.
+
+Markdown: a heading opens a scene, ``**Speaker:** text`` a turn, which goes on over the lines that follow; a
+line that is ``*one emphasis*`` is a stage direction, and is left out, as is a rule (``---``).
+
+CSV: a header that names the same three columns, or others that stand for them.
+"""
+
+import csv
+import io
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from train.data.transcript_rows import rows
+from train.data.names import check_name, plain_name
 from train.errors import UserError
+from train.files import read_text
 
+Row = tuple[str, str, str]
+KEYS = ("scene", "speaker", "text")
+MARKDOWN = (".md", ".markdown")
+CSV = ".csv"
+HEADING = re.compile(r"#{1,6}[ \t]+(.+)")
+SPEECH = re.compile(r"\*\*\s*([^*]+?)\s*(?:[:：]\s*\*\*|\*\*\s*[:：])\s*(.*)")
+MARKED_SPEECH = re.compile(rf"(?:[>+-]|\*(?=\s)|\d+[.)])\s*{SPEECH.pattern}")
+RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
+DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_")
+UNDERLINE = re.compile(r"=+|-{3,}")
+LINE_END = re.compile(r"\r\n?")
+"""Of Windows, and of old Macs."""
+HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")
+"""An unpaired surrogate: JSON can escape it, but no UTF-8 file can hold it."""
 WITHOUT_SPACES = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
 PUNCTUATION = re.compile(r"[\u2014\u2018-\u201d\u2026]")  # in both kinds of script: quotes, dash, ellipsis
 
@@ -56,15 +82,128 @@ def _is_unspaced(text: Iterable[str]) -> bool | None:
 
 
 def read_transcript(path: Path, columns: Mapping[str, str] | None = None) -> list[Scene]:
-    """The scenes of a transcript; arguments and errors as in :func:`train.data.transcript_rows.rows`.
+    """The scenes of a transcript: Markdown or CSV by its suffix, else JSON lines.
 
-    A transcript in which nobody says anything is a ``UserError`` too.
+    Speakers are called by their :func:`~train.data.names.plain_name`.
+
+    Args:
+        path: the transcript.
+        columns: of a CSV file, the column of the ``scene``, ``speaker`` or ``text`` if it has another name.
+
+    Raises:
+        UserError: naming file and line for what cannot be read, or a name that
+            :func:`~train.data.names.check_name` refuses; if nobody says anything in it.
     """
     scenes = [
         Scene(path.stem, title, merge_turns([Turn(speaker, text) for _, speaker, text in group]))
-        for title, group in groupby(rows(path, columns or {}), key=lambda row: row[0])
+        for title, group in groupby(_rows(path, columns or {}), key=lambda row: row[0])
     ]
     scenes = [scene for scene in scenes if scene.turns]
     if not scenes:
         raise UserError(f"{path}: nobody says anything in it")
     return scenes
+
+
+def _rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+    """(scene, speaker, text) of every line."""
+    text, suffix = read_text(path), path.suffix.lower()
+    if suffix == CSV:
+        return _csv_rows(path, text, columns)
+    if columns:
+        raise UserError(f"{path}: only a CSV file has columns to name, got {', '.join(columns.values())}")
+    is_markdown = suffix in MARKDOWN
+    if is_markdown:
+        text = LINE_END.sub("\n", text)
+    lines = enumerate(text.split("\n"), start=1)  # not splitlines: a JSON text may hold U+2028
+    return _markdown_rows(path, lines) if is_markdown else _json_rows(path, lines)
+
+
+def _csv_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """(scene, speaker, text) of every record."""
+    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = _column_names(path, table.fieldnames or (), columns)
+        for record in table:
+            scene, speaker, said = (record[name] for name in names)
+            if None in record or None in (scene, speaker, said):
+                count = "more" if None in record else "fewer"
+                raise UserError(f"{path}:{table.line_num}: {count} fields than the header has")
+            if not (name := plain_name(speaker)):
+                raise UserError(f"{path}:{table.line_num}: column '{names[1]}' is empty")
+            check_name(name, f"{path}:{table.line_num}")
+            yield scene, name, " ".join(said.splitlines())
+    except csv.Error as error:
+        raise UserError(f"{path}: not CSV after line {table.line_num} ({error})") from error
+
+
+def _column_names(path: Path, header: Sequence[str], columns: Mapping[str, str]) -> list[str]:
+    names = [columns.get(key, key) for key in KEYS]
+    for key, name in zip(KEYS, names, strict=True):
+        if name not in header:
+            raise UserError(
+                f"{path}: no column '{name}' for the {key}, there are {', '.join(header)}; "
+                f"--column {key}=NAME takes another"
+            )
+    return names
+
+
+def _json_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    """(scene, speaker, text) of every line."""
+    for number, line in lines:
+        if line.strip():
+            row = _parse_line(path, number, line)
+            yield row["scene"], row["speaker"], row["text"]
+
+
+def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    """(scene, speaker, text) of every line; scenes are numbered, so that equal headings stay apart."""
+    scene, speaker, number_of_scenes = path.stem, None, 0
+    goes_on = False  # whether the line before continues a turn, or is a heading that dashes underline
+    for number, line in ((number, line.strip()) for number, line in lines):
+        is_underline = UNDERLINE.fullmatch(line) and (goes_on or line.startswith("="))
+        goes_on = False
+        if RULE.fullmatch(line) and not is_underline:
+            continue
+        heading, speech = HEADING.fullmatch(line), SPEECH.fullmatch(line)
+        if heading:
+            number_of_scenes += 1
+            scene, speaker = f"{number_of_scenes} {heading[1]}", None
+        elif speech and (name := plain_name(speech[1])):
+            speaker = name
+            check_name(speaker, f"{path}:{number}")
+            yield scene, speaker, speech[2]
+        elif line.startswith("**") or MARKED_SPEECH.match(line):
+            raise UserError(f"{path}:{number}: broken speaker {line[:40]!r}, expected '**Name:** text'")
+        elif is_underline:
+            raise UserError(
+                f"{path}:{number}: an underlined heading, expected '## Scene'; a rule has an empty line above"
+            )
+        elif line and not DIRECTION.fullmatch(line):
+            if speaker is None:
+                raise UserError(
+                    f"{path}:{number}: nobody speaks here; expected '**Name:** text' or '## Scene'"
+                )
+            goes_on = True
+            yield scene, speaker, line
+
+
+def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}:{number}: not JSON of a turn (brackets too deep)") from error
+    except ValueError as error:  # no error of syntax, but a number longer than Python converts
+        raise UserError(f"{path}:{number}: not JSON of a turn (a number is too long)") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{path}:{number}: expected an object with the keys {', '.join(KEYS)}")
+    for key in KEYS:
+        if not isinstance(row.get(key), str):
+            raise UserError(f"{path}:{number}: key '{key}' is missing or not a string")
+        if half := HALF_A_CHARACTER.search(row[key]):
+            raise UserError(f"{path}:{number}: key '{key}' holds half a character ({half[0]!a})")
+    if not (name := plain_name(row["speaker"])):
+        raise UserError(f"{path}:{number}: key 'speaker' is empty")
+    check_name(name, f"{path}:{number}")
+    return row | {"speaker": name}

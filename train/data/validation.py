@@ -9,11 +9,11 @@ from train.data.layout import Example, MQDialog
 from train.errors import UserError
 
 
-def split_validation(data: MQDialog, share: float, seed: int = 0) -> tuple[MQDialog, list[Example]]:
+def split_validation(data: MQDialog, share: float) -> tuple[MQDialog, list[Example]]:
     """``data`` with fewer training windows, and those that were taken out, in whole dialogues.
 
-    From every querier with at least two training dialogues, ``share`` of them are taken, at least one; the
-    same ones for the same ``seed``. If two responders talk with each other, their data share dialogues; what
+    From every querier with at least two training dialogues, ``share`` of them are taken, at least one,
+    always the same ones. If two responders talk with each other, their data share dialogues; what
     is taken for one is not trained on for the other.
 
     Raises ``UserError`` unless ``0 < share < 1``, and if nothing can be taken.
@@ -26,7 +26,7 @@ def split_validation(data: MQDialog, share: float, seed: int = 0) -> tuple[MQDia
     taken = {
         (querier_id, dialogue)
         for querier_id, found in dialogues.items()
-        for dialogue in _draw(list(found), share, f"{seed}/{data.queriers[querier_id]}")
+        for dialogue in _draw(list(found), share, data.queriers[querier_id])
     }
     if not taken:
         raise UserError("validation: no querier has two training dialogues, so none can be spared")
@@ -48,8 +48,8 @@ def _unmirrored(train: Sequence[Example], valid: Sequence[Example]) -> list[Exam
     ]
 
 
-def _draw(dialogues: list[str], share: float, seed: str) -> list[str]:
+def _draw(dialogues: list[str], share: float, querier: str) -> list[str]:
     if len(dialogues) < 2:
         return []
     count = min(len(dialogues) - 1, max(1, round(share * len(dialogues))))
-    return random.Random(seed).sample(sorted(dialogues), count)
+    return random.Random(f"0/{querier}").sample(sorted(dialogues), count)

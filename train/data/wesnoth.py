@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from train.cli import run
-from train.data.layout import short_name
+from train.data.names import short_name
 from train.data.transcript import Scene, Turn, join_texts, merge_turns
 from train.data.wml import Break, Message, Name, Text, read_wml
 from train.errors import UserError

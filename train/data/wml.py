@@ -72,10 +72,10 @@ class _Tag:
             yield Name(self.values["id"], self.texts["name"][0])
 
 
-def read_wml(text: str, domain: str = "wesnoth") -> Iterator[Message | Name | Break]:
+def read_wml(text: str) -> Iterator[Message | Name | Break]:
     """Messages, names and breaks in the order of the file."""
     stack: list[_Tag] = []
-    key, continues = None, False
+    key, continues, domain = None, False, "wesnoth"
     for token in TOKEN.finditer(text):
         if token["domain"]:
             domain = token["domain"]

@@ -13,7 +13,7 @@ import torch
 
 from train.config import DTYPES
 from train.experiment.plan import Cell, Experiment
-from train.experiment.windows import base_of, cell_data, fingerprint
+from train.experiment.windows import base_of, cell_data, text_checksum
 from train.files import read_json, write_atomic
 from train.finetune import check_resumes, finetune
 from train.heldout import held_out_windows, score
@@ -28,10 +28,8 @@ def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     stored = read_json(path, ("key", "records", "swapped"))
-    is_current = stored["key"] == _key(experiment, cell) and all(
-        stored.get(name, now) == now for name, now in _inputs(experiment, cell).items()
-    )
-    return stored if is_current else None
+    is_current = stored["key"] == _key(experiment, cell)
+    return stored if is_current and _inputs(experiment, cell).items() <= stored.items() else None
 
 
 def check_cell(experiment: Experiment, cell: Cell) -> None:
@@ -93,5 +91,5 @@ def _key(experiment: Experiment, cell: Cell) -> str:
 
 
 def _inputs(experiment: Experiment, cell: Cell) -> dict[str, str]:
-    """Checksums of the dialogues and the base model's weights, which older results lack."""
-    return {"text": fingerprint(experiment, cell), "base": base_of(experiment.config(cell).model)}
+    """Checksums of the dialogues and the base model's weights."""
+    return {"text": text_checksum(experiment, cell), "base": base_of(experiment.config(cell).model)}

@@ -8,9 +8,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from train.config import TrainConfig, config_from
+from train.config import TrainConfig
 from train.data.dialogue import PLAY_THRESHOLDS
 from train.data.prepare import PLAYS, PrepareConfig, prepare
+from train.data.transcript import KEYS
+from train.errors import UserError
+from train.files import unknown_key
+from train.settings import config_from
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,13 @@ class Method:
     name: str
     trained: bool
     changes: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if "_vs_" in self.name:
+            raise UserError("'_vs_' joins two methods' names in the results")
+        for key in ("seed", "output_dir"):
+            if key in self.changes:
+                raise UserError(f"'{key}' is set for each cell, not by a method")
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,8 @@ class Experiment:
         max_new_tokens: of a generated reply.
         pairs: the paired differences, as (method, compared with).
         responders: whose dialogues are prepared first; if there are none, ``train`` names the ``data``.
-        transcript: where ``responders`` speak (:mod:`train.data.transcript_rows`); None: Shakespeare's plays.
-        columns: pairs for a CSV ``transcript``: scene, speaker or text, and the name of its column.
+        transcript: where ``responders`` speak (:mod:`train.data.transcript`); None: Shakespeare's plays.
+        columns: of a CSV ``transcript``: the names of the columns of scene, speaker and text.
         queriers: the only people who ask ``responders``; if empty, all who have ``min_dialogues``.
         min_dialogues: how many dialogues with a responder make somebody a querier.
         splits: seeds that draw which dialogues of ``responders`` are held out; everything runs on each.
@@ -75,10 +86,32 @@ class Experiment:
     pairs: tuple[tuple[str, str], ...] = (("qar", "ft"),)
     responders: tuple[str, ...] = ()
     transcript: Path | None = None
-    columns: tuple[tuple[str, str], ...] = ()
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     queriers: tuple[str, ...] = ()
     min_dialogues: int = PLAY_THRESHOLDS.min_dialogues
     splits: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        for key in ("generated", "max_new_tokens", "min_dialogues"):
+            if getattr(self, key) < 1:
+                raise UserError(f"key '{key}': got {getattr(self, key)}, expected at least 1")
+        for key in ("seeds", "splits"):
+            draws = list(getattr(self, key))
+            if not draws or min(draws) < 0 or len(set(draws)) < len(draws):
+                raise UserError(
+                    f"key '{key}': got {draws}, expected a list of distinct whole numbers, 0 or above"
+                )
+        for key in self.columns:
+            if key not in KEYS:
+                raise unknown_key(key, KEYS, "columns")
+        sources = {
+            "transcript": self.transcript and str(self.transcript),
+            "columns": self.columns,
+            "splits": list(self.splits) if self.splits != (0,) else None,
+        }
+        for key, value in sources.items():
+            if value and not self.responders:
+                raise UserError(f"key '{key}': got {value!r}, but no 'responders' to prepare")
 
     @property
     def show(self) -> str:
@@ -94,7 +127,7 @@ class Experiment:
         shared = PrepareConfig(
             self.show,
             transcript=self.transcript,
-            columns=self.columns,
+            columns=tuple(self.columns.items()),
             queriers=self.queriers,
             thresholds=dataclasses.replace(PLAY_THRESHOLDS, min_dialogues=self.min_dialogues),
         )
@@ -116,4 +149,4 @@ class Experiment:
         if self.responders:
             values["data"] = str(self.prepared(cell.split) / self.show)
         values["output_dir"] = str(Path(self.output_dir) / "cells" / cell.name)
-        return config_from(values, f"method '{cell.method.name}'")
+        return config_from(TrainConfig, values, f"method '{cell.method.name}'")

@@ -8,8 +8,7 @@ from functools import cache
 
 import torch
 
-from train.base_model import fingerprint as weights_fingerprint
-from train.base_model import load_base, load_tokenizer
+from train.base_model import load_base, load_tokenizer, weights_checksum
 from train.config import DTYPES, TrainConfig
 from train.data.encode import encode_all
 from train.data.layout import MQDialog
@@ -36,7 +35,7 @@ def cell_data(experiment: Experiment, cell: Cell) -> MQDialog:
     return dataclasses.replace(data, dev=dev)
 
 
-def fingerprint(experiment: Experiment, cell: Cell) -> str:
+def text_checksum(experiment: Experiment, cell: Cell) -> str:
     """A checksum of all text that the cell trains on or is scored on."""
     data = cell_data(experiment, cell)
     return hashlib.sha256(repr((data.train, data.dev)).encode()).hexdigest()
@@ -50,7 +49,7 @@ def base_of(model: str, dtype: torch.dtype = torch.float32) -> str:
 @cache
 def _bases(model: str) -> dict[torch.dtype, str]:
     loaded, _ = load_base(model)
-    return {dtype: weights_fingerprint(loaded, dtype) for dtype in DTYPES.values()}
+    return {dtype: weights_checksum(loaded, dtype) for dtype in DTYPES.values()}
 
 
 def _shared(config: TrainConfig) -> TrainConfig:

@@ -1,16 +1,16 @@
 """Scores of held-out replies: NLL, ROUGE, BLEU, distinct-n, per method, per querier and over several seeds.
 
 There is one record per window (``records``); ``summary`` aggregates them, ``seeds`` over several runs.
-Intervals and p-values resample whole dialogues (``train/bootstrap.py``).
+Intervals and p-values resample whole dialogues (``bootstrap``).
 """
 
-from train.bootstrap import bootstrap_ci, nll_summary, paired_bootstrap, paired_nll
 from train.metrics.bleu import BLEU_KEYS, corpus_bleu, distinct, sentence_bleu
+from train.metrics.bootstrap import bootstrap_ci, nll_summary, paired_bootstrap, paired_nll
 from train.metrics.records import SCORE_KEYS, Record, rescore, score_reply, unscored
 from train.metrics.rouge import ROUGE_KEYS, rouge
 from train.metrics.seeds import compare_seeds, pool, summarise_seeds
 from train.metrics.summary import CORPUS_KEYS, compare, summarise, swap_summary
-from train.metrics.text import Tokens, tokens_for
+from train.metrics.text import TokenKind, tokens_for
 
 __all__ = [
     "BLEU_KEYS",
@@ -18,7 +18,7 @@ __all__ = [
     "ROUGE_KEYS",
     "SCORE_KEYS",
     "Record",
-    "Tokens",
+    "TokenKind",
     "bootstrap_ci",
     "compare",
     "compare_seeds",

@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict
 
 from train.metrics.bleu import BLEU_KEYS, sentence_bleu
 from train.metrics.rouge import ROUGE_KEYS, Compat, rouge
-from train.metrics.text import Tokens, checked, tokens_for
+from train.metrics.text import TokenKind, checked, tokens_for
 
 SCORE_KEYS = (*ROUGE_KEYS, *BLEU_KEYS)
 """Scores of a single reply; a method's score is their mean over replies."""
@@ -38,7 +38,7 @@ class Record(TypedDict):
 
 
 def score_reply(
-    reply: str | None, reference: str, tokens: Tokens | None = None, compat: Compat | None = None
+    reply: str | None, reference: str, tokens: TokenKind | None = None, compat: Compat | None = None
 ) -> dict[str, Any]:
     """The fields of a record that depend on the generated ``reply``; None is a failed generation.
 
@@ -58,7 +58,7 @@ def unscored(reference: str) -> dict[str, Any]:
 
 
 def rescore(
-    records: Sequence[Record], tokens: Tokens | None = None, compat: Compat | None = None
+    records: Sequence[Record], tokens: TokenKind | None = None, compat: Compat | None = None
 ) -> list[Record]:
     """Score the same replies with other ``tokens`` or as another package counts; other fields stay.
 

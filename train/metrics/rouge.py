@@ -10,14 +10,14 @@ from rouge_score.tokenizers import Tokenizer
 
 from train.errors import UserError
 from train.metrics import rouge_100
-from train.metrics.text import Tokens, checked, composed, tokenise, tokens_for
+from train.metrics.text import TokenKind, checked, composed, tokenise, tokens_for
 
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
 Compat = Literal["rouge-1.0.0"]
 
 
 def rouge(
-    prediction: str, reference: str, tokens: Tokens | None = None, compat: Compat | None = None
+    prediction: str, reference: str, tokens: TokenKind | None = None, compat: Compat | None = None
 ) -> dict[str, float]:
     """F-measures in [0, 1] of one reply; an empty one scores 0.
 
@@ -44,7 +44,7 @@ def rouge(
 
 
 class _Pieces(Tokenizer):
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: TokenKind) -> None:
         self._tokens = tokens
 
     def tokenize(self, text: str) -> list[str]:
@@ -52,7 +52,7 @@ class _Pieces(Tokenizer):
 
 
 @cache
-def _scorer(tokens: Tokens) -> RougeScorer:
+def _scorer(tokens: TokenKind) -> RougeScorer:
     if tokens == "word":
         return RougeScorer(ROUGE_KEYS, use_stemmer=True)
     return RougeScorer(ROUGE_KEYS, tokenizer=_Pieces(tokens))

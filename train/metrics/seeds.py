@@ -14,7 +14,7 @@ import numpy as np
 
 from train.metrics.records import SCORE_KEYS, Record
 from train.metrics.summary import CORPUS_KEYS, compare, summarise, tokens_of
-from train.metrics.text import Tokens
+from train.metrics.text import TokenKind
 
 COUNTS = ("empty", "failed")
 PER_SEED = ("nll", *SCORE_KEYS, *CORPUS_KEYS)
@@ -47,9 +47,7 @@ def _mean(window: Sequence[Record]) -> Record:
     return mean | {key: any(record.get(key) for record in window) for key in COUNTS}
 
 
-def summarise_seeds(
-    runs: Sequence[Sequence[Record]], tokens: Tokens | None = None, **options: Any
-) -> dict[str, Any]:
+def summarise_seeds(runs: Sequence[Sequence[Record]], tokens: TokenKind | None = None) -> dict[str, Any]:
     """As ``summarise``, of all ``runs`` together, with ``per_seed`` values.
 
     Scores of all replies of a run together (``CORPUS_KEYS``) are averaged over the runs, a querier's over the
@@ -57,8 +55,8 @@ def summarise_seeds(
     count windows.
     """
     tokens = tokens or tokens_of([record for run in runs for record in run])
-    single = [summarise(run, samples=1, tokens=tokens) for run in runs]
-    summary = summarise(pool(runs), tokens=tokens, **options)
+    single = [summarise(run, tokens) for run in runs]
+    summary = summarise(pool(runs), tokens)
     summary |= _corpus_means(single)
     summary["macro"] |= _corpus_means([one["macro"] for one in single])
     for name, scores in summary["per_querier"].items():
@@ -75,16 +73,14 @@ def _mean_or_none(values: Sequence[float | None]) -> float | None:
     return None if None in values else float(np.mean(values))
 
 
-def compare_seeds(
-    a: Sequence[Sequence[Record]], b: Sequence[Sequence[Record]], **options: Any
-) -> dict[str, dict[str, Any]]:
+def compare_seeds(a: Sequence[Sequence[Record]], b: Sequence[Sequence[Record]]) -> dict[str, dict[str, Any]]:
     """As ``compare``, over the runs of two methods; ``a`` and ``b`` may have different numbers of runs.
 
     If they have the same number, ``per_seed`` of each score holds the differences run by run.
     """
-    result = compare(pool(a), pool(b), **options)
+    result = compare(pool(a), pool(b))
     if len(a) == len(b):
-        each = [compare(first, second, samples=1) for first, second in zip(a, b, strict=True)]
+        each = [compare(first, second) for first, second in zip(a, b, strict=True)]
         for key, difference in result.items():
             difference["per_seed"] = [one[key]["diff"] for one in each]
     return result

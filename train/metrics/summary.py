@@ -1,7 +1,7 @@
 """Scores of a method over its records, and paired differences between methods.
 
 Every interval is a 95 % bootstrap interval over whole dialogues, every p-value comes from a paired
-randomisation over them (``train/bootstrap.py``).
+randomisation over them (:mod:`train.metrics.bootstrap`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from train.bootstrap import SAMPLES, bootstrap_ci, listed, nll_summary, paired_bootstrap, paired_nll
 from train.metrics.bleu import CORPUS_BLEU_KEYS, DISTINCT_KEYS, corpus_bleu, distinct
+from train.metrics.bootstrap import bootstrap_ci, listed, nll_summary, paired_bootstrap, paired_nll
 from train.metrics.records import SCORE_KEYS, Record
-from train.metrics.text import Tokens, tokens_for
+from train.metrics.text import TokenKind, tokens_for
 
 CORPUS_KEYS = (*CORPUS_BLEU_KEYS, *DISTINCT_KEYS)
 """Scores of all replies together."""
@@ -37,7 +37,7 @@ def _means(records: Sequence[Record]) -> dict[str, float | None]:
     return {key: _mean([record.get(key) for record in records]) for key in SCORE_KEYS}
 
 
-def _corpus(records: Sequence[Record], tokens: Tokens) -> dict[str, float | None]:
+def _corpus(records: Sequence[Record], tokens: TokenKind) -> dict[str, float | None]:
     """Scores of all replies together; a failed one counts as empty."""
     generated = _scored(records, "rougeL")
     if not generated or any("reference" not in record for record in generated):
@@ -46,12 +46,12 @@ def _corpus(records: Sequence[Record], tokens: Tokens) -> dict[str, float | None
     return {**corpus_bleu(replies, references, tokens), **distinct(replies, tokens)}
 
 
-def _intervals(records: Sequence[Record], samples: int, seed: int) -> dict[str, list[float] | None]:
+def _intervals(records: Sequence[Record]) -> dict[str, list[float] | None]:
     intervals = {}
     for key in SCORE_KEYS:
         scored = _scored(records, key)
         values, dialogues = _column(scored, key), _column(scored, "dialogue")
-        intervals[key] = listed(bootstrap_ci(values, dialogues, samples, seed))
+        intervals[key] = listed(bootstrap_ci(values, dialogues))
     return intervals
 
 
@@ -59,20 +59,18 @@ def _token_nll(records: Sequence[Record]) -> float:
     return float(sum(_column(records, "nll_sum")) / sum(_column(records, "tokens")))
 
 
-def tokens_of(records: Sequence[Record]) -> Tokens:
+def tokens_of(records: Sequence[Record]) -> TokenKind:
     """The kind that suits all references together, by which replies are scored one by one, too."""
     return tokens_for(record["reference"] for record in records if "reference" in record)
 
 
-def _querier_scores(records: Sequence[Record], name: str, tokens: Tokens) -> dict[str, Any]:
+def _querier_scores(records: Sequence[Record], name: str, tokens: TokenKind) -> dict[str, Any]:
     own = [record for record in records if record["querier"] == name]
     counts = {"examples": len(own), "tokens": sum(_column(own, "tokens"))}
     return {"nll": _token_nll(own), **_means(own), **_corpus(own, tokens), **counts}
 
 
-def summarise(
-    records: Sequence[Record], samples: int = SAMPLES, seed: int = 0, tokens: Tokens | None = None
-) -> dict[str, Any]:
+def summarise(records: Sequence[Record], tokens: TokenKind | None = None) -> dict[str, Any]:
     """Scores of one method: overall, as the mean over queriers ("macro"), per querier, with intervals.
 
     ROUGE and BLEU are means over the ``generated`` examples; ``CORPUS_KEYS`` are scores of all their replies
@@ -82,8 +80,7 @@ def summarise(
     """
     if not records:
         raise ValueError("records: expected at least one held-out example, got none")
-    columns = [_column(records, key) for key in ("nll_sum", "tokens", "dialogue")]
-    overall = nll_summary(*columns, samples=samples, seed=seed)
+    overall = nll_summary(*(_column(records, key) for key in ("nll_sum", "tokens", "dialogue")))
     tokens = tokens or tokens_of(records)
     queriers = dict.fromkeys(_column(records, "querier"))
     per_querier = {name: _querier_scores(records, name, tokens) for name in queriers}
@@ -96,7 +93,7 @@ def summarise(
             key: _mean([scores[key] for scores in per_querier.values()])
             for key in ("nll", *SCORE_KEYS, *CORPUS_KEYS)
         },
-        "ci95": {"nll": overall["ci95"], **_intervals(records, samples, seed)},
+        "ci95": {"nll": overall["ci95"], **_intervals(records)},
         "per_querier": per_querier,
         "empty": sum(bool(record.get("empty")) for record in records),
         "failed": sum(bool(record.get("failed")) for record in records),
@@ -116,9 +113,7 @@ def _matched(a: Sequence[Record], b: Sequence[Record]) -> list[tuple[Record, Rec
     return pairs
 
 
-def compare(
-    a: Sequence[Record], b: Sequence[Record], samples: int = SAMPLES, seed: int = 0
-) -> dict[str, dict[str, Any]]:
+def compare(a: Sequence[Record], b: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """Paired differences `a - b` of two methods on the same examples, matched by id.
 
     Returns {"nll": {"diff", "ci95", "p"}, "rouge1": ..., ...}, without the scores that no example has on
@@ -127,24 +122,22 @@ def compare(
     pairs = _matched(a, b)
     first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     sums, tokens = [_column(side, "nll_sum") for side in (first, second)], _column(first, "tokens")
-    result = {"nll": paired_nll(*sums, tokens, _column(first, "dialogue"), samples, seed)}
+    result = {"nll": paired_nll(*sums, tokens, _column(first, "dialogue"))}
     for key in SCORE_KEYS:
         scored = [(x, y) for x, y in pairs if x.get(key) is not None and y.get(key) is not None]
         if scored:
             values = ([x[key] for x, _ in scored], [y[key] for _, y in scored])
-            result[key] = paired_bootstrap(*values, [x["dialogue"] for x, _ in scored], samples, seed)
+            result[key] = paired_bootstrap(*values, [x["dialogue"] for x, _ in scored])
     return result
 
 
-def swap_summary(
-    true: Sequence[Record], swapped: Sequence[Record], samples: int = SAMPLES, seed: int = 0
-) -> dict[str, Any]:
+def swap_summary(true: Sequence[Record], swapped: Sequence[Record]) -> dict[str, Any]:
     """What asking under another id changes: {"nll_true", "nll_swapped", "nll_diff", "nll_ci95", ...}.
 
     The same four come for "rougeL_", over the examples generated both ways (None where there are none).
     A difference is swapped - true, so useful experts show nll_diff > 0 and rougeL_diff < 0.
     """
-    differences = compare(swapped, true, samples, seed)
+    differences = compare(swapped, true)
     both = set(_column(_scored(true, "rougeL"), "id")) & set(_column(_scored(swapped, "rougeL"), "id"))
     result = {}
     for side, records in (("true", true), ("swapped", swapped)):

@@ -14,7 +14,8 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 from train.errors import UserError
 
-Tokens = Literal["word", "unicode", "character", "jieba"]
+TokenKind = Literal["word", "unicode", "character", "jieba"]
+"""What a token is, see :func:`tokens_for`."""
 
 # Chinese and Japanese; Thai, Lao, Burmese and Khmer
 UNSPACED = re.compile(
@@ -25,7 +26,7 @@ LETTER = re.compile(r"[^\W\d_]")
 WORD = regex.compile(r"[\w\p{M}]+")  # with their marks: vowel signs of Hindi or Arabic are not letters
 
 
-def tokens_for(texts: Iterable[str]) -> Tokens:
+def tokens_for(texts: Iterable[str]) -> TokenKind:
     """The kind of tokens that suits most letters of ``texts``.
 
     ``character``, the paper's choice for Chinese, for scripts without spaces; ``word`` for plain Latin
@@ -37,14 +38,14 @@ def tokens_for(texts: Iterable[str]) -> Tokens:
     return "word" if 2 * sum(map(str.isascii, letters)) >= len(letters) else "unicode"
 
 
-def checked(tokens: str) -> Tokens:
+def checked(tokens: str) -> TokenKind:
     """``tokens`` if it is one of the known kinds, else a ``UserError``."""
-    if tokens not in get_args(Tokens):
-        raise UserError(f"tokens: expected {', '.join(get_args(Tokens))}, got {tokens!r}")
+    if tokens not in get_args(TokenKind):
+        raise UserError(f"tokens: expected {', '.join(get_args(TokenKind))}, got {tokens!r}")
     return tokens
 
 
-def tokenise(text: str, tokens: Tokens) -> list[str]:
+def tokenise(text: str, tokens: TokenKind) -> list[str]:
     """``word``: lower-case runs of plain Latin letters and digits; ``unicode``: of any letters and digits.
 
     The other kinds: all pieces that are not white space.

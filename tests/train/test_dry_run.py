@@ -3,13 +3,14 @@ from pathlib import Path
 from processes import log_of
 
 from qar_models import sparse_parameters
-from train import plan
 from train.dataset import load_data
-from train.finetune import finetune, prepare
+from train.dry_run import dry_run, memory, num_steps
+from train.finetune import finetune
+from train.setup import prepare
 
 
 def test_dry_run_prints_the_plan_and_keeps_nothing(config, capsys):
-    plan.dry_run(config.replace(trainable_layers=None))
+    dry_run(config.replace(trainable_layers=None))
     text = capsys.readouterr().out
     for part in ("windows", "queriers", "LoRA", "contrastive heads", "optimizer", "first 4 steps"):
         assert part in text
@@ -21,7 +22,7 @@ def test_plan_counts_steps_as_the_trainer_does(config):
         changes = {"batch_size": batch_size, "gradient_accumulation": accumulation}
         changed = config.replace(output_dir=f"{config.output_dir}_{accumulation}", **changes)
         finetune(changed)
-        assert plan.num_steps(changed, 24) == log_of(changed)[-1]["step"]
+        assert num_steps(changed, 24) == log_of(changed)[-1]["step"]
 
 
 def test_sparse_experts_are_whole_on_every_rank(config, monkeypatch):
@@ -31,7 +32,7 @@ def test_sparse_experts_are_whole_on_every_rank(config, monkeypatch):
     monkeypatch.setattr("train.ranks.world_size", lambda: 2)
     experts = sum(parameter.numel() for parameter in sparse_parameters(prepared.model).values())
     others = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad) - experts
-    found = plan.memory(prepared, sparse)
+    found = memory(prepared, sparse)
     assert found["optimizer"] == 12 * (experts + others / 2)
     asked = sparse.batch_size / len(prepared.model.qar.querier_names)
     assert found["gradients"] == 2 * (experts * min(1, asked) + others / 2)

