@@ -21,11 +21,12 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from qar_models.base_mlp import declare_swiglu
 from qar_models.causal_lm import QARForCausalLMMixin
 from qar_models.config import QARConfigMixin
 from qar_models.modeling import DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
@@ -124,10 +125,18 @@ class Classes(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A family's plain classes and their querier-aware subclasses."""
+    """A family's plain classes and their querier-aware subclasses.
+
+    Attributes:
+        plain: transformers' classes.
+        aware: their subclasses, in the same order.
+        mlp: the layers' MLP class, if it computes what
+            :func:`~qar_models.base_mlp.declare_swiglu` says. None: each base MLP runs in its own modules.
+    """
 
     plain: Classes
     aware: Classes
+    mlp: type[nn.Module] | None
 
     def to_aware(self, instance: PreTrainedConfig | nn.Module) -> None:
         """Turn one object of the family into its querier-aware subclass, in place."""
@@ -165,19 +174,24 @@ FAMILIES = (
     Family(
         Classes(LlamaConfig, LlamaRMSNorm, LlamaDecoderLayer, LlamaModel, LlamaForCausalLM),
         Classes(QARLlamaConfig, QARLlamaRMSNorm, QARLlamaDecoderLayer, QARLlamaModel, QARLlamaForCausalLM),
+        LlamaMLP,
     ),
     Family(
         Classes(Qwen2Config, Qwen2RMSNorm, Qwen2DecoderLayer, Qwen2Model, Qwen2ForCausalLM),
         Classes(QARQwen2Config, QARQwen2RMSNorm, QARQwen2DecoderLayer, QARQwen2Model, QARQwen2ForCausalLM),
+        Qwen2MLP,
     ),
     Family(
         Classes(Qwen3Config, Qwen3RMSNorm, Qwen3DecoderLayer, Qwen3Model, Qwen3ForCausalLM),
         Classes(QARQwen3Config, QARQwen3RMSNorm, QARQwen3DecoderLayer, QARQwen3Model, QARQwen3ForCausalLM),
+        Qwen3MLP,
     ),
 )
 
 
 for _family in FAMILIES:
+    if _family.mlp is not None:
+        declare_swiglu(_family.mlp)
     # transformers registers a class here when its __init__ runs, which an in-place conversion skips; without
     # the entry ``output_hidden_states`` and ``output_attentions`` would silently return None
     _decoder = _family.aware.decoder
