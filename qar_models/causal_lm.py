@@ -1,6 +1,6 @@
 """The language model around the decoder: head, both losses, generation, loading and saving.
 
-B sequences, S tokens, H hidden.
+B sequences, S tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class QARForCausalLMMixin(MembershipMixin):
         logits = None
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
+            logits = self._head(hidden_states[:, kept])
         found = {}
         if labels is not None:
             labels = _checked_labels(labels, hidden_states, cu_seq_lens_q)
@@ -231,13 +231,17 @@ class QARForCausalLMMixin(MembershipMixin):
             **found,
         )
 
+    def _head(self, states: Tensor) -> Tensor:
+        """Logits ``(..., V)`` of final states ``(..., H)``; to override for a scale or cap on them."""
+        return self.lm_head(states)
+
     def _lm_loss(
         self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor, num_items: Tensor | int | None
     ) -> Tensor:
         targets = labels[:, 1:]
         kept = targets != IGNORE_INDEX
         if logits is None:
-            scores, targets = self.lm_head(hidden_states[:, :-1][kept]), targets[kept]
+            scores, targets = self._head(hidden_states[:, :-1][kept]), targets[kept]
         elif logits.shape[1] == labels.shape[1]:
             scores, targets = logits[:, :-1].flatten(0, 1), targets.flatten()
         else:
