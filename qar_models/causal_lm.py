@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -191,10 +191,11 @@ class QARForCausalLMMixin(MembershipMixin):
 
         Raises:
             ValueError, TypeError: naming the argument, what came and what was expected; also for
-                ``shift_labels``, which the base class accepts.
+                ``shift_labels`` and ``output_router_logits``, which base classes accept.
         """
         if kwargs.get("shift_labels") is not None:
             raise TypeError("shift_labels: got shifted labels, expected 'labels', which are not shifted")
+        check_no_router_logits(self.config, kwargs.get("output_router_logits"))
         querier_ids = as_ids(querier_ids)
         outputs: QARModelOutput = self.model(
             input_ids=input_ids,
@@ -232,7 +233,7 @@ class QARForCausalLMMixin(MembershipMixin):
         )
 
     def _head(self, states: Tensor) -> Tensor:
-        """Logits ``(..., V)`` of final states ``(..., H)``; to override for a scale or cap on them."""
+        """Logits ``(..., V)`` of final states ``(..., H)``. Families that scale or cap them override it."""
         return self.lm_head(states)
 
     def _lm_loss(
@@ -255,6 +256,20 @@ class QARForCausalLMMixin(MembershipMixin):
             return 1.0
         count = (labels[:, 1:] != IGNORE_INDEX).sum().float()
         return (mean_over_ranks(count) if self.training else count) / num_items
+
+
+def check_no_router_logits(config: PreTrainedConfig, asked: bool | None = None) -> None:
+    """Raise ``ValueError`` where a mixture of experts would add its router's loss: that is not computed.
+
+    Args:
+        config: whose ``output_router_logits``, if it has one, is the default.
+        asked: the argument of a call.
+    """
+    if getattr(config, "output_router_logits", False) if asked is None else asked:
+        raise ValueError(
+            "output_router_logits: got True, expected False; a querier-aware model neither returns a "
+            "router's logits nor adds its auxiliary loss"
+        )
 
 
 def _checked_labels(labels: Tensor, hidden_states: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
