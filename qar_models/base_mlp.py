@@ -18,6 +18,7 @@ from qar_kernels.lora import NO_LORA, Adapter, LoRA
 
 logger = logging.get_logger(__name__)
 _PEFT_LINEAR = ("peft.tuners.lora.layer", "Linear")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # by class name, the forward methods that compute down(silu(gate(x)) * up(x)) and nothing else
 _SWIGLU: dict[str, Callable[..., Any]] = {}
@@ -41,7 +42,8 @@ def declare_swiglu(kind: type[nn.Module]) -> None:
     With a SiLU as ``act_fn`` that must be ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``, in training too.
     Names do not tell: MLPs with the same three projections drop out, clamp, scale or normalise in between.
     """
-    _SWIGLU[kind.__name__] = kind.forward
+    if kind.forward.__module__ == kind.__module__:  # or else somebody has patched the class before
+        _SWIGLU[kind.__name__] = kind.forward
 
 
 def fusable(mlp: nn.Module) -> BaseMLP | None:
@@ -51,8 +53,8 @@ def fusable(mlp: nn.Module) -> BaseMLP | None:
     disabled, merged or put in training mode at any time.
     """
     try:
-        _check_arithmetic(type(mlp))
-        activation = mlp.act_fn
+        _check_arithmetic(mlp)
+        activation = getattr(mlp, "act_fn", None)
         if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
             raise _NotFusableError(f"the activation of {type(mlp).__name__} is not a SiLU in act_fn")
         _refuse_hooks(mlp)
@@ -67,15 +69,20 @@ def fusable(mlp: nn.Module) -> BaseMLP | None:
     return BaseMLP((gate[0], up[0], down[0]), lora)
 
 
-def _check_arithmetic(kind: type[nn.Module]) -> None:
+def _check_arithmetic(mlp: nn.Module) -> None:
     """Refuse a class whose ``forward``, its own, inherited or patched, is not one of those declared."""
+    kind = type(mlp)
     forward = kind.forward
+    if forward in _SWIGLU.values():
+        return
+    missing = [name for name in _PROJECTIONS if not hasattr(mlp, name)]
+    if missing:
+        raise _NotFusableError(f"{kind.__name__} has no {', '.join(missing)}")
     owner = forward.__module__
     if not owner.startswith("transformers.models."):
         raise _NotFusableError(f"the forward method of {kind.__name__} comes from {owner}")
-    if forward not in _SWIGLU.values():
-        names = ", ".join(_SWIGLU)
-        raise _NotFusableError(f"the forward method of {kind.__name__} is none of those of {names}")
+    names = ", ".join(_SWIGLU)
+    raise _NotFusableError(f"the forward method of {kind.__name__} is none of those of {names}")
 
 
 def _read(projection: nn.Module) -> tuple[Tensor, Adapter | None]:

@@ -112,7 +112,7 @@ class QARDecoderLayerMixin:
 
     def _base(self, x: Tensor) -> BaseMLP | Tensor:
         """The base MLP's weights, or else its output. Not the module, which offloading hooks would move."""
-        return fusable(self.mlp) or self.mlp(x)
+        return fusable(self.mlp) or self.mlp(x.contiguous())  # one tower's rows are a strided view
 
 
 class QARModelMixin:

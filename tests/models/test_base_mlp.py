@@ -13,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 from transformers.utils import logging as hf_logging
 
-from qar_models import apply_qar
+from qar_models import apply_qar, base_mlp
 from qar_models.base_mlp import fusable
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160}
@@ -54,6 +54,14 @@ def test_mlps_that_compute_something_else_run_by_themselves(other, log):
     torch.testing.assert_close(got, expected)
     (reason,) = reasons(log)
     assert f"the forward method of {kind.__name__} is none of those of LlamaMLP, " in reason
+
+
+def test_a_forward_that_was_patched_before_it_is_declared_is_not_trusted(log, monkeypatch):
+    monkeypatch.setattr(base_mlp, "_SWIGLU", {})
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 2 * x)
+    base_mlp.declare_swiglu(LlamaMLP)
+    assert fusable(plain_model().model.layers[0].mlp) is None
+    assert f"the forward method of LlamaMLP comes from {__name__}" in reasons(log)[0]
 
 
 def test_mlps_that_inherit_a_known_forward_are_fused(log):

@@ -1,5 +1,6 @@
 """A family that is not in FAMILIES, made by the recipe of docs/models.md: Qwen3's mixture of experts."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tiny_models import HIDDEN, QUERIER_IDS, VOCAB, left_padded_batch, qar_config, training_batch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeRMSNorm
+from transformers.utils import logging as hf_logging
 
 from qar_models import apply_qar, families
 from qar_models.causal_lm import QARForCausalLMMixin
@@ -69,6 +71,19 @@ def test_a_fresh_model_equals_its_base():
     expected = base(**batch).logits
     got = apply_qar(base, qar_config())(**batch, querier_ids=QUERIER_IDS).logits
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_both_towers_run_a_block_without_the_three_projections(caplog):
+    hf_logging.warning_once.cache_clear()
+    caplog.set_level(logging.WARNING)
+    base, batch = moe(), left_padded_batch()
+    expected = base.model(**batch).last_hidden_state
+    decoder = apply_qar(base, qar_config("replace")).model
+    out = decoder(**batch, querier_ids=QUERIER_IDS)
+    general = 2 * out.last_hidden_state - decoder.norm_specific(out.querier_states)
+    torch.testing.assert_close(general, expected, rtol=1e-4, atol=1e-4)
+    (reason,) = [r.getMessage() for r in caplog.records if r.name == "qar_models.base_mlp"]
+    assert "Qwen3MoeSparseMoeBlock has no gate_proj, up_proj, down_proj" in reason
 
 
 def test_a_routers_loss_is_refused_and_the_model_stays_plain():
