@@ -28,7 +28,7 @@ CONTRASTS = {"masked": QuerierContrast, "reference": ReferenceContrast}
 
 
 def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
-    """Make a loaded Llama, Qwen2 or Qwen3 querier-aware, in place.
+    """Make a loaded Llama, Mistral, Qwen2 or Qwen3 querier-aware, in place.
 
     Args:
         model: a ``ForCausalLM`` of a supported family, or a PEFT model around one, whose checkpoints will

@@ -12,6 +12,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -22,6 +25,7 @@ from transformers import (
     Qwen3Model,
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -57,6 +61,33 @@ class QARLlamaForCausalLM(QARForCausalLMMixin, LlamaForCausalLM):
     """Querier-aware Llama (Llama 2 and 3, SmolLM2 and others that load as ``LlamaForCausalLM``)."""
 
     config_class = QARLlamaConfig
+
+
+class QARMistralConfig(QARConfigMixin, MistralConfig):
+    """:class:`MistralConfig` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
+
+    model_type = "qar_mistral"
+    qar: dict[str, Any] | None = None
+
+
+class QARMistralRMSNorm(DeferredNormMixin, MistralRMSNorm):
+    """Mistral's final norm, applied per tower."""
+
+
+class QARMistralDecoderLayer(QARDecoderLayerMixin, MistralDecoderLayer):
+    """Mistral's decoder layer with experts."""
+
+
+class QARMistralModel(QARModelMixin, MistralModel):
+    """Mistral's decoder with a querier-specific tower."""
+
+    config_class = QARMistralConfig
+
+
+class QARMistralForCausalLM(QARForCausalLMMixin, MistralForCausalLM):
+    """Querier-aware Mistral (7B, Nemo and others that load as ``MistralForCausalLM``)."""
+
+    config_class = QARMistralConfig
 
 
 class QARQwen2Config(QARConfigMixin, Qwen2Config):
@@ -175,6 +206,17 @@ FAMILIES = (
         Classes(LlamaConfig, LlamaRMSNorm, LlamaDecoderLayer, LlamaModel, LlamaForCausalLM),
         Classes(QARLlamaConfig, QARLlamaRMSNorm, QARLlamaDecoderLayer, QARLlamaModel, QARLlamaForCausalLM),
         LlamaMLP,
+    ),
+    Family(
+        Classes(MistralConfig, MistralRMSNorm, MistralDecoderLayer, MistralModel, MistralForCausalLM),
+        Classes(
+            QARMistralConfig,
+            QARMistralRMSNorm,
+            QARMistralDecoderLayer,
+            QARMistralModel,
+            QARMistralForCausalLM,
+        ),
+        MistralMLP,
     ),
     Family(
         Classes(Qwen2Config, Qwen2RMSNorm, Qwen2DecoderLayer, Qwen2Model, Qwen2ForCausalLM),

@@ -62,7 +62,7 @@ class DeferredNormMixin:
 
 
 class QARDecoderLayerMixin:
-    """A decoder layer with experts beside its MLP. Llama, Qwen2 and Qwen3 layers share this forward."""
+    """A decoder layer with experts beside its MLP. Llama, Mistral and Qwen layers share this forward."""
 
     experts: Experts | None  # or PEFT's wrapper around them, which hides their settings
     tower: Tower

@@ -56,6 +56,20 @@ def test_cached_equals_uncached(tower, first_expert_layer, settings):
     )
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("window", [4, 12])
+def test_a_cache_that_holds_the_last_window_only(window, tower, settings):
+    """The prompts have 10 tokens: the window is full before, or fills while they are answered."""
+    model = aware_model("mistral", tower, base=plain_model("mistral", sliding_window=window))
+    batch = left_padded_batch()
+    uncached = {name: value for name, value in settings.items() if name != "cache_implementation"}
+    expected = generate(model, batch, **uncached, use_cache=False)
+    assert torch.equal(generate(model, batch, **settings), expected)
+    unbounded = aware_model("mistral", tower, base=plain_model("mistral", sliding_window=None))
+    assert not torch.equal(generate(unbounded, batch, **settings), expected)
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_a_plain_model_drafts(tower):
     """Speculative decoding; without experts the draft ignores who asks, and the answer does not change."""

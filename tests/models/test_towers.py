@@ -197,6 +197,17 @@ def test_inherited_details_survive(family):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "sliding_window" in FAMILIES[name].details])
+def test_windows_that_slide(family, tower):
+    base, batch = plain_model(family, **FAMILIES[family].details), left_padded_batch()
+    model = aware_model(family, tower, base=base).double()
+    assert_matches_plain_towers(model, batch)
+    expected = model(**batch, querier_ids=QUERIER_IDS).logits
+    model.config.sliding_window = 3
+    assert not torch.equal(model(**batch, querier_ids=QUERIER_IDS).logits, expected)
+
+
 def assert_equal_formulas(got, expected):
     # transformers computes norms, rotary angles and the softmax in float32 whatever the model's dtype
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=3e-5)
@@ -218,7 +229,8 @@ class PlainTowers:
         for index in range(self.config.num_hidden_layers):
             prefix = f"model.layers.{index}."
             normed = self.norm(streams, prefix + "input_layernorm")
-            streams = streams + self.attention(normed, prefix + "self_attn.", mask, positions)
+            visible = self.window(index, len(positions)) & mask[:, None, None].bool()
+            streams = streams + self.attention(normed, prefix + "self_attn.", visible, positions)
             normed = self.norm(streams, prefix + "post_attention_layernorm")
             streams = streams + self.feed_forward(normed, prefix, querier_ids)
         if self.qar.tower == "replace":
@@ -239,7 +251,15 @@ class PlainTowers:
         y = x @ self.weights[name + ".weight"].T
         return y + self.weights.get(name + ".bias", 0)
 
-    def attention(self, x, prefix, mask, positions):
+    def window(self, index, length):
+        """``(length, length)``: what each token of a layer sees: itself and all, or some, before it."""
+        causal = torch.ones(length, length).tril().bool()
+        width, kinds = (getattr(self.config, name, None) for name in ("sliding_window", "layer_types"))
+        if width is None or (kinds is not None and kinds[index] != "sliding_attention"):
+            return causal
+        return causal.triu(1 - width)
+
+    def attention(self, x, prefix, visible, positions):
         batch, length, _ = x.shape
         size = len(self.weights[prefix + "k_proj.weight"]) // self.config.num_key_value_heads
         query, key, value = (
@@ -252,7 +272,6 @@ class PlainTowers:
         groups = query.shape[2] // key.shape[2]
         key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / size**0.5
-        visible = torch.ones(length, length).tril().bool() & mask[:, None, None].bool()
         weights = scores.masked_fill(~visible, -1e30).softmax(-1)
         mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, -1)
         return self.linear(mixed, prefix + "o_proj")

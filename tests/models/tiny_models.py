@@ -6,6 +6,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -14,7 +16,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from qar_models import QARConfig, QARLlamaForCausalLM, QARQwen2ForCausalLM, QARQwen3ForCausalLM
+from qar_models import (
+    QARConfig,
+    QARLlamaForCausalLM,
+    QARMistralForCausalLM,
+    QARQwen2ForCausalLM,
+    QARQwen3ForCausalLM,
+)
 
 
 class TinyFamily(NamedTuple):
@@ -37,6 +45,9 @@ _SOME_LAYERS_SLIDE = {"use_sliding_window": True, "sliding_window": 4, "max_wind
 FAMILIES = {
     "llama": TinyFamily(
         LlamaConfig, LlamaForCausalLM, QARLlamaForCausalLM, {}, {"attention_bias": True, "mlp_bias": True}
+    ),
+    "mistral": TinyFamily(
+        MistralConfig, MistralForCausalLM, QARMistralForCausalLM, {}, {"sliding_window": 4}
     ),
     "qwen2": TinyFamily(Qwen2Config, Qwen2ForCausalLM, QARQwen2ForCausalLM, {}, _SOME_LAYERS_SLIDE),
     "qwen3": TinyFamily(
