@@ -24,7 +24,7 @@ from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
 from qar_models.modeling import QARModelOutput
 from qar_models.packing import ids_of_windows
-from qar_models.queriers import as_ids, assume_ids_unchanged, check_prompt_ids
+from qar_models.querier_ids import as_ids, assume_ids_unchanged, check_prompt_ids
 from qar_models.row_sparse import sparse_parameters
 
 IGNORE_INDEX = -100

@@ -20,7 +20,7 @@ from qar_models.contrast_reference import ReferenceContrast
 from qar_models.distributed import check_not_sharded
 from qar_models.experts import Experts
 from qar_models.families import Classes, Family, family_of, has_own_forward
-from qar_models.queriers import TowerMemo
+from qar_models.querier_ids import TowerMemo
 
 logger = logging.get_logger(__name__)
 

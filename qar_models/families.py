@@ -1,4 +1,7 @@
-"""The supported decoder families. A new one is a configuration, four class statements and a table row."""
+"""The supported decoder families. A new one is a configuration, four class statements and a table row.
+
+docs/models.md ("Adding a family") says what to check before.
+"""
 
 from __future__ import annotations
 

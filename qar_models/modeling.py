@@ -28,7 +28,7 @@ from qar_models.packing import (
     repeat_windows,
     restarting_positions,
 )
-from qar_models.queriers import TowerMemo
+from qar_models.querier_ids import TowerMemo
 from qar_models.row_sparse import sparse_parameters
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
 

@@ -14,7 +14,7 @@ from tiny_models import (
 )
 from transformers import DynamicCache
 
-from qar_models import QARConfig, apply_qar, queriers
+from qar_models import QARConfig, apply_qar, querier_ids
 from qar_models.config import CACHE
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -165,8 +165,8 @@ def test_querier_ids_may_be_a_list(settings):
 
 def test_a_generation_groups_its_rows_once(monkeypatch):
     model, made = aware_model(), []
-    make = queriers.make_towers
-    monkeypatch.setattr(queriers, "make_towers", lambda *args: made.append(args[3]) or make(*args))
+    make = querier_ids.make_towers
+    monkeypatch.setattr(querier_ids, "make_towers", lambda *args: made.append(args[3]) or make(*args))
     prompts = left_padded_batch()
     ids = torch.tensor([3, 0, -1])
     first = model.generate(**prompts, querier_ids=ids, max_new_tokens=6, do_sample=False)
