@@ -1,4 +1,7 @@
-"""Querier-aware Llama, Qwen2 and Qwen3. Importing this registers them with transformers' Auto classes."""
+"""Querier-aware Llama, Mistral, Qwen2 and Qwen3.
+
+Importing this registers them with transformers' Auto classes.
+"""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -10,6 +13,8 @@ from qar_models.families import (
     FAMILIES,
     QARLlamaConfig,
     QARLlamaForCausalLM,
+    QARMistralConfig,
+    QARMistralForCausalLM,
     QARQwen2Config,
     QARQwen2ForCausalLM,
     QARQwen3Config,
@@ -36,6 +41,8 @@ __all__ = [
     "QARConfig",
     "QARLlamaConfig",
     "QARLlamaForCausalLM",
+    "QARMistralConfig",
+    "QARMistralForCausalLM",
     "QARQwen2Config",
     "QARQwen2ForCausalLM",
     "QARQwen3Config",

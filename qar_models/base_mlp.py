@@ -1,12 +1,14 @@
 """The parts of a base MLP that the fused operations can take over: plain weights, and LoRA adapters on them.
 
-H hidden, I intermediate. Anything else (quantised weights, DoRA, other tuners, hooks) must run in its own
-modules. PEFT need not be installed: its layers are recognised by name.
+H hidden, I intermediate. Anything else (other MLPs, quantised weights, DoRA, other tuners, hooks)
+must run in its own modules. PEFT need not be installed: its layers are recognised by name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,10 @@ from qar_kernels.lora import NO_LORA, Adapter, LoRA
 
 logger = logging.get_logger(__name__)
 _PEFT_LINEAR = ("peft.tuners.lora.layer", "Linear")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# by class name, the forward methods that compute down(silu(gate(x)) * up(x)) and nothing else
+_SWIGLU: dict[str, Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,16 @@ class _NotFusableError(Exception):
     """Why a base MLP must run in its own modules."""
 
 
+def declare_swiglu(kind: type[nn.Module]) -> None:
+    """Let the fused operations compute what MLPs of this class and of subclasses with its ``forward`` do.
+
+    With a SiLU as ``act_fn`` that must be ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``, in training too.
+    Names do not tell: MLPs with the same three projections drop out, clamp, scale or normalise in between.
+    """
+    if kind.forward.__module__ == kind.__module__:  # or else somebody has patched the class before
+        _SWIGLU[kind.__name__] = kind.forward
+
+
 def fusable(mlp: nn.Module) -> BaseMLP | None:
     """The weights and adapters of a base MLP, or None if its own modules must run.
 
@@ -38,12 +53,10 @@ def fusable(mlp: nn.Module) -> BaseMLP | None:
     disabled, merged or put in training mode at any time.
     """
     try:
-        activation = getattr(mlp, "act_fn", None)  # a replacement's class may have none
+        _check_arithmetic(mlp)
+        activation = getattr(mlp, "act_fn", None)
         if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
             raise _NotFusableError(f"the activation of {type(mlp).__name__} is not a SiLU in act_fn")
-        owner = type(mlp).forward.__module__  # also tells where a class was patched
-        if not owner.startswith("transformers.models."):
-            raise _NotFusableError(f"the forward method of {type(mlp).__name__} comes from {owner}")
         _refuse_hooks(mlp)
         _refuse_hooks(activation)
         gate, up, down = (_read(projection) for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
@@ -54,6 +67,22 @@ def fusable(mlp: nn.Module) -> BaseMLP | None:
     adapters = gate[1], up[1], down[1]
     lora = NO_LORA if adapters == (None, None, None) else LoRA(*adapters)
     return BaseMLP((gate[0], up[0], down[0]), lora)
+
+
+def _check_arithmetic(mlp: nn.Module) -> None:
+    """Refuse a class whose ``forward``, its own, inherited or patched, is not one of those declared."""
+    kind = type(mlp)
+    forward = kind.forward
+    if forward in _SWIGLU.values():
+        return
+    missing = [name for name in _PROJECTIONS if not hasattr(mlp, name)]
+    if missing:
+        raise _NotFusableError(f"{kind.__name__} has no {', '.join(missing)}")
+    owner = forward.__module__
+    if not owner.startswith("transformers.models."):
+        raise _NotFusableError(f"the forward method of {kind.__name__} comes from {owner}")
+    names = ", ".join(_SWIGLU)
+    raise _NotFusableError(f"the forward method of {kind.__name__} is none of those of {names}")
 
 
 def _read(projection: nn.Module) -> tuple[Tensor, Adapter | None]:

@@ -1,6 +1,6 @@
 """The language model around the decoder: head, both losses, generation, loading and saving.
 
-B sequences, S tokens, H hidden.
+B sequences, S tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -24,7 +24,7 @@ from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
 from qar_models.modeling import QARModelOutput
 from qar_models.packing import ids_of_windows
-from qar_models.queriers import as_ids, assume_ids_unchanged, check_prompt_ids
+from qar_models.querier_ids import as_ids, assume_ids_unchanged, check_prompt_ids
 from qar_models.row_sparse import sparse_parameters
 
 IGNORE_INDEX = -100
@@ -191,10 +191,11 @@ class QARForCausalLMMixin(MembershipMixin):
 
         Raises:
             ValueError, TypeError: naming the argument, what came and what was expected; also for
-                ``shift_labels``, which the base class accepts.
+                ``shift_labels`` and ``output_router_logits``, which base classes accept.
         """
         if kwargs.get("shift_labels") is not None:
             raise TypeError("shift_labels: got shifted labels, expected 'labels', which are not shifted")
+        check_no_router_logits(self.config, kwargs.get("output_router_logits"))
         querier_ids = as_ids(querier_ids)
         outputs: QARModelOutput = self.model(
             input_ids=input_ids,
@@ -211,7 +212,7 @@ class QARForCausalLMMixin(MembershipMixin):
         logits = None
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
+            logits = self._head(hidden_states[:, kept])
         found = {}
         if labels is not None:
             labels = _checked_labels(labels, hidden_states, cu_seq_lens_q)
@@ -231,13 +232,17 @@ class QARForCausalLMMixin(MembershipMixin):
             **found,
         )
 
+    def _head(self, states: Tensor) -> Tensor:
+        """Logits ``(..., V)`` of final states ``(..., H)``. Families that scale or cap them override it."""
+        return self.lm_head(states)
+
     def _lm_loss(
         self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor, num_items: Tensor | int | None
     ) -> Tensor:
         targets = labels[:, 1:]
         kept = targets != IGNORE_INDEX
         if logits is None:
-            scores, targets = self.lm_head(hidden_states[:, :-1][kept]), targets[kept]
+            scores, targets = self._head(hidden_states[:, :-1][kept]), targets[kept]
         elif logits.shape[1] == labels.shape[1]:
             scores, targets = logits[:, :-1].flatten(0, 1), targets.flatten()
         else:
@@ -251,6 +256,20 @@ class QARForCausalLMMixin(MembershipMixin):
             return 1.0
         count = (labels[:, 1:] != IGNORE_INDEX).sum().float()
         return (mean_over_ranks(count) if self.training else count) / num_items
+
+
+def check_no_router_logits(config: PreTrainedConfig, asked: bool | None = None) -> None:
+    """Raise ``ValueError`` where a mixture of experts would add its router's loss: that is not computed.
+
+    Args:
+        config: whose ``output_router_logits``, if it has one, is the default.
+        asked: the argument of a call.
+    """
+    if getattr(config, "output_router_logits", False) if asked is None else asked:
+        raise ValueError(
+            "output_router_logits: got True, expected False; a querier-aware model neither returns a "
+            "router's logits nor adds its auxiliary loss"
+        )
 
 
 def _checked_labels(labels: Tensor, hidden_states: Tensor, cu_seq_lens: Tensor | None) -> Tensor:

@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from qar_models.causal_lm import check_no_router_logits
 from qar_models.config import QARConfig
 from qar_models.contrast import QuerierContrast
 from qar_models.contrast_reference import ReferenceContrast
 from qar_models.distributed import check_not_sharded
 from qar_models.experts import Experts
 from qar_models.families import Classes, Family, family_of, has_own_forward
-from qar_models.queriers import TowerMemo
+from qar_models.querier_ids import TowerMemo
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +28,7 @@ CONTRASTS = {"masked": QuerierContrast, "reference": ReferenceContrast}
 
 
 def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
-    """Make a loaded Llama, Qwen2 or Qwen3 querier-aware, in place.
+    """Make a loaded Llama, Mistral, Qwen2 or Qwen3 querier-aware, in place.
 
     Args:
         model: a ``ForCausalLM`` of a supported family, or a PEFT model around one, whose checkpoints will
@@ -41,8 +42,8 @@ def apply_qar(model: nn.Module, qar: QARConfig) -> nn.Module:
     Raises:
         TypeError: if ``qar`` is not a QARConfig, the family is not supported, or a module of the model was
             replaced or has a patched ``forward``.
-        ValueError: if the model is querier-aware already, the settings do not fit it, or its decoder is
-            offloaded.
+        ValueError: if the model is querier-aware already, the settings do not fit it, its decoder is
+            offloaded, or its configuration asks for a router's auxiliary loss (``output_router_logits``).
 
     From then on ``model.model.norm``, the final norm, is the identity when called, because each tower applies
     it later. Code that reads the hidden states of inner layers (a logit lens) must call
@@ -174,6 +175,7 @@ def _copy_norm(norm: nn.Module, family: Family) -> nn.Module:
 
 
 def _check_fits(model: PreTrainedModel, qar: QARConfig) -> None:
+    check_no_router_logits(model.config)
     layers = model.config.num_hidden_layers
     if qar.first_expert_layer > layers:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""The supported decoder families. A new one is a configuration, four class statements and a table row."""
+"""The supported decoder families. A new one is a configuration, four class statements and a table row.
+
+docs/models.md ("Adding a family") says what to check before.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -21,11 +27,13 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from qar_models.base_mlp import declare_swiglu
 from qar_models.causal_lm import QARForCausalLMMixin
 from qar_models.config import QARConfigMixin
 from qar_models.modeling import DeferredNormMixin, QARDecoderLayerMixin, QARModelMixin
@@ -56,6 +64,33 @@ class QARLlamaForCausalLM(QARForCausalLMMixin, LlamaForCausalLM):
     """Querier-aware Llama (Llama 2 and 3, SmolLM2 and others that load as ``LlamaForCausalLM``)."""
 
     config_class = QARLlamaConfig
+
+
+class QARMistralConfig(QARConfigMixin, MistralConfig):
+    """:class:`MistralConfig` plus ``qar``, the fields of a :class:`~qar_models.QARConfig`."""
+
+    model_type = "qar_mistral"
+    qar: dict[str, Any] | None = None
+
+
+class QARMistralRMSNorm(DeferredNormMixin, MistralRMSNorm):
+    """Mistral's final norm, applied per tower."""
+
+
+class QARMistralDecoderLayer(QARDecoderLayerMixin, MistralDecoderLayer):
+    """Mistral's decoder layer with experts."""
+
+
+class QARMistralModel(QARModelMixin, MistralModel):
+    """Mistral's decoder with a querier-specific tower."""
+
+    config_class = QARMistralConfig
+
+
+class QARMistralForCausalLM(QARForCausalLMMixin, MistralForCausalLM):
+    """Querier-aware Mistral (7B, Nemo and others that load as ``MistralForCausalLM``)."""
+
+    config_class = QARMistralConfig
 
 
 class QARQwen2Config(QARConfigMixin, Qwen2Config):
@@ -124,10 +159,18 @@ class Classes(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A family's plain classes and their querier-aware subclasses."""
+    """A family's plain classes and their querier-aware subclasses.
+
+    Attributes:
+        plain: transformers' classes.
+        aware: their subclasses, in the same order.
+        mlp: the layers' MLP class, if it computes what
+            :func:`~qar_models.base_mlp.declare_swiglu` says. None: each base MLP runs in its own modules.
+    """
 
     plain: Classes
     aware: Classes
+    mlp: type[nn.Module] | None
 
     def to_aware(self, instance: PreTrainedConfig | nn.Module) -> None:
         """Turn one object of the family into its querier-aware subclass, in place."""
@@ -165,19 +208,35 @@ FAMILIES = (
     Family(
         Classes(LlamaConfig, LlamaRMSNorm, LlamaDecoderLayer, LlamaModel, LlamaForCausalLM),
         Classes(QARLlamaConfig, QARLlamaRMSNorm, QARLlamaDecoderLayer, QARLlamaModel, QARLlamaForCausalLM),
+        LlamaMLP,
+    ),
+    Family(
+        Classes(MistralConfig, MistralRMSNorm, MistralDecoderLayer, MistralModel, MistralForCausalLM),
+        Classes(
+            QARMistralConfig,
+            QARMistralRMSNorm,
+            QARMistralDecoderLayer,
+            QARMistralModel,
+            QARMistralForCausalLM,
+        ),
+        MistralMLP,
     ),
     Family(
         Classes(Qwen2Config, Qwen2RMSNorm, Qwen2DecoderLayer, Qwen2Model, Qwen2ForCausalLM),
         Classes(QARQwen2Config, QARQwen2RMSNorm, QARQwen2DecoderLayer, QARQwen2Model, QARQwen2ForCausalLM),
+        Qwen2MLP,
     ),
     Family(
         Classes(Qwen3Config, Qwen3RMSNorm, Qwen3DecoderLayer, Qwen3Model, Qwen3ForCausalLM),
         Classes(QARQwen3Config, QARQwen3RMSNorm, QARQwen3DecoderLayer, QARQwen3Model, QARQwen3ForCausalLM),
+        Qwen3MLP,
     ),
 )
 
 
 for _family in FAMILIES:
+    if _family.mlp is not None:
+        declare_swiglu(_family.mlp)
     # transformers registers a class here when its __init__ runs, which an in-place conversion skips; without
     # the entry ``output_hidden_states`` and ``output_attentions`` would silently return None
     _decoder = _family.aware.decoder

@@ -60,7 +60,8 @@ def _plain(mlp: nn.Module) -> BaseMLP:
     base = fusable(mlp)
     if base is None or base.lora != NO_LORA:
         raise ValueError(
-            "model: got a base MLP with adapters or special weights, expected plain ones; merge them first"
+            "model: got a base MLP with adapters (merge them first), special weights or another forward, "
+            "expected plain ones"
         )
     return base
 

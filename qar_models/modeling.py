@@ -28,7 +28,7 @@ from qar_models.packing import (
     repeat_windows,
     restarting_positions,
 )
-from qar_models.queriers import TowerMemo
+from qar_models.querier_ids import TowerMemo
 from qar_models.row_sparse import sparse_parameters
 from qar_models.towers import TowerBatch, TowerCache, general_rows, interleave, repeat_rows, split
 
@@ -62,7 +62,7 @@ class DeferredNormMixin:
 
 
 class QARDecoderLayerMixin:
-    """A decoder layer with experts beside its MLP. Llama, Qwen2 and Qwen3 layers share this forward."""
+    """A decoder layer with experts beside its MLP. Llama, Mistral and Qwen layers share this forward."""
 
     experts: Experts | None  # or PEFT's wrapper around them, which hides their settings
     tower: Tower
@@ -112,7 +112,7 @@ class QARDecoderLayerMixin:
 
     def _base(self, x: Tensor) -> BaseMLP | Tensor:
         """The base MLP's weights, or else its output. Not the module, which offloading hooks would move."""
-        return fusable(self.mlp) or self.mlp(x)
+        return fusable(self.mlp) or self.mlp(x.contiguous())  # one tower's rows are a strided view
 
 
 class QARModelMixin:

@@ -1,4 +1,4 @@
-"""How the two towers share one batch.
+"""How the two towers share one batch and one cache.
 
 B sequences, S tokens. In the ``replace`` tower a batch runs as 2B rows, *interleaved*: row ``2b`` is
 sequence ``b`` in the general tower, row ``2b + 1`` the same sequence in the specific tower. Interleaving
@@ -21,14 +21,14 @@ from qar_kernels import Segments
 
 @dataclass(frozen=True, eq=False)
 class TowerBatch:
-    """What one forward pass tells every decoder layer.
+    """Which expert each of the batch's rows goes through: made once per forward pass, for all layers.
 
     Attributes:
         segments: the expert of each of the B * S rows.
         batch_size: B, sequences as the caller sees them.
-        trained: rows of the queriers in training, see :meth:`Experts.train_only`; ``segments`` leaves them
-            out.
-        may_be_unknown: False where the host knows that every row's querier is known.
+        trained: rows of the queriers whose experts train alone (:meth:`Experts.train_only`), by their place
+            among the trained; ``segments`` leaves them out.
+        may_be_unknown: False where the host knows that no row's querier is -1 (unknown).
     """
 
     segments: Segments

@@ -37,7 +37,7 @@ def test_save_and_load_through_auto_classes(family, tower, experts, tmp_path):
     model(**batch, response_mask=batch["attention_mask"], cluster_ids=torch.tensor([0, 1, 1]))
     model.eval().save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is FAMILIES[family][2] and not loaded.training
+    assert type(loaded) is FAMILIES[family].aware and not loaded.training
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert loaded.qar == model.qar
     for name, tensor in model.state_dict().items():
@@ -76,7 +76,7 @@ def test_remove_qar_gives_the_base_model_back(family, tower):
     model = apply_qar(base, qar_config(tower, num_clusters=2, projection_dim=8))
     assert model is base
     remove_qar(model)
-    assert type(model) is FAMILIES[family][1]
+    assert type(model) is FAMILIES[family].plain
     assert list(model.state_dict()) == keys
     assert torch.equal(model(**batch).logits, expected)
     assert {**model.config.to_dict(), "architectures": None} == {**config, "architectures": None}
@@ -204,14 +204,14 @@ def poisoned():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_a_configuration_alone_is_initialised(family, tower, poisoned, tmp_path):
     config = aware_model(family, tower, "shared+per_querier", num_clusters=2).config
-    for model in (AutoModelForCausalLM.from_config(config), FAMILIES[family][2](config)):
+    for model in (AutoModelForCausalLM.from_config(config), FAMILIES[family].aware(config)):
         assert all(parameter.isfinite().all() for parameter in model.parameters())
         experts = model.model.layers[1].experts
         assert experts.gate.std().item() == pytest.approx(config.initializer_range, rel=0.1)
         assert (experts.down == 0).all() == (tower == "residual")
     model.save_pretrained(tmp_path)
     more = {**config.qar, "num_queriers": 7}
-    grown = FAMILIES[family][2].from_pretrained(tmp_path, qar=more, ignore_mismatched_sizes=True)
+    grown = FAMILIES[family].aware.from_pretrained(tmp_path, qar=more, ignore_mismatched_sizes=True)
     assert all(parameter.isfinite().all() for parameter in grown.parameters())
 
 
@@ -233,7 +233,7 @@ def test_foreign_classes_are_named_and_nothing_changes():
     base.model.norm = FasterNorm()
     with pytest.raises(TypeError, match="got a FasterNorm in it"):
         apply_qar(base, qar_config())
-    assert type(base) is FAMILIES["llama"][1]
+    assert type(base) is FAMILIES["llama"].plain
     assert type(base.config) is LlamaConfig
 
 
@@ -299,7 +299,7 @@ def test_an_mlp_that_computes_something_else_runs_by_itself(family, change, monk
 
 def test_a_model_of_the_same_config_stays_plain():
     first = plain_model()
-    second = FAMILIES["llama"][1](first.config)
+    second = FAMILIES["llama"].plain(first.config)
     apply_qar(first, qar_config())
     assert type(second.config) is LlamaConfig
     assert first.config is first.model.config is first.model.layers[0].self_attn.config is not second.config

@@ -14,7 +14,7 @@ from tiny_models import (
 )
 from transformers import DynamicCache
 
-from qar_models import QARConfig, apply_qar, queriers
+from qar_models import QARConfig, apply_qar, querier_ids
 from qar_models.config import CACHE
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -54,6 +54,20 @@ def test_cached_equals_uncached(tower, first_expert_layer, settings):
     assert torch.equal(
         generate(model, batch, **settings), generate(model, batch, **uncached, use_cache=False)
     )
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("window", [4, 12])
+def test_a_cache_that_holds_the_last_window_only(window, tower, settings):
+    """The prompts have 10 tokens: the window is full before, or fills while they are answered."""
+    model = aware_model("mistral", tower, base=plain_model("mistral", sliding_window=window))
+    batch = left_padded_batch()
+    uncached = {name: value for name, value in settings.items() if name != "cache_implementation"}
+    expected = generate(model, batch, **uncached, use_cache=False)
+    assert torch.equal(generate(model, batch, **settings), expected)
+    unbounded = aware_model("mistral", tower, base=plain_model("mistral", sliding_window=None))
+    assert not torch.equal(generate(unbounded, batch, **settings), expected)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -151,8 +165,8 @@ def test_querier_ids_may_be_a_list(settings):
 
 def test_a_generation_groups_its_rows_once(monkeypatch):
     model, made = aware_model(), []
-    make = queriers.make_towers
-    monkeypatch.setattr(queriers, "make_towers", lambda *args: made.append(args[3]) or make(*args))
+    make = querier_ids.make_towers
+    monkeypatch.setattr(querier_ids, "make_towers", lambda *args: made.append(args[3]) or make(*args))
     prompts = left_padded_batch()
     ids = torch.tensor([3, 0, -1])
     first = model.generate(**prompts, querier_ids=ids, max_new_tokens=6, do_sample=False)

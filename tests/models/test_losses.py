@@ -53,6 +53,22 @@ def test_skipping_logits_changes_neither_loss_nor_gradients(tower, num_items):
         torch.testing.assert_close(grad, expected[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_a_head_of_the_familys_own_is_in_the_logits_and_in_both_ways_to_the_loss(monkeypatch):
+    model, batch = aware_model(), training_batch()
+    plain = model(**batch).logits
+
+    def capped(self, states):
+        return 3 * torch.tanh(self.lm_head(states) / 3)
+
+    monkeypatch.setattr(type(model), "_head", capped)
+    out = model(**batch)
+    torch.testing.assert_close(out.logits, 3 * torch.tanh(plain / 3))
+    labels = batch["labels"][:, 1:]
+    expected = F.cross_entropy(out.logits[:, :-1][labels != -100], labels[labels != -100])
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(model(**batch, skip_logits=True).loss, expected)
+
+
 def test_micro_batches_with_num_items_sum_to_the_whole_batch():
     model = aware_model(num_clusters=2, projection_dim=8, memory_size=2)
     batch = training_batch()

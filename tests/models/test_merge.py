@@ -24,7 +24,7 @@ def test_answers_stay(family, first, tmp_path):
     torch.testing.assert_close(answers(model, asked), expected)
     assert not any("shared" in name for name, _ in model.named_parameters())
     model.save_pretrained(tmp_path)
-    loaded = FAMILIES[family][2].from_pretrained(tmp_path, dtype=torch.float64)
+    loaded = FAMILIES[family].aware.from_pretrained(tmp_path, dtype=torch.float64)
     weights = dict(loaded.named_parameters())
     assert all(torch.equal(weights[name], weight) for name, weight in model.named_parameters())
     torch.testing.assert_close(answers(loaded, asked), expected, rtol=1e-5, atol=1e-5)  # rotary in float32

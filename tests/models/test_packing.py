@@ -137,11 +137,17 @@ def test_several_rows_are_refused():
         model(padded["input_ids"], querier_ids=IDS, cu_seq_lens_q=packed["cu_seq_lens_q"])
 
 
+SLIDING = {
+    "mistral": {"sliding_window": 3},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+}
+
+
 @pytest.mark.parametrize("attention", ["sdpa", PACKED_ATTENTION])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_layers_with_a_sliding_window(tower, attention):
-    base = plain_model("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)
-    model = aware_model("qwen2", tower, base=base)
+@pytest.mark.parametrize("family", SLIDING)
+def test_layers_with_a_sliding_window(family, tower, attention):
+    model = aware_model(family, tower, base=plain_model(family, **SLIDING[family]))
     padded, packed = batches()
     expected = model(padded["input_ids"], padded["attention_mask"], querier_ids=IDS).logits
     model.set_attn_implementation(attention)

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from qar_models import queriers
-from qar_models.queriers import TowerMemo
+from qar_models import querier_ids
+from qar_models.querier_ids import TowerMemo
 from tests.models.tiny_models import aware_model
 
 CPU = torch.device("cpu")
@@ -35,16 +35,16 @@ def test_on_the_host_equal_ids_share_their_towers(qar):
 
 
 def test_elsewhere_the_same_tensor_shares_its_towers_where_it_stays(qar, monkeypatch):
-    monkeypatch.setattr(queriers, "is_readable", lambda ids: False)
+    monkeypatch.setattr(querier_ids, "is_readable", lambda ids: False)
     memo, ids = TowerMemo(), torch.tensor([1, 0])
-    with queriers.assume_ids_unchanged():
+    with querier_ids.assume_ids_unchanged():
         first = towers(memo, qar, ids)
         assert towers(memo, qar, ids) is first
         assert towers(memo, qar, torch.tensor([1, 0])) is not first
         towers(memo, qar, ids)
     ids[0] = 2  # a buffer that a server writes the next batch's ids to
     assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
-    with queriers.assume_ids_unchanged():
+    with querier_ids.assume_ids_unchanged():
         assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
 
 
@@ -63,10 +63,12 @@ def test_threads_do_not_get_each_others_towers(qar):
 def test_generation_groups_the_rows_of_prompt_and_answer_once(monkeypatch):
     made = []
     monkeypatch.setattr(
-        queriers, "make_towers", lambda *given, real=queriers.make_towers: made.append(1) or real(*given)
+        querier_ids,
+        "make_towers",
+        lambda *given, real=querier_ids.make_towers: made.append(1) or real(*given),
     )
     for on_host in (True, False):
-        monkeypatch.setattr(queriers, "is_readable", lambda ids, answer=on_host: answer)
+        monkeypatch.setattr(querier_ids, "is_readable", lambda ids, answer=on_host: answer)
         model = aware_model("llama", "residual", "per_querier").eval()
         made.clear()
         model.generate(

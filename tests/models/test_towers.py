@@ -25,9 +25,22 @@ def test_fresh_residual_model_equals_its_base_exactly(family, experts):
     base, batch = plain_model(family), left_padded_batch()
     expected = base(**batch).logits
     keys = set(base.state_dict())
-    model = FAMILIES[family][2].from_base(base, qar_config("residual", experts))
-    assert torch.equal(model(**batch, querier_ids=QUERIER_IDS).logits, expected)
+    model = FAMILIES[family].aware.from_base(base, qar_config("residual", experts))
+    assert_is_its_base(family, model(**batch, querier_ids=QUERIER_IDS).logits, expected)
     assert keys <= set(model.state_dict())
+
+
+def assert_is_its_base(family, got, expected):
+    torch.testing.assert_close(
+        got,
+        expected,
+        rtol=0,
+        atol=0,
+        msg=lambda found: (
+            f"{family}: with fresh experts it does not answer as its base. Does its layer compute something "
+            f"else than QARDecoderLayerMixin, or its MLP something else than the kernels?\n{found}"
+        ),
+    )
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -58,6 +71,12 @@ def test_matches_the_plain_implementation(family, tower, experts):
             model.model.norm_specific.weight.uniform_(0.5, 1.5)
     batch = left_padded_batch()
     assert_matches_plain_towers(model, batch)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_heads_that_are_wider_than_the_hidden_size(tower):
+    model = aware_model("qwen3", tower, base=plain_model("qwen3", head_dim=32)).double()
+    assert_matches_plain_towers(model, left_padded_batch())
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -170,16 +189,23 @@ def test_the_final_norm_normalises_when_told_to(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inherited_details_survive(family):
-    overrides = {"num_key_value_heads": 1, "tie_word_embeddings": True}
-    if family == "llama":
-        overrides |= {"attention_bias": True, "mlp_bias": True}
-    else:
-        overrides |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    overrides = {"num_key_value_heads": 1, "tie_word_embeddings": True, **FAMILIES[family].details}
     base, batch = plain_model(family, **overrides), left_padded_batch()
     expected = base(**batch).logits
-    model = FAMILIES[family][2].from_base(base, qar_config("residual"))
-    assert torch.equal(model(**batch, querier_ids=QUERIER_IDS).logits, expected)
+    model = FAMILIES[family].aware.from_base(base, qar_config("residual"))
+    assert_is_its_base(family, model(**batch, querier_ids=QUERIER_IDS).logits, expected)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "sliding_window" in FAMILIES[name].details])
+def test_windows_that_slide(family, tower):
+    base, batch = plain_model(family, **FAMILIES[family].details), left_padded_batch()
+    model = aware_model(family, tower, base=base).double()
+    assert_matches_plain_towers(model, batch)
+    expected = model(**batch, querier_ids=QUERIER_IDS).logits
+    model.config.sliding_window = 3
+    assert not torch.equal(model(**batch, querier_ids=QUERIER_IDS).logits, expected)
 
 
 def assert_equal_formulas(got, expected):
@@ -189,7 +215,8 @@ def assert_equal_formulas(got, expected):
 
 class PlainTowers:
     """The formulas of the paper's section 3 from the state dict, with both streams stacked on the batch
-    axis and everything spelled out; it shares no code with the package."""
+    axis and everything spelled out; it shares no code with the package. It reads Llama's names: projections
+    that a family fuses (``qkv_proj``, ``gate_up_proj``) must be split here first."""
 
     def __init__(self, model):
         self.weights, self.config, self.qar = model.state_dict(), model.config, model.qar
@@ -202,7 +229,8 @@ class PlainTowers:
         for index in range(self.config.num_hidden_layers):
             prefix = f"model.layers.{index}."
             normed = self.norm(streams, prefix + "input_layernorm")
-            streams = streams + self.attention(normed, prefix + "self_attn.", mask, positions)
+            visible = self.window(index, len(positions)) & mask[:, None, None].bool()
+            streams = streams + self.attention(normed, prefix + "self_attn.", visible, positions)
             normed = self.norm(streams, prefix + "post_attention_layernorm")
             streams = streams + self.feed_forward(normed, prefix, querier_ids)
         if self.qar.tower == "replace":
@@ -223,9 +251,17 @@ class PlainTowers:
         y = x @ self.weights[name + ".weight"].T
         return y + self.weights.get(name + ".bias", 0)
 
-    def attention(self, x, prefix, mask, positions):
+    def window(self, index, length):
+        """``(length, length)``: what each token of a layer sees: itself and all, or some, before it."""
+        causal = torch.ones(length, length).tril().bool()
+        width, kinds = (getattr(self.config, name, None) for name in ("sliding_window", "layer_types"))
+        if width is None or (kinds is not None and kinds[index] != "sliding_attention"):
+            return causal
+        return causal.triu(1 - width)
+
+    def attention(self, x, prefix, visible, positions):
         batch, length, _ = x.shape
-        size = HIDDEN // self.config.num_attention_heads
+        size = len(self.weights[prefix + "k_proj.weight"]) // self.config.num_key_value_heads
         query, key, value = (
             self.linear(x, prefix + name).view(batch, length, -1, size)
             for name in ("q_proj", "k_proj", "v_proj")
@@ -236,7 +272,6 @@ class PlainTowers:
         groups = query.shape[2] // key.shape[2]
         key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / size**0.5
-        visible = torch.ones(length, length).tril().bool() & mask[:, None, None].bool()
         weights = scores.masked_fill(~visible, -1e30).softmax(-1)
         mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, -1)
         return self.linear(mixed, prefix + "o_proj")

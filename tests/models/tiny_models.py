@@ -1,47 +1,82 @@
 """Tiny random models and batches that the tests of this folder share."""
 
+from typing import Any, NamedTuple
+
 import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-from qar_models import QARConfig, QARLlamaForCausalLM, QARQwen2ForCausalLM, QARQwen3ForCausalLM
+from qar_models import (
+    QARConfig,
+    QARLlamaForCausalLM,
+    QARMistralForCausalLM,
+    QARQwen2ForCausalLM,
+    QARQwen3ForCausalLM,
+)
 
+
+class TinyFamily(NamedTuple):
+    """A family under test.
+
+    Attributes:
+        config, plain, aware: its classes.
+        sizes: what a tiny model needs beside SIZES: a ``head_dim``, if its default does not follow from them.
+        details: settings of its own that must survive a conversion (biases, a window of less than 10 tokens).
+    """
+
+    config: type[PreTrainedConfig]
+    plain: type[PreTrainedModel]
+    aware: type[PreTrainedModel]
+    sizes: dict[str, Any]
+    details: dict[str, Any]
+
+
+_SOME_LAYERS_SLIDE = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM, QARLlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, QARQwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, QARQwen3ForCausalLM),
+    "llama": TinyFamily(
+        LlamaConfig, LlamaForCausalLM, QARLlamaForCausalLM, {}, {"attention_bias": True, "mlp_bias": True}
+    ),
+    "mistral": TinyFamily(
+        MistralConfig, MistralForCausalLM, QARMistralForCausalLM, {}, {"sliding_window": 4}
+    ),
+    "qwen2": TinyFamily(Qwen2Config, Qwen2ForCausalLM, QARQwen2ForCausalLM, {}, _SOME_LAYERS_SLIDE),
+    "qwen3": TinyFamily(
+        Qwen3Config, Qwen3ForCausalLM, QARQwen3ForCausalLM, {"head_dim": 16}, _SOME_LAYERS_SLIDE
+    ),
 }
 TOWERS = ("residual", "replace")
 EXPERTS = ("per_querier", "shared", "shared+per_querier")
 VOCAB, HIDDEN, QUERIERS = 96, 64, 5
 QUERIER_IDS = torch.tensor([3, 0, 3])
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 
 
 def plain_model(family="llama", seed=0, **overrides):
     """A random base model whose logits differ clearly from token to token."""
     torch.manual_seed(seed)
-    config_class, model_class, _ = FAMILIES[family]
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    if family == "qwen3":
-        settings["head_dim"] = 16
-    return model_class(config_class(**{**settings, **overrides})).eval()
+    tiny = FAMILIES[family]
+    return tiny.plain(tiny.config(**{**SIZES, **tiny.sizes, **overrides})).eval()
 
 
 def qar_config(tower="residual", experts="per_querier", **settings):
@@ -53,7 +88,7 @@ def qar_config(tower="residual", experts="per_querier", **settings):
 def aware_model(family="llama", tower="residual", experts="per_querier", base=None, **settings):
     """A querier-aware model whose experts differ from each other and from zero."""
     base = plain_model(family) if base is None else base
-    model = FAMILIES[family][2].from_base(base, qar_config(tower, experts, **settings))
+    model = FAMILIES[family].aware.from_base(base, qar_config(tower, experts, **settings))
     randomize_experts(model)
     return model.eval()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from train import finetune as module
 from train import setup
@@ -186,12 +186,11 @@ def test_mistakes_are_named_before_training(config, changes, named):
 
 
 def test_a_model_of_another_family_is_named(config, tmp_path):
-    folder = tmp_path / "mistral"
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-    MistralForCausalLM(MistralConfig(vocab_size=8, num_hidden_layers=1, **small)).save_pretrained(folder)
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2)).save_pretrained(folder)
     for path in Path(config.model).glob("tokenizer*"):
         shutil.copy(path, folder)
-    with pytest.raises(UserError, match="mistral': got MistralForCausalLM, expected one of LlamaForCausalLM"):
+    with pytest.raises(UserError, match="gpt2': got GPT2LMHeadModel, expected one of LlamaForCausalLM"):
         finetune(config.replace(model=str(folder)))
 
 

@@ -1,4 +1,7 @@
-"""From the queriers' ids to the kernels' segments. B sequences, S tokens."""
+"""Who asks in a batch: checks ``querier_ids`` and turns them into segments, once per forward pass.
+
+B sequences, S tokens.
+"""
 
 from __future__ import annotations
 

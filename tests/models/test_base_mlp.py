@@ -1,0 +1,74 @@
+"""Which base MLPs the fused operations take over: those whose arithmetic is known; the others say why not."""
+
+import logging
+
+import pytest
+import torch
+from tiny_models import QUERIER_IDS, left_padded_batch, plain_model, qar_config
+from transformers import BitNetConfig, FalconH1Config, SeedOssConfig
+from transformers.models.bitnet.modeling_bitnet import BitNetMLP
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
+from transformers.utils import logging as hf_logging
+
+from qar_models import apply_qar, base_mlp
+from qar_models.base_mlp import fusable
+
+SIZES = {"hidden_size": 64, "intermediate_size": 160}
+# with SiLU and the three projections, but dropout, multipliers or a norm beside them
+OTHERS = {
+    "dropout": (SeedOssMLP, SeedOssConfig(**SIZES, residual_dropout=1.0)),
+    "multipliers": (FalconH1MLP, FalconH1Config(**SIZES, mlp_multipliers=[0.5, 3.0])),
+    "norm": (BitNetMLP, BitNetConfig(**SIZES, hidden_act="silu")),
+}
+
+
+@pytest.fixture(autouse=True)
+def log(caplog):
+    hf_logging.warning_once.cache_clear()
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def reasons(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "qar_models.base_mlp"]
+
+
+def with_mlps(kind, config):
+    """A plain model whose MLPs are of another class, with the weights that they had."""
+    model = plain_model()
+    for layer in model.model.layers:
+        weights, layer.mlp = layer.mlp.state_dict(), kind(config)
+        layer.mlp.load_state_dict(weights, strict=False)
+    return model
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_mlps_that_compute_something_else_run_by_themselves(other, log):
+    kind, config = OTHERS[other]
+    model, batch = with_mlps(kind, config).train(), left_padded_batch()
+    expected = model(**batch).logits
+    got = apply_qar(model, qar_config()).train()(**batch, querier_ids=QUERIER_IDS).logits
+    torch.testing.assert_close(got, expected)
+    (reason,) = reasons(log)
+    assert f"the forward method of {kind.__name__} is none of those of LlamaMLP, " in reason
+
+
+def test_a_forward_that_was_patched_before_it_is_declared_is_not_trusted(log, monkeypatch):
+    monkeypatch.setattr(base_mlp, "_SWIGLU", {})
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 2 * x)
+    base_mlp.declare_swiglu(LlamaMLP)
+    assert fusable(plain_model().model.layers[0].mlp) is None
+    assert f"the forward method of LlamaMLP comes from {__name__}" in reasons(log)[0]
+
+
+def test_mlps_that_inherit_a_known_forward_are_fused(log):
+    class CountingMLP(LlamaMLP):
+        uses = 0
+
+    model = with_mlps(CountingMLP, plain_model().config)
+    assert fusable(model.model.layers[0].mlp) is not None
+    assert fusable(with_mlps(Qwen3MLP, plain_model("qwen3").config).model.layers[0].mlp) is not None
+    assert not reasons(log)
