@@ -212,7 +212,7 @@ class QARForCausalLMMixin(MembershipMixin):
         logits = None
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self._head(hidden_states[:, kept])
+            logits = self.compute_logits(hidden_states[:, kept])
         found = {}
         if labels is not None:
             labels = _checked_labels(labels, hidden_states, cu_seq_lens_q)
@@ -232,7 +232,7 @@ class QARForCausalLMMixin(MembershipMixin):
             **found,
         )
 
-    def _head(self, states: Tensor) -> Tensor:
+    def compute_logits(self, states: Tensor) -> Tensor:
         """Logits ``(..., V)`` of final states ``(..., H)``. Families that scale or cap them override it."""
         return self.lm_head(states)
 
@@ -242,7 +242,7 @@ class QARForCausalLMMixin(MembershipMixin):
         targets = labels[:, 1:]
         kept = targets != IGNORE_INDEX
         if logits is None:
-            scores, targets = self._head(hidden_states[:, :-1][kept]), targets[kept]
+            scores, targets = self.compute_logits(hidden_states[:, :-1][kept]), targets[kept]
         elif logits.shape[1] == labels.shape[1]:
             scores, targets = logits[:, :-1].flatten(0, 1), targets.flatten()
         else:

@@ -55,7 +55,7 @@ class TrainConfig:
             (querier, responder) pair gets an expert.
         output_dir: where checkpoints and the trained parts go.
         model: ``smollm2-135m-instruct`` (shipped by a Python package), or any path or hub name of a
-            Llama, Qwen2 or Qwen3.
+            Llama, Mistral, Qwen2 or Qwen3.
         method: ``qar``, or ``ft`` for LoRA without experts under the same budget.
         tower, experts, expert_rank, unknown_querier: see :class:`qar_models.QARConfig`.
         expert_gradients: ``sparse`` for hundreds of queriers or more with experts of their own.

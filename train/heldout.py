@@ -46,7 +46,7 @@ def reply_nll(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor,
     states = model.model(**inputs, use_cache=False).last_hidden_state
     targets = labels[:, 1:]
     kept = targets != IGNORE
-    logits = model.lm_head(states[:, :-1][kept]).float()
+    logits = model.compute_logits(states[:, :-1][kept]).float()
     losses = F.cross_entropy(logits, targets[kept], reduction="none")
     rows = kept.nonzero()[:, 0]
     return losses.new_zeros(len(labels)).index_add_(0, rows, losses), kept.sum(1)

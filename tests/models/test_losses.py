@@ -60,7 +60,7 @@ def test_a_head_of_the_familys_own_is_in_the_logits_and_in_both_ways_to_the_loss
     def capped(self, states):
         return 3 * torch.tanh(self.lm_head(states) / 3)
 
-    monkeypatch.setattr(type(model), "_head", capped)
+    monkeypatch.setattr(type(model), "compute_logits", capped)
     out = model(**batch)
     torch.testing.assert_close(out.logits, 3 * torch.tanh(plain / 3))
     labels = batch["labels"][:, 1:]
