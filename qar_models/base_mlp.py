@@ -133,6 +133,9 @@ def _weight(linear: nn.Module) -> Tensor:
         raise _NotFusableError("a projection has a bias")
     _refuse_hooks(linear)
     weight = linear.weight
+    if hasattr(weight, "__tensor_flatten__"):  # a wrapper of other tensors: torchao's quantised, a DTensor
+        kind = type(weight)
+        raise _NotFusableError(f"a projection's weight is a {kind.__module__}.{kind.__qualname__}")
     if weight.shape != (linear.out_features, linear.in_features):
         raise _NotFusableError("a projection holds only a part of its weight")
     return weight

@@ -72,3 +72,49 @@ def test_mlps_that_inherit_a_known_forward_are_fused(log):
     assert fusable(model.model.layers[0].mlp) is not None
     assert fusable(with_mlps(Qwen3MLP, plain_model("qwen3").config).model.layers[0].mlp) is not None
     assert not reasons(log)
+
+
+class Int8Weight(torch.Tensor):
+    """Like torchao's: a plain Linear's weight that holds other tensors and knows only some operators."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            x, weight, *bias = args
+            return func(x, weight.values * weight.scale, *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func} of a quantised weight")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_weights_quantised_in_place_of_plain_ones_stay_in_their_own_modules(backend, log):
+    model, batch = apply_qar(plain_model(), qar_config(backend=backend)), left_padded_batch()
+    for layer in model.model.layers:
+        linear = layer.mlp.gate_proj
+        scale = linear.weight.detach().abs().max() / 127
+        values = (linear.weight.detach() / scale).round()
+        linear.weight.requires_grad_(False).copy_(values * scale)
+    expected = model(**batch, querier_ids=QUERIER_IDS).logits
+    for layer in model.model.layers:
+        linear = layer.mlp.gate_proj
+        scale = linear.weight.abs().max() / 127
+        linear.weight = torch.nn.Parameter(Int8Weight((linear.weight / scale).round(), scale), False)
+        assert fusable(layer.mlp) is None
+    got = model(**batch, querier_ids=QUERIER_IDS).logits
+    torch.testing.assert_close(got, expected)
+    assert "a projection's weight is a " in reasons(log)[0] and "Int8Weight" in reasons(log)[0]
