@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qar_models import expert_files
 from qar_models.config import QARConfig
 from qar_models.distributed import check_not_sharded
-from qar_models.experts import Experts
+from qar_models.experts import Experts, TrainedExperts
 
 Names = str | Sequence[str]
 
@@ -25,7 +25,9 @@ class MembershipMixin:
     """Methods of every querier-aware ``ForCausalLM``.
 
     Adding and removing create new parameters, so build optimizers afterwards. Everybody else's answers stay
-    the same to the bit, except that ``unknown_querier="mean"`` averages over all queriers.
+    the same to the bit, except that ``unknown_querier="mean"`` averages over all queriers. The new parameters
+    are all made before the first one is used: that takes memory for a second copy of the experts, and leaves
+    the model as it was if there is not enough.
 
     What changes or saves experts raises ``NotImplementedError`` after FSDP2's ``fully_shard``.
     """
@@ -93,12 +95,12 @@ class MembershipMixin:
         if init not in ("zero", "mean"):
             raise ValueError(f"init: got {init!r}, expected 'zero' or 'mean'")
         source = None if like is None else self._ids([like])[0]
-        kept = list(range(self.qar.num_queriers))
-        self._resize(kept, len(names))
-        with torch.no_grad():
-            for experts in self._banks():
-                _start(experts, len(kept), self.config.initializer_range, init, source)
-        self._set_names((*self.queriers, *names))
+        std, count = self.config.initializer_range, len(names)
+        self._replace_rows(
+            (*self.queriers, *names),
+            lambda experts, name: _append(experts, name, count, std, init, source),
+            lambda old, dim: torch.cat((old, _zeros(old, dim, count)), dim),
+        )
 
     def remove_queriers(self, names: Names) -> None:
         """Remove queriers. Later ids move up: look them up in :attr:`queriers` again.
@@ -112,8 +114,11 @@ class MembershipMixin:
         if not kept:
             raise ValueError("names: got all queriers, expected at least one to stay")
         remaining = list(self.queriers)
-        self._resize(kept, 0)
-        self._set_names(tuple(remaining[index] for index in kept))
+        self._replace_rows(
+            tuple(remaining[index] for index in kept),
+            lambda experts, name: _take(getattr(experts, name), 0, kept),
+            lambda old, dim: _take(old, dim, kept),
+        )
 
     def train_only(self, names: Names | None) -> None:
         """Train these queriers' experts and nothing else; ``None`` ends it and unfreezes what it froze.
@@ -128,8 +133,12 @@ class MembershipMixin:
         self._check_own_experts()
         if not self.model.trained_ids:
             self._trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        for experts in self._banks():
-            experts.train_only(ids)
+        banks = list(self._banks())
+        for experts in banks:
+            experts.write_back()
+        copies = [TrainedExperts(experts, ids) if ids else None for experts in banks]
+        for experts, trained in zip(banks, copies, strict=True):
+            experts.trained = trained
         self.model.trained_ids = ids
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(".experts.trained." in name if ids else name in self._trainable)
@@ -209,15 +218,34 @@ class MembershipMixin:
         if self.qar.contrast == "reference":
             raise ValueError("contrast: got 'reference', whose queriers are fixed")
 
-    def _resize(self, kept: list[int], added: int) -> None:
-        """Keep these rows of every bank and of the contrastive memory, and append rows of zeros."""
-        for experts in self._banks():
-            for name in ("gate", "up", "down"):
-                _replace_tensor(experts, name, lambda old: _take(old, 0, kept, added))
+    def _replace_rows(
+        self,
+        names: tuple[str, ...],
+        bank: Callable[[Experts, str], Tensor],
+        memory: Callable[[Tensor, int], Tensor],
+    ) -> None:
+        """Change the banks, the contrastive memory and the names; nothing, if a new tensor cannot be made.
+
+        Args:
+            names: of the queriers from then on.
+            bank: gives a bank's new ``gate``, ``up`` or ``down``, by name.
+            memory: gives a new tensor of the contrastive memory, whose queriers are the given dimension.
+        """
+        qar = dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names)
+        new: list[tuple[nn.Module, str, Tensor]] = []
+        with torch.no_grad():
+            for experts in self._banks():
+                for name in ("gate", "up", "down"):
+                    old = getattr(experts, name)
+                    new.append((experts, name, nn.Parameter(bank(experts, name), old.requires_grad)))
+            if self.contrast is not None:
+                for name, dim in (("memory", 2), ("totals", 2), ("writes", 1)):
+                    new.append((self.contrast, name, memory(getattr(self.contrast, name), dim)))
+        for module, name, tensor in new:
+            setattr(module, name, tensor)
         if self.contrast is not None:
-            for name, dim in (("memory", 2), ("totals", 2), ("writes", 1)):
-                _replace_tensor(self.contrast, name, lambda old, dim=dim: _take(old, dim, kept, added))
-            self.contrast.num_queriers = len(kept) + added
+            self.contrast.num_queriers = len(names)
+        self.qar = qar
 
     def _set_names(self, names: tuple[str, ...]) -> None:
         self.qar = dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names)
@@ -227,26 +255,24 @@ def _as_list(names: Names) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _take(old: Tensor, dim: int, kept: list[int], added: int) -> Tensor:
-    rows = old.index_select(dim, torch.tensor(kept, device=old.device))
+def _take(old: Tensor, dim: int, kept: list[int]) -> Tensor:
+    return old.index_select(dim, torch.tensor(kept, device=old.device))
+
+
+def _zeros(old: Tensor, dim: int, count: int) -> Tensor:
     shape = list(old.shape)
-    shape[dim] = added
-    return torch.cat((rows, old.new_zeros(shape)), dim)
+    shape[dim] = count
+    return old.new_zeros(shape)
 
 
-def _replace_tensor(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
-    old = getattr(module, name)
-    new = change(old.detach())
-    is_parameter = isinstance(old, nn.Parameter)
-    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
-
-
-def _start(experts: Experts, first: int, std: float, init: str, source: int | None) -> None:
-    """Fill the new rows of a bank, those from ``first`` on."""
-    for weight in experts.bank:
-        if source is not None:
-            weight[first:] = weight[source]
-        elif init == "mean":
-            weight[first:] = weight[:first].mean(0)
-        elif weight is not experts.down:  # with gate and up at zero too, no gradient would ever arrive
-            weight[first:].normal_(0.0, std)
+def _append(experts: Experts, name: str, count: int, std: float, init: str, source: int | None) -> Tensor:
+    """The weight ``name`` of a bank with the experts of ``count`` new queriers behind the others."""
+    old = getattr(experts, name)
+    rows = _zeros(old, 0, count)
+    if source is not None:
+        rows[:] = old[source]
+    elif init == "mean":
+        rows[:] = old.mean(0)
+    elif name != "down":  # with gate and up at zero too, no gradient would ever arrive
+        rows.normal_(0.0, std)
+    return torch.cat((old, rows))

@@ -26,7 +26,7 @@ class TowerBatch:
     Attributes:
         segments: the expert of each of the B * S rows.
         batch_size: B, sequences as the caller sees them.
-        trained: rows of the queriers in training, see :meth:`Experts.train_only`; ``segments`` leaves them
+        trained: rows of the queriers in training, see :class:`TrainedExperts`; ``segments`` leaves them
             out.
         may_be_unknown: False where the host knows that every row's querier is known.
     """

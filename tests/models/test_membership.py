@@ -17,6 +17,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM
 
 from qar_models import remove_qar
+from qar_models.experts import TrainedExperts
 
 
 def assert_same_experts(got, expected):
@@ -102,6 +103,64 @@ def test_the_contrastive_memory_follows():
     assert contrast.memory[:, :, 4].abs().sum() == 0 and contrast.writes[:, 4].sum() == 0
     assert torch.equal(model(**contrastive_batch(model)).contrastive_loss, expected)
     model.train()(**contrastive_batch(model)).loss.backward()
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+@pytest.mark.parametrize(
+    "change", [lambda m: m.add_queriers("Leonard"), lambda m: m.remove_queriers("Amy")], ids=["add", "remove"]
+)
+def test_a_change_that_memory_does_not_suffice_for_changes_nothing(change, count, monkeypatch):
+    model = named_model(num_clusters=2, projection_dim=8, memory_size=2)
+    before, qar, config = dict(model.state_dict()), model.qar, dict(model.config.qar)
+    calls = []
+
+    def fail(make):
+        def scarce(*args):
+            calls.append(args)
+            if len(calls) == count:
+                raise MemoryError("no memory")
+            return make(*args)
+
+        return scarce
+
+    for name in ("index_select", "new_zeros"):
+        monkeypatch.setattr(torch.Tensor, name, fail(getattr(torch.Tensor, name)))
+    with pytest.raises(MemoryError, match="no memory"):
+        change(model)
+    monkeypatch.undo()
+    state = model.state_dict()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert model.qar is qar and model.config.qar == config
+
+
+def test_training_another_querier_for_which_memory_does_not_suffice(monkeypatch):
+    model = named_model()
+    model.train_only("Howard")
+    train(model, 1)
+    before = answers(model)
+    made = []
+
+    class Scarce(TrainedExperts):
+        def __init__(self, *args):
+            made.append(args)
+            if len(made) == 2:
+                raise MemoryError("no memory")
+            super().__init__(*args)
+
+    monkeypatch.setattr("qar_models.membership.TrainedExperts", Scarce)
+    with pytest.raises(MemoryError, match="no memory"):
+        model.train_only("Amy")
+    assert torch.equal(answers(model), before)
+    model.train_only(None)
+    assert torch.equal(answers(model), before)
+
+
+def test_adding_copies_every_expert_once(monkeypatch):
+    model = named_model()
+    monkeypatch.setattr(torch.Tensor, "index_select", None)
+    model.add_queriers("Leonard")
+    assert model.queriers["Leonard"] == 5
 
 
 def test_shared_experts_still_have_queriers_to_contrast():
