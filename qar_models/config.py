@@ -54,7 +54,7 @@ class QARConfig:
             (the mean of all experts, which reads them all), ``"shared"`` (the shared expert alone, with
             ``experts="shared+per_querier"``) or ``"error"`` (a ``ValueError``). Default: ``"none"`` for
             ``"residual"``, ``"error"`` for ``"replace"``.
-        querier_names: names in order of id, saved with the model.
+        querier_names: names in order of id, all different and none empty, saved with the model.
         num_clusters: query clusters of the contrastive loss; 0 turns the loss off.
         memory_size: projections remembered per view, cluster and querier (K). Memory is allocated for all
             queriers, :attr:`contrastive_memory_bytes`: 21 GB for 1000 queriers, 10 clusters, K = P = 512.
@@ -106,6 +106,8 @@ class QARConfig:
             # a single string is a sequence of strings too: its letters
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
                 raise TypeError(f"querier_names: got {names!r}, expected a sequence of strings")
+            if not all(name.strip() for name in names):
+                raise ValueError("querier_names: got an empty name, expected names that can be read")
             object.__setattr__(self, "querier_names", names)
         self._check_combinations()
 

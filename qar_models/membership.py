@@ -6,7 +6,7 @@ E experts in a bank, C clusters, Q queriers, K memory slots, P projection.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Literal
 
@@ -83,8 +83,10 @@ class MembershipMixin:
             like: start as copies of this querier's expert instead.
 
         Raises:
-            ValueError: for names that exist or occur twice, an unknown ``init`` or ``like``, a model whose
-                queriers have no names or are fixed (a reference checkpoint's), or while ``train_only`` is on.
+            TypeError: for names that are no strings.
+            ValueError: for names that exist, occur twice or are empty, an unknown ``init`` or ``like``, a
+                model whose queriers have no names or are fixed (a reference checkpoint's), or while
+                ``train_only`` is on.
         """
         names = _as_list(names)
         self._check_idle()
@@ -252,7 +254,11 @@ class MembershipMixin:
 
 
 def _as_list(names: Names) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"names: got {wrong[0]!r}, expected strings")
+    return names
 
 
 def _take(old: Tensor, dim: int, kept: list[int]) -> Tensor:

@@ -179,6 +179,12 @@ def test_shared_experts_still_have_queriers_to_contrast():
             r"names: got \['Leonard'\], expected new",
         ),
         (lambda m: m.add_queriers([]), r"names: got \[\]"),
+        (lambda m: m.add_queriers(["Leonard", ""]), "querier_names: got an empty name"),
+        (lambda m: m.add_queriers(" \n"), "querier_names: got an empty name"),
+        (lambda m: m.add_queriers(["Leonard", 7]), "names: got 7, expected strings"),
+        (lambda m: m.add_queriers([None]), "names: got None, expected strings"),
+        (lambda m: m.add_queriers(None), "names: got None, expected strings"),
+        (lambda m: m.remove_queriers(7), "names: got 7, expected strings"),
         (
             lambda m: m.add_queriers("Leonard", like="Stuart"),
             r"got \['Stuart'\], expected distinct names out of",
@@ -194,7 +200,7 @@ def test_shared_experts_still_have_queriers_to_contrast():
 def test_mistaken_names_are_refused_and_change_nothing(change, message):
     model = named_model()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         change(model)
     assert model.queriers == {name: index for index, name in enumerate(NAMES)}
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
