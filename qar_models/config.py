@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
@@ -163,6 +164,11 @@ class QARConfig:
     def needs_querier_ids(self) -> bool:
         """Whether the forward pass must be told who asks."""
         return self.experts != "shared"
+
+    @cached_property
+    def ids_by_name(self) -> dict[str, int]:
+        """Querier name -> id; empty if no names were given. Made once, so do not change it."""
+        return {name: index for index, name in enumerate(self.querier_names or ())}
 
     @property
     def contrastive_memory_bytes(self) -> int:

@@ -6,8 +6,10 @@ E experts in a bank, C clusters, Q queriers, K memory slots, P projection.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -55,9 +57,9 @@ class MembershipMixin:
                 module.qar = qar
 
     @property
-    def queriers(self) -> dict[str, int]:
-        """Querier name -> id; empty if no names were given."""
-        return {name: index for index, name in enumerate(self.qar.querier_names or ())}
+    def queriers(self) -> Mapping[str, int]:
+        """Querier name -> id, read-only; empty if no names were given."""
+        return MappingProxyType(self.qar.ids_by_name)
 
     def name_queriers(self, names: Sequence[str]) -> None:
         """Give every querier a (new) name, in order of id.
@@ -91,7 +93,8 @@ class MembershipMixin:
         names = _as_list(names)
         self._check_idle()
         self._check_named()
-        taken = sorted({name for name in names if name in self.queriers or names.count(name) > 1})
+        queriers, repeated = self.queriers, {name for name, count in Counter(names).items() if count > 1}
+        taken = sorted(repeated | (queriers.keys() & names))
         if taken or not names:
             raise ValueError(f"names: got {taken or names}, expected new names, each once")
         if init not in ("zero", "mean"):
@@ -99,7 +102,7 @@ class MembershipMixin:
         source = None if like is None else self._ids([like])[0]
         std, count = self.config.initializer_range, len(names)
         self._replace_rows(
-            (*self.queriers, *names),
+            (*queriers, *names),
             lambda experts, name: _append(experts, name, count, std, init, source),
             lambda old, dim: torch.cat((old, _zeros(old, dim, count)), dim),
         )
@@ -185,11 +188,12 @@ class MembershipMixin:
 
     def _ids(self, names: list[str]) -> list[int]:
         self._check_named()
-        unknown = [name for name in names if name not in self.queriers]
+        queriers = self.queriers
+        unknown = [name for name in names if name not in queriers]
         if unknown or not names or len(set(names)) != len(names):
             wrong = unknown or names
-            raise ValueError(f"names: got {wrong}, expected distinct names out of {list(self.queriers)}")
-        return [self.queriers[name] for name in names]
+            raise ValueError(f"names: got {wrong}, expected distinct names out of {list(queriers)}")
+        return [queriers[name] for name in names]
 
     def _banks(self) -> Iterator[Experts]:
         if self.qar.experts != "shared":

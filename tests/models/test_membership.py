@@ -1,5 +1,10 @@
 """Queriers come and go, and nobody else's answer changes by a bit."""
 
+import copy
+import dataclasses
+import json
+import pickle
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,6 +33,18 @@ def test_names():
     model = named_model()
     assert model.queriers == {name: index for index, name in enumerate(NAMES)}
     assert aware_model().queriers == {}
+
+
+def test_names_are_looked_up_in_one_table():
+    model = named_model()
+    assert model.qar.ids_by_name is model.qar.ids_by_name
+    with pytest.raises(TypeError):
+        model.queriers["guest"] = -1
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert json.loads(json.dumps(model.qar.to_dict()))["querier_names"] == list(NAMES)
+    model.qar = dataclasses.replace(model.qar, querier_names=NAMES[::-1])
+    assert list(model.queriers) == list(NAMES[::-1])
+    assert all(list(other.queriers) == list(NAMES) for other in copies)
 
 
 def test_naming_a_model_without_names():
