@@ -1,7 +1,7 @@
 """Experts on disk: one safetensors file per querier, and ``index.json``, with names and the base model.
 
 Files are named by their content, and the index is replaced last, in one step: a crash at any point leaves
-the previous index and the files it names.
+the previous index and the files it names. Writers take turns (``.lock``); readers do not wait for them.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-INDEX = "index.json"
+INDEX, LOCK = "index.json", ".lock"
+_EXPERT = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.\d+)?")  # also half written
 _SAMPLES = 16  # of each weight
 
 
@@ -39,6 +43,10 @@ def weight_sample(weight: Tensor) -> Tensor:
     """Up to 16 evenly spaced values of a tensor, by which it is recognised later: float32, on the CPU."""
     values = weight.detach().reshape(-1)
     return values[:: max(1, len(values) // _SAMPLES)][:_SAMPLES].cpu().float()
+
+
+class _MissingError(ValueError):
+    """An expert's file is not there."""
 
 
 @dataclass(frozen=True)
@@ -102,26 +110,35 @@ def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     base = Base.of(model)
-    files = _read_index(folder, base)["queriers"] if (folder / INDEX).exists() else {}
-    before = set(files.values())
     state = model.state_dict()  # with the latest values of queriers in train_only, too
-    try:
+    with _changing(folder, base) as files:
         for name, index in queriers.items():
             tensors = {key: state[_bank_key(key)][index].contiguous().cpu() for key in rows(model, index)}
             content = serialize(tensors)
             files[name] = f"{hashlib.sha256(content).hexdigest()}.safetensors"
             _write(folder / files[name], content)
-        index = {"base": base.to_json(), "queriers": files}
-        _write(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
-    except OSError:
-        _remove(folder, set(files.values()) - before)
-        raise
-    _remove(folder, before - set(files.values()))
 
 
-def _remove(folder: Path, files: set[str]) -> None:
-    for file in files:
-        (folder / file).unlink(missing_ok=True)
+@contextmanager
+def _changing(folder: Path, base: Base) -> Iterator[dict[str, str]]:
+    """Wait for one's turn. The files of the index may be changed, and those that it does not name go."""
+    with FileLock(folder / LOCK):
+        files = _read_index(folder, base)["queriers"] if (folder / INDEX).exists() else {}
+        try:
+            yield files
+            index = {"base": base.to_json(), "queriers": files}
+            _write(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
+        finally:
+            _remove_unnamed(folder)
+
+
+def _remove_unnamed(folder: Path) -> None:
+    """After a change that succeeded: the experts that were replaced; after one that failed: the new ones."""
+    index = folder / INDEX
+    named = set(json.loads(index.read_text("utf-8"))["queriers"].values()) if index.exists() else ()
+    for path in folder.iterdir():
+        if _EXPERT.fullmatch(path.name) and path.name not in named:
+            path.unlink()
 
 
 def load(
@@ -131,12 +148,26 @@ def load(
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise ValueError(f"folder: got {folder}, expected a folder with {INDEX}, written by save_experts")
-    files = _read_index(folder, Base.of(model))["queriers"]
+    base = Base.of(model)
+    expected = {key: tensor.shape for key, tensor in rows(model, 0).items()}
+    files = _read_index(folder, base)["queriers"]
+    while True:
+        try:
+            return _read_all(folder, files, names, expected)
+        except _MissingError:
+            latest = _read_index(folder, base)["queriers"]
+            if latest == files:
+                raise
+            files = latest  # somebody has replaced an expert meanwhile
+
+
+def _read_all(
+    folder: Path, files: Mapping[str, str], names: list[str] | None, expected: Mapping[str, torch.Size]
+) -> dict[str, dict[str, Tensor]]:
     names = list(files) if names is None else names
     unknown = [name for name in names if name not in files]
     if unknown or not names:
         raise ValueError(f"queriers: got {unknown}, expected names of {sorted(files)}")
-    expected = {key: tensor.shape for key, tensor in rows(model, 0).items()}
     return {name: _read(folder / files[name], name, expected) for name in names}
 
 
@@ -167,7 +198,10 @@ def _read_index(folder: Path, base: Base) -> dict[str, Any]:
 
 
 def _read(path: Path, name: str, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    content = path.read_bytes() if path.is_file() else b""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise _MissingError(f"{path}: missing, expected the whole expert of {name!r}; damaged") from None
     if f"{hashlib.sha256(content).hexdigest()}.safetensors" != path.name:
         raise ValueError(f"{path}: got {len(content)} bytes, expected the whole expert of {name!r}; damaged")
     tensors = parse(content)

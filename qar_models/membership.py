@@ -151,7 +151,8 @@ class MembershipMixin:
     def save_experts(self, folder: str | PathLike[str], queriers: Names | None = None) -> None:
         """Write experts to ``folder``, one safetensors file per querier and an ``index.json``.
 
-        ``folder`` keeps the experts of other queriers that it has. A crash leaves it as it was.
+        ``folder`` keeps the experts of other queriers that it has. A crash leaves it as it was. Processes and
+        threads that save into one folder take turns, for which its file system must support locks.
 
         Args:
             folder: created if missing.

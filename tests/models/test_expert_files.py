@@ -1,6 +1,7 @@
 """Experts on disk: they go where they belong, and nothing that is damaged goes anywhere."""
 
 import json
+import multiprocessing
 import shutil
 
 import pytest
@@ -128,6 +129,74 @@ def test_a_crash_while_writing_leaves_the_old_state(tmp_path, monkeypatch):
     assert set(tmp_path.iterdir()) == files
     model.load_experts(tmp_path)
     assert torch.equal(answers(model), expected)
+
+
+MANY = tuple(f"querier {index}" for index in range(20))
+
+
+def save_one_by_one(folder, names, barrier):
+    torch.set_num_threads(1)  # those of the parent are not there
+    model = aware_model(num_queriers=len(MANY), querier_names=MANY)
+    barrier.wait()
+    for name in names:
+        model.save_experts(folder, name)
+
+
+def replace_again_and_again(folder, barrier, stop):
+    torch.set_num_threads(1)
+    model = named_model()
+    barrier.wait()
+    seed = 0
+    while not stop.is_set():
+        seed += 1
+        randomize_experts(model, seed)
+        model.save_experts(folder, "Howard")
+
+
+def test_several_processes_save_into_one_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    shares = [MANY[first::4] for first in range(4)]
+    running = [context.Process(target=save_one_by_one, args=(tmp_path, share, barrier)) for share in shares]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0, 0, 0, 0]
+    index = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
+    assert set(index["queriers"]) == set(MANY)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == set(index["queriers"].values())
+    aware_model(num_queriers=1, querier_names=["Stuart"]).load_experts(tmp_path)
+
+
+def test_an_expert_is_read_while_another_process_replaces_it(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, stop = context.Barrier(2), context.Event()
+    model = named_model()
+    model.save_experts(tmp_path)
+    writer = context.Process(target=replace_again_and_again, args=(tmp_path, barrier, stop))
+    writer.start()
+    barrier.wait()
+    read = set()
+    try:
+        for _ in range(200):
+            model.load_experts(tmp_path)
+            read.add(model.model.layers[0].experts.down[2].sum().item())
+    finally:
+        stop.set()
+        writer.join()
+    assert writer.exitcode == 0 and len(read) > 1
+
+
+def test_what_a_crash_has_left_behind_goes_with_the_next_change(tmp_path):
+    model = named_model()
+    model.save_experts(tmp_path)
+    files = set(tmp_path.iterdir())
+    for left in ("0" * 64 + ".safetensors", "." + "0" * 64 + ".safetensors.123"):
+        (tmp_path / left).touch()
+    (tmp_path / "mine.safetensors").touch()
+    model.save_experts(tmp_path, "Amy")
+    assert set(tmp_path.iterdir()) == {*files, tmp_path / "mine.safetensors"}
 
 
 def test_unknown_names_and_folders_are_refused(tmp_path):
