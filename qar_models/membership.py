@@ -165,12 +165,16 @@ class MembershipMixin:
         names = list(self.queriers) if queriers is None else _as_list(queriers)
         expert_files.save(self, folder, dict(zip(names, self._ids(names), strict=True)))
 
-    def load_experts(self, folder: str | PathLike[str], queriers: Names | None = None) -> None:
+    def load_experts(
+        self, folder: str | PathLike[str], queriers: Names | None = None, *, check_base: bool = True
+    ) -> None:
         """Read experts that :meth:`save_experts` wrote; new names are added, known ones replaced.
 
         Args:
             folder: what :meth:`save_experts` was given.
             queriers: names; default: all that ``folder`` has.
+            check_base: whether to refuse experts that were trained beside other weights. Pass False if you
+                know that this base model is theirs, with adapters or the shared expert merged, or quantised.
 
         Raises:
             ValueError: if ``folder`` lacks a name, a file is damaged, or the base model is another one. The
@@ -178,7 +182,7 @@ class MembershipMixin:
         """
         self._check_own_experts()
         self._check_idle()
-        loaded = expert_files.load(self, folder, None if queriers is None else _as_list(queriers))
+        loaded = expert_files.load(self, folder, None if queriers is None else _as_list(queriers), check_base)
         new = [name for name in loaded if name not in self.queriers]
         if new:
             self.add_queriers(new)

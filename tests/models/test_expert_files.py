@@ -1,8 +1,11 @@
 """Experts on disk: they go where they belong, and nothing that is damaged goes anywhere."""
 
+import base64
+import hashlib
 import json
 import multiprocessing
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import (
     NAMES,
     TOWERS,
+    VOCAB,
     answers,
     aware_model,
     named_model,
@@ -17,6 +21,9 @@ from tiny_models import (
     randomize_experts,
     train,
 )
+
+from qar_models import merge_shared
+from qar_models.base_identity import weight_sample
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -67,22 +74,115 @@ def slightly_changed(model):
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "difference"),
     [
-        lambda: named_model(base=plain_model(seed=5)),
-        lambda: named_model(base=plain_model(num_hidden_layers=1)),
-        lambda: named_model(tower="replace"),
-        lambda: named_model(expert_scale=0.5),
-        lambda: slightly_changed(named_model()),
-        lambda: get_peft_model(named_model(), LoraConfig(r=2, target_modules=["gate_proj"])),
+        (lambda: named_model(base=plain_model(seed=5)), r"other values in lm_head\.weight"),
+        (lambda: named_model(base=plain_model(num_hidden_layers=1)), r"a weight model\.layers\.1\.\S+"),
+        (lambda: named_model(base=plain_model(intermediate_size=128)), r"mlp\.\S+ of 64x160, not 64x128"),
+        (lambda: named_model(tower="replace"), "tower='residual'"),
+        (lambda: named_model(expert_scale=0.5), r"expert_scale=1\.0"),
+        (lambda: slightly_changed(named_model()), r"other values in model\.layers\.1\.mlp\.up_proj\.weight"),
+        (
+            lambda: get_peft_model(named_model(), LoraConfig(r=2, target_modules=["gate_proj"])),
+            r"no weight model\.layers\.0\.mlp\.gate_proj\.base_layer\.weight",
+        ),
     ],
 )
-def test_experts_of_another_base_are_refused(other, tmp_path):
+def test_experts_of_another_base_are_refused(other, difference, tmp_path):
     named_model().save_experts(tmp_path)
     model = other()
+    message = rf"index\.json: got experts of a base model with .*{difference}, expected this one's"
     for call in (model.load_experts, model.save_experts):
-        with pytest.raises(ValueError, match=r"index\.json: got experts of a base model with .*, expected "):
+        with pytest.raises(ValueError, match=message):
             call(tmp_path)
+
+
+def test_merged_bases_take_their_experts_if_told_so(tmp_path):
+    model = named_model(experts="shared+per_querier")
+    model.save_experts(tmp_path)
+    expected = answers(model)
+    merge_shared(model)
+    randomize_experts(model, seed=3)
+    with pytest.raises(ValueError, match=r"(?s)with a weight .*check_base=False"):
+        model.load_experts(tmp_path)
+    model.load_experts(tmp_path, check_base=False)
+    torch.testing.assert_close(answers(model), expected)
+    for settings, message in (
+        ({"tower": "replace"}, "tower='residual'"),
+        ({"expert_scale": 2}, "expert_scale=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            named_model(**settings).load_experts(tmp_path, check_base=False)
+
+
+def test_a_base_with_more_tokens_is_the_same(tmp_path):
+    model = named_model()
+    model.save_experts(tmp_path)
+    model.resize_token_embeddings(VOCAB + 8)
+    model.load_experts(tmp_path)
+    model.lm_head.weight.data.neg_()
+    with pytest.raises(ValueError, match=r"other values in lm_head\.weight"):
+        model.load_experts(tmp_path)
+
+
+def test_folders_whose_index_names_no_weights_are_read(tmp_path):
+    model = named_model()
+    model.save_experts(tmp_path)
+    path = tmp_path / "index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    own = (".experts.gate", ".experts.up", ".experts.down")
+    weights = {n: p.detach() for n, p in sorted(model.named_parameters()) if not n.endswith(own)}
+    names = json.dumps(["residual", 1.0, [[name, list(weight.shape)] for name, weight in weights.items()]])
+    sample = torch.cat([weight.flatten()[:: weight.numel() // 16][:16] for weight in weights.values()])
+    index["base"] = {
+        "names": hashlib.sha256(names.encode()).hexdigest(),
+        "dtype": "float32",
+        "sample": base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode(),
+    }
+    path.write_text(json.dumps(index), encoding="utf-8")
+    named_model().load_experts(tmp_path)
+    with pytest.raises(ValueError, match="with another architecture, tower, scale or adapters, expected"):
+        named_model(tower="replace").load_experts(tmp_path)
+    for call in (slightly_changed(named_model()).load_experts, slightly_changed(named_model()).save_experts):
+        with pytest.raises(ValueError, match="with other values, expected"):
+            call(tmp_path)
+    slightly_changed(named_model()).load_experts(tmp_path, check_base=False)
+    named_model().save_experts(tmp_path, "Amy")
+    assert "weights" in json.loads(path.read_text(encoding="utf-8"))["base"]
+    named_model().load_experts(tmp_path)
+
+
+class Packed(torch.nn.Parameter):
+    """As bitsandbytes' 4-bit weights: bytes, laid out anew when they are first used."""
+
+
+def test_four_bit_weights_are_known_by_their_shape(tmp_path):
+    model = named_model()
+    linear = model.model.layers[0].mlp.gate_proj
+    for layout in ((5120, 1), (160, 32)):
+        linear.weight = Packed(torch.randint(255, layout, dtype=torch.uint8), requires_grad=False)
+        linear.weight.quant_state = SimpleNamespace(shape=torch.Size((160, 64)))
+        model.save_experts(tmp_path)
+        model.load_experts(tmp_path)
+    with pytest.raises(ValueError, match=r"gate_proj\.weight of 160x64 Packed, not 160x64, expected"):
+        named_model().load_experts(tmp_path)
+
+
+class Quantised(torch.Tensor):
+    """As torchao's weights: a tensor that has no views, and gives its values when asked."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.dequantize:
+            return args[0].as_subclass(torch.Tensor) * 2
+        if func in (torch.Tensor.reshape, torch.Tensor.view):
+            raise NotImplementedError("aten.view")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_weights_without_views_are_sampled():
+    values = torch.arange(32.0)
+    assert torch.equal(weight_sample(values.as_subclass(Quantised)), weight_sample(values * 2))
 
 
 def test_experts_of_another_rank_are_refused(tmp_path):
@@ -211,13 +311,20 @@ def test_unknown_names_and_folders_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"queriers": None}, {"queriers": ["Amy"]}, {"queriers": {"Amy": 3}}, {"dtype": "bfloat17"}]
+    "change",
+    [
+        {"queriers": None},
+        {"queriers": ["Amy"]},
+        {"queriers": {"Amy": 3}},
+        {"dtype": "bfloat17"},
+        {"weights": ["x"]},
+    ],
 )
 def test_an_index_with_a_wrong_entry_is_refused(change, tmp_path):
     named_model().save_experts(tmp_path)
     path = tmp_path / "index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
-    index["base"].update({key: value for key, value in change.items() if key == "dtype"})
+    index["base"].update({key: value for key, value in change.items() if key in ("dtype", "weights")})
     index.update({key: value for key, value in change.items() if key == "queriers"})
     path.write_text(json.dumps({key: value for key, value in index.items() if value is not None}), "utf-8")
     with pytest.raises(ValueError, match=r"index\.json: damaged .*, expected an index"):
