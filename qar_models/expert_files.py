@@ -48,14 +48,23 @@ def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict()  # with the latest values of queriers in train_only, too
+    # with the latest values of queriers in train_only; not the model's, which bitsandbytes' weights do not bear
+    states = {
+        number: layer.experts.state_dict()
+        for number, layer in enumerate(model.model.layers)
+        if layer.experts is not None
+    }
     with _changing(folder) as index:
         if index:
             _check_base(folder, index, model)
         index["base"] = Base.of(model).to_json()
         files = index.setdefault("queriers", {})
         for name, row in queriers.items():
-            tensors = {key: state[_bank_key(key)][row].contiguous().cpu() for key in rows(model, row)}
+            tensors = {
+                f"layers.{number}.{part}": state[part][row].contiguous().cpu()
+                for number, state in states.items()
+                for part in ("gate", "up", "down")
+            }
             content = serialize(tensors)
             files[name] = f"{hashlib.sha256(content).hexdigest()}.safetensors"
             _write(folder / files[name], content)
@@ -109,11 +118,6 @@ def _read_all(
     if unknown or not names:
         raise ValueError(f"queriers: got {unknown}, expected names of {sorted(files)}")
     return {name: _read(folder / files[name], name, expected) for name in names}
-
-
-def _bank_key(key: str) -> str:
-    layer, name = key.rsplit(".", 1)
-    return f"model.{layer}.experts.{name}"
 
 
 def _check_folder(folder: Path) -> None:

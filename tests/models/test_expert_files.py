@@ -152,6 +152,16 @@ def test_folders_whose_index_names_no_weights_are_read(tmp_path):
     named_model().load_experts(tmp_path)
 
 
+def test_saving_experts_leaves_other_weights_alone(tmp_path):
+    model = named_model()
+
+    def unpack(*_):
+        raise AssertionError("bitsandbytes packs its weights anew here, and forgets the scales")
+
+    model.model.layers[0].mlp.gate_proj._save_to_state_dict = unpack
+    model.save_experts(tmp_path)
+
+
 class Packed(torch.nn.Parameter):
     """As bitsandbytes' 4-bit weights: bytes, laid out anew when they are first used."""
 
