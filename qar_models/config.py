@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
@@ -31,6 +32,12 @@ _LOWEST = {
     "first_expert_layer": 0,
     "num_clusters": 0,
 }
+
+
+def few(names: Sequence[Any], most: int = 10) -> str:
+    """The list, for an error: of thousands only the first."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{list(names[:most])}{more}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,8 @@ class QARConfig:
             names = self.querier_names if isinstance(self.querier_names, str) else tuple(self.querier_names)
             # a single string is a sequence of strings too: its letters
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-                raise TypeError(f"querier_names: got {names!r}, expected a sequence of strings")
+                got = names if isinstance(names, str) else few(names)
+                raise TypeError(f"querier_names: got {got!r}, expected a sequence of strings")
             if not all(name.strip() for name in names):
                 raise ValueError("querier_names: got an empty name, expected names that can be read")
             object.__setattr__(self, "querier_names", names)

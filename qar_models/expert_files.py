@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from qar_models.base_identity import Base, OldBase
+from qar_models.config import few
 
 INDEX, LOCK = "index.json", ".lock"
 _EXPERT = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.\d+)?")  # also half written
@@ -48,7 +49,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # with the latest values of queriers in train_only; not the model's, which bitsandbytes' weights do not bear
+    # with the latest values in train_only; not the model's, which bitsandbytes' weights do not bear
     states = {
         number: layer.experts.state_dict()
         for number, layer in enumerate(model.model.layers)
@@ -80,6 +81,24 @@ def _changing(folder: Path) -> Iterator[dict[str, Any]]:
             _write(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
         finally:
             _remove_unnamed(folder)
+
+
+def delete_experts(folder: str | os.PathLike[str], queriers: str | Sequence[str]) -> None:
+    """Delete the experts of these queriers from a folder that ``save_experts`` wrote, files and names.
+
+    Args:
+        folder: what ``save_experts`` was given.
+        queriers: one name or several.
+
+    Raises:
+        ValueError: if ``folder`` is no such folder or lacks a name; it is then unchanged.
+    """
+    folder, names = Path(folder), [queriers] if isinstance(queriers, str) else list(queriers)
+    _check_folder(folder)
+    with _changing(folder) as index:
+        _check_known(names, index["queriers"])
+        for name in set(names):
+            del index["queriers"][name]
 
 
 def _remove_unnamed(folder: Path) -> None:
@@ -114,10 +133,14 @@ def _read_all(
     folder: Path, files: Mapping[str, str], names: list[str] | None, expected: Mapping[str, torch.Size]
 ) -> dict[str, dict[str, Tensor]]:
     names = list(files) if names is None else names
+    _check_known(names, files)
+    return {name: _read(folder / files[name], name, expected) for name in names}
+
+
+def _check_known(names: list[str], files: Mapping[str, str]) -> None:
     unknown = [name for name in names if name not in files]
     if unknown or not names:
-        raise ValueError(f"queriers: got {unknown}, expected names of {sorted(files)}")
-    return {name: _read(folder / files[name], name, expected) for name in names}
+        raise ValueError(f"queriers: got {few(unknown)}, expected names of {few(sorted(files))}")
 
 
 def _check_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qar_models import expert_files
-from qar_models.config import QARConfig
+from qar_models.config import QARConfig, few
 from qar_models.distributed import check_not_sharded
 from qar_models.experts import Experts, TrainedExperts
 
@@ -96,7 +96,7 @@ class MembershipMixin:
         queriers, repeated = self.queriers, {name for name, count in Counter(names).items() if count > 1}
         taken = sorted(repeated | (queriers.keys() & names))
         if taken or not names:
-            raise ValueError(f"names: got {taken or names}, expected new names, each once")
+            raise ValueError(f"names: got {few(taken or names)}, expected new names, each once")
         if init not in ("zero", "mean"):
             raise ValueError(f"init: got {init!r}, expected 'zero' or 'mean'")
         source = None if like is None else self._ids([like])[0]
@@ -109,6 +109,8 @@ class MembershipMixin:
 
     def remove_queriers(self, names: Names) -> None:
         """Remove queriers. Later ids move up: look them up in :attr:`queriers` again.
+
+        Experts in folders stay: :func:`~qar_models.delete_experts` deletes them.
 
         Raises:
             ValueError: for unknown names, if nobody would be left, or while ``train_only`` is on.
@@ -196,8 +198,9 @@ class MembershipMixin:
         queriers = self.queriers
         unknown = [name for name in names if name not in queriers]
         if unknown or not names or len(set(names)) != len(names):
-            wrong = unknown or names
-            raise ValueError(f"names: got {wrong}, expected distinct names out of {list(queriers)}")
+            raise ValueError(
+                f"names: got {few(unknown or names)}, expected distinct names out of {few(list(queriers))}"
+            )
         return [queriers[name] for name in names]
 
     def _banks(self) -> Iterator[Experts]:

@@ -22,7 +22,7 @@ from tiny_models import (
     train,
 )
 
-from qar_models import merge_shared
+from qar_models import delete_experts, merge_shared
 from qar_models.base_identity import weight_sample
 
 
@@ -307,6 +307,26 @@ def test_what_a_crash_has_left_behind_goes_with_the_next_change(tmp_path):
     (tmp_path / "mine.safetensors").touch()
     model.save_experts(tmp_path, "Amy")
     assert set(tmp_path.iterdir()) == {*files, tmp_path / "mine.safetensors"}
+
+
+def test_deleted_experts_are_gone(tmp_path):
+    model = named_model()
+    model.add_queriers("Twin", like="Howard")  # in Howard's file
+    model.save_experts(tmp_path)
+    files = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))["queriers"]
+    delete_experts(tmp_path, ["Amy", "小雪"])
+    delete_experts(tmp_path, "Howard")
+    kept = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))["queriers"]
+    assert kept == {name: files[name] for name in ("Bernadette", "a/b", "Twin")}
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == set(kept.values())
+    with pytest.raises(ValueError, match=r"queriers: got \['Amy'\], expected names of \['Bernadette', "):
+        delete_experts(tmp_path, ["a/b", "Amy"])
+    with pytest.raises(ValueError, match=r"expected a folder with index\.json"):
+        delete_experts(tmp_path / "none", "Amy")
+    named_model().load_experts(tmp_path, "a/b")
+    delete_experts(tmp_path, list(kept))
+    assert not list(tmp_path.glob("*.safetensors"))
+    model.save_experts(tmp_path)
 
 
 def test_unknown_names_and_folders_are_refused(tmp_path):

@@ -344,6 +344,47 @@ def test_shared_experts_belong_to_nobody(tmp_path):
             call()
 
 
+def test_errors_name_only_the_first_of_many(tmp_path):
+    many = [f"querier {index}" for index in range(50)]
+    model = aware_model(num_queriers=50, querier_names=many, expert_rank=1)
+    model.save_experts(tmp_path)
+    for call in (
+        lambda: model.remove_queriers("Stuart"),
+        lambda: model.load_experts(tmp_path, "Stuart"),
+        lambda: model.add_queriers(many),
+        lambda: model.name_queriers([*many[:-1], 7]),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"and 40 more") as caught:
+            call()
+        assert str(caught.value).count("querier ") <= 10
+
+
+def card_of(model, folder):
+    model.save_pretrained(folder)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_who_was_removed_is_no_longer_on_the_card(tmp_path):
+    model = named_model()
+    assert "| queriers | Amy, Bernadette, Howard, 小雪, a/b |" in card_of(model, tmp_path)
+    model.remove_queriers("Howard")
+    card = card_of(model, tmp_path)
+    assert "Howard" not in card and "| num_queriers | 4 |" in card
+    (tmp_path / "README.md").write_text("mine: Howard", encoding="utf-8")
+    assert card_of(model, tmp_path) == "mine: Howard"
+
+
+def test_a_card_shows_names_as_they_are(tmp_path):
+    model = aware_model(querier_names=["a|b", "c\nd", "`e`", "<f>", "g_h_"])
+    assert r"| queriers | a\|b, c d, \`e\`, \<f\>, g\_h\_ |" in card_of(model, tmp_path)
+
+
+def test_a_card_of_many_shows_a_few(tmp_path):
+    many = [f"q{index}" for index in range(1000)]
+    card = card_of(aware_model(num_queriers=1000, querier_names=many, expert_rank=1), tmp_path)
+    assert "q18, q19 and 980 more |" in card and "q20" not in card
+
+
 def test_one_name_is_not_its_letters():
     with pytest.raises(TypeError, match="names: got 'ABCDE', expected a sequence of names"):
         aware_model().name_queriers("ABCDE")
