@@ -31,7 +31,8 @@ class MembershipMixin:
     are all made before the first one is used: that takes memory for a second copy of the experts, and leaves
     the model as it was if there is not enough.
 
-    What changes or saves experts raises ``NotImplementedError`` after FSDP2's ``fully_shard``.
+    What changes or saves experts raises ``NotImplementedError`` after FSDP2's ``fully_shard``, and
+    ``ValueError`` where weights are offloaded.
     """
 
     @property
@@ -218,6 +219,11 @@ class MembershipMixin:
 
     def _check_unwrapped(self) -> None:
         check_not_sharded(self, "queriers")
+        if any(weight.is_meta for weight in self.parameters()):
+            raise ValueError(
+                "model: got offloaded (meta) weights, expected all of them on a device; change queriers and "
+                "experts where the model fits, save it, and load the saved folder with the device_map"
+            )
         for layer in self.model.layers:
             if not isinstance(layer.experts, Experts | None):
                 raise ValueError(

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
     ASKING,
@@ -383,6 +384,24 @@ def test_a_card_of_many_shows_a_few(tmp_path):
     many = [f"q{index}" for index in range(1000)]
     card = card_of(aware_model(num_queriers=1000, querier_names=many, expert_rank=1), tmp_path)
     assert "q18, q19 and 980 more |" in card and "q20" not in card
+
+
+def test_offloaded_weights_are_refused_before_any_work(tmp_path):
+    named_model().save_experts(tmp_path / "saved")
+    model = cpu_offload(named_model(), execution_device=torch.device("cpu"))
+    expected = answers(model)
+    for call in (
+        lambda: model.add_queriers("Leonard"),
+        lambda: model.remove_queriers("Amy"),
+        lambda: model.train_only("Amy"),
+        lambda: model.save_experts(tmp_path / "new"),
+        lambda: model.load_experts(tmp_path / "saved"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"model: got offloaded .* weights, expected all of them on a device"
+        ):
+            call()
+    assert torch.equal(answers(model), expected) and not (tmp_path / "new").exists()
 
 
 def test_one_name_is_not_its_letters():
