@@ -68,6 +68,35 @@ def test_a_plain_model_drafts(tower):
     assert torch.equal(generate(model, prompt, QUERIER_IDS[1:2], assistant_model=draft), expected)
 
 
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        (plain_model, "assistant_model: got a LlamaForCausalLM, which takes no querier_ids, expected"),
+        (
+            lambda: aware_model(num_queriers=2),
+            "assistant_model: querier_ids: got 3, expected ids from -1 to 1",
+        ),
+    ],
+)
+def test_an_unsuitable_draft_is_named(draft, message):
+    prompt = left_padded_batch(batch_size=1, padding=0)
+    with pytest.raises(ValueError, match=message):
+        generate(aware_model(), prompt, QUERIER_IDS[:1], assistant_model=draft())
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_shared_expert_looks_at_the_shape_of_ids_only(tower):
+    model, batch = aware_model(tower=tower, experts="shared"), left_padded_batch()
+    expected = model(**batch).logits
+    assert torch.equal(model(**batch, querier_ids=torch.tensor([99, -7, 4])).logits, expected)
+    for wrong in (torch.tensor([0, 1]), torch.tensor(0)):
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=r"querier_ids: got shape .*, expected \(3,\)"):
+                call(**batch, querier_ids=wrong)
+    with pytest.raises(TypeError, match="expected integers"):
+        model(**batch, querier_ids=torch.zeros(3))
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_beams_equal_that_row_alone(tower):
     model, batch = aware_model(tower=tower), left_padded_batch()
