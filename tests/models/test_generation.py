@@ -1,5 +1,7 @@
 """``generate`` with mixed queriers in one left-padded batch."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import (
@@ -95,6 +97,30 @@ def test_a_shared_expert_looks_at_the_shape_of_ids_only(tower):
                 call(**batch, querier_ids=wrong)
     with pytest.raises(TypeError, match="expected integers"):
         model(**batch, querier_ids=torch.zeros(3))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_prefix_is_read_once_per_querier(tower):
+    model, tokens = aware_model(tower=tower), left_padded_batch(batch_size=1, padding=0)["input_ids"]
+    caches = []
+    for querier in range(3):
+        ids, cache = torch.tensor([querier]), DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tokens[:, :6], querier_ids=ids, past_key_values=cache)
+        caches.append(cache)
+        for _ in range(2):
+            got = model.generate(
+                tokens,
+                querier_ids=ids,
+                past_key_values=copy.deepcopy(cache),
+                max_new_tokens=6,
+                do_sample=False,
+            )
+            expected = model.generate(tokens, querier_ids=ids, max_new_tokens=6, do_sample=False)
+            assert torch.equal(got, expected)
+    first, other = (cache.layers for cache in caches[:2])
+    assert torch.equal(first[0].keys, other[0].keys)  # of the first layer of experts: computed before its MLP
+    assert not torch.equal(first[1].keys, other[1].keys)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
