@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qar_kernels import __version__ as __version__
 from qar_models.config import QARConfig
 from qar_models.conversion import apply_qar, remove_qar
+from qar_models.expert_files import delete_experts
 from qar_models.families import (
     FAMILIES,
     QARLlamaConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "apply_qar",
     "average_row_gradients",
     "clip_grad_norm_",
+    "delete_experts",
     "exclude_from_ddp",
     "load_upstream",
     "merge_shared",

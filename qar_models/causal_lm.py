@@ -24,7 +24,7 @@ from qar_models.membership import MembershipMixin
 from qar_models.model_card import write_model_card
 from qar_models.modeling import QARModelOutput
 from qar_models.packing import ids_of_windows
-from qar_models.querier_ids import as_ids, assume_ids_unchanged, check_prompt_ids
+from qar_models.querier_ids import as_ids, assume_ids_unchanged, check_assistant, check_prompt_ids
 from qar_models.row_sparse import sparse_parameters
 
 IGNORE_INDEX = -100
@@ -95,7 +95,7 @@ class QARForCausalLMMixin(MembershipMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As the base class, with a model card (``README.md``) unless the folder has one.
+        """As the base class, with a model card (``README.md``) unless the folder has its own.
 
         With ``push_to_hub`` transformers replaces it by its own card; to keep it, upload the folder instead.
         """
@@ -108,7 +108,7 @@ class QARForCausalLMMixin(MembershipMixin):
 
         Raises:
             ValueError, TypeError: for ``querier_ids`` that are missing, out of range, or of another shape or
-                dtype.
+                dtype, or do not suit the ``assistant_model``.
             NotImplementedError: for ``guidance_scale``, whose second forward pass knows no queriers.
         """
         self._check_no_guidance(*args[:1], **kwargs)
@@ -116,6 +116,7 @@ class QARForCausalLMMixin(MembershipMixin):
         batch_size = next((len(prompt) for prompt in prompts if prompt is not None), 1)
         querier_ids = as_ids(kwargs.pop("querier_ids", None))  # beam search repeats only tensors
         check_prompt_ids(querier_ids, self.qar, batch_size)
+        check_assistant(kwargs.get("assistant_model"), querier_ids, batch_size)
         if querier_ids is not None:
             kwargs["querier_ids"] = querier_ids
         with assume_ids_unchanged():

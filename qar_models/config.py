@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
@@ -32,6 +34,12 @@ _LOWEST = {
 }
 
 
+def few(names: Sequence[Any], most: int = 10) -> str:
+    """The list, for an error: of thousands only the first."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{list(names[:most])}{more}"
+
+
 @dataclass(frozen=True)
 class QARConfig:
     """Settings of the querier-specific tower (arXiv 2412.11736, section 3).
@@ -54,7 +62,7 @@ class QARConfig:
             (the mean of all experts, which reads them all), ``"shared"`` (the shared expert alone, with
             ``experts="shared+per_querier"``) or ``"error"`` (a ``ValueError``). Default: ``"none"`` for
             ``"residual"``, ``"error"`` for ``"replace"``.
-        querier_names: names in order of id, saved with the model.
+        querier_names: names in order of id, all different and none empty, saved with the model.
         num_clusters: query clusters of the contrastive loss; 0 turns the loss off.
         memory_size: projections remembered per view, cluster and querier (K). Memory is allocated for all
             queriers, :attr:`contrastive_memory_bytes`: 21 GB for 1000 queriers, 10 clusters, K = P = 512.
@@ -105,7 +113,10 @@ class QARConfig:
             names = self.querier_names if isinstance(self.querier_names, str) else tuple(self.querier_names)
             # a single string is a sequence of strings too: its letters
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-                raise TypeError(f"querier_names: got {names!r}, expected a sequence of strings")
+                got = names if isinstance(names, str) else few(names)
+                raise TypeError(f"querier_names: got {got!r}, expected a sequence of strings")
+            if not all(name.strip() for name in names):
+                raise ValueError("querier_names: got an empty name, expected names that can be read")
             object.__setattr__(self, "querier_names", names)
         self._check_combinations()
 
@@ -161,6 +172,11 @@ class QARConfig:
     def needs_querier_ids(self) -> bool:
         """Whether the forward pass must be told who asks."""
         return self.experts != "shared"
+
+    @cached_property
+    def ids_by_name(self) -> dict[str, int]:
+        """Querier name -> id; empty if no names were given. Made once, so do not change it."""
+        return {name: index for index, name in enumerate(self.querier_names or ())}
 
     @property
     def contrastive_memory_bytes(self) -> int:

@@ -1,28 +1,31 @@
 """Experts on disk: one safetensors file per querier, and ``index.json``, with names and the base model.
 
 Files are named by their content, and the index is replaced last, in one step: a crash at any point leaves
-the previous index and the files it names.
+the previous index and the files it names. Writers take turns (``.lock``); readers do not wait for them.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from filelock import FileLock
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-INDEX = "index.json"
-_SAMPLES = 16  # of each weight
+from qar_models.base_identity import Base, OldBase
+from qar_models.config import few
+
+INDEX, LOCK = "index.json", ".lock"
+_EXPERT = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.\d+)?")  # also half written
 
 
 def rows(model: nn.Module, index: int) -> dict[str, Tensor]:
@@ -35,63 +38,8 @@ def rows(model: nn.Module, index: int) -> dict[str, Tensor]:
     }
 
 
-def weight_sample(weight: Tensor) -> Tensor:
-    """Up to 16 evenly spaced values of a tensor, by which it is recognised later: float32, on the CPU."""
-    values = weight.detach().reshape(-1)
-    return values[:: max(1, len(values) // _SAMPLES)][:_SAMPLES].cpu().float()
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a querier's expert depends on: every other parameter that takes part in answers.
-
-    Attributes:
-        names: hash of the tower, the experts' scale, and the parameters' names and shapes.
-        dtype: the coarsest floating-point dtype among them, such as ``"bfloat16"``.
-        sample: the :func:`weight_sample` of each, one after the other.
-    """
-
-    names: str
-    dtype: str
-    sample: Tensor
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Base:
-        """The base of ``model``'s experts, whatever dtype and device it is loaded in."""
-        own = (".experts.gate", ".experts.up", ".experts.down")
-        parameters = [
-            (name, parameter.detach())
-            for name, parameter in sorted(model.named_parameters())
-            if not (name.endswith(own) or ".experts.trained." in name or name.startswith("contrast."))
-        ]
-        shapes = [[name, list(parameter.shape)] for name, parameter in parameters]
-        names = hashlib.sha256(
-            json.dumps([model.qar.tower, model.qar.expert_scale, shapes]).encode()
-        ).hexdigest()
-        floating = {parameter.dtype for _, parameter in parameters if parameter.is_floating_point()}
-        # quantised weights are integers, which are exact
-        coarsest = max(floating, key=lambda d: torch.finfo(d).eps)
-        samples = [weight_sample(parameter) for _, parameter in parameters]
-        return cls(names, str(coarsest).removeprefix("torch."), torch.cat(samples))
-
-    @classmethod
-    def from_json(cls, values: dict[str, str]) -> Base:
-        """The inverse of :meth:`to_json`."""
-        sample = np.frombuffer(base64.b64decode(values["sample"]), dtype="<f4")
-        return cls(values["names"], values["dtype"], torch.from_numpy(sample.copy()))
-
-    def to_json(self) -> dict[str, str]:
-        """As it is stored in the index."""
-        sample = base64.b64encode(self.sample.numpy().astype("<f4").tobytes()).decode()
-        return {"names": self.names, "dtype": self.dtype, "sample": sample}
-
-    def fits(self, other: Base) -> bool:
-        """Whether both are equal up to the rounding of the coarser dtype."""
-        if self.names != other.names:
-            return False
-        eps = max(torch.finfo(getattr(torch, dtype)).eps for dtype in (self.dtype, other.dtype))
-        # the steps between float16's numbers stop shrinking below the smallest normal one
-        return torch.allclose(self.sample, other.sample, rtol=eps, atol=2**-24)
+class _MissingError(ValueError):
+    """An expert's file is not there."""
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str, int]) -> None:
@@ -101,73 +49,137 @@ def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    base = Base.of(model)
-    files = _read_index(folder, base)["queriers"] if (folder / INDEX).exists() else {}
-    before = set(files.values())
-    state = model.state_dict()  # with the latest values of queriers in train_only, too
-    try:
-        for name, index in queriers.items():
-            tensors = {key: state[_bank_key(key)][index].contiguous().cpu() for key in rows(model, index)}
+    # with the latest values in train_only; not the model's, which bitsandbytes' weights do not bear
+    states = {
+        number: layer.experts.state_dict()
+        for number, layer in enumerate(model.model.layers)
+        if layer.experts is not None
+    }
+    with _changing(folder) as index:
+        if index:
+            _check_base(folder, index, model)
+        index["base"] = Base.of(model).to_json()
+        files = index.setdefault("queriers", {})
+        for name, row in queriers.items():
+            tensors = {
+                f"layers.{number}.{part}": state[part][row].contiguous().cpu()
+                for number, state in states.items()
+                for part in ("gate", "up", "down")
+            }
             content = serialize(tensors)
             files[name] = f"{hashlib.sha256(content).hexdigest()}.safetensors"
             _write(folder / files[name], content)
-        index = {"base": base.to_json(), "queriers": files}
-        _write(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
-    except OSError:
-        _remove(folder, set(files.values()) - before)
-        raise
-    _remove(folder, before - set(files.values()))
 
 
-def _remove(folder: Path, files: set[str]) -> None:
-    for file in files:
-        (folder / file).unlink(missing_ok=True)
+@contextmanager
+def _changing(folder: Path) -> Iterator[dict[str, Any]]:
+    """Wait for one's turn. The index may be changed, and the files that it does not name go."""
+    with FileLock(folder / LOCK):
+        index = _read_index(folder) if (folder / INDEX).exists() else {}
+        try:
+            yield index
+            _write(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
+        finally:
+            _remove_unnamed(folder)
+
+
+def delete_experts(folder: str | os.PathLike[str], queriers: str | Sequence[str]) -> None:
+    """Delete the experts of these queriers from a folder that ``save_experts`` wrote, files and names.
+
+    Args:
+        folder: what ``save_experts`` was given.
+        queriers: one name or several.
+
+    Raises:
+        ValueError: if ``folder`` is no such folder or lacks a name; it is then unchanged.
+    """
+    folder, names = Path(folder), [queriers] if isinstance(queriers, str) else list(queriers)
+    _check_folder(folder)
+    with _changing(folder) as index:
+        _check_known(names, index["queriers"])
+        for name in set(names):
+            del index["queriers"][name]
+
+
+def _remove_unnamed(folder: Path) -> None:
+    """After a change that succeeded: the experts that were replaced; after one that failed: the new ones."""
+    index = folder / INDEX
+    named = set(json.loads(index.read_text("utf-8"))["queriers"].values()) if index.exists() else ()
+    for path in folder.iterdir():
+        if _EXPERT.fullmatch(path.name) and path.name not in named:
+            path.unlink()
 
 
 def load(
-    model: nn.Module, folder: str | os.PathLike[str], names: list[str] | None
+    model: nn.Module, folder: str | os.PathLike[str], names: list[str] | None, check_base: bool
 ) -> dict[str, dict[str, Tensor]]:
     """The checked experts of these queriers (default: all), name -> tensors as :func:`rows` names them."""
     folder = Path(folder)
-    if not (folder / INDEX).is_file():
-        raise ValueError(f"folder: got {folder}, expected a folder with {INDEX}, written by save_experts")
-    files = _read_index(folder, Base.of(model))["queriers"]
-    names = list(files) if names is None else names
-    unknown = [name for name in names if name not in files]
-    if unknown or not names:
-        raise ValueError(f"queriers: got {unknown}, expected names of {sorted(files)}")
+    _check_folder(folder)
+    index = _read_index(folder)
+    _check_base(folder, index, model, check_base)
     expected = {key: tensor.shape for key, tensor in rows(model, 0).items()}
+    while True:
+        try:
+            return _read_all(folder, index["queriers"], names, expected)
+        except _MissingError:
+            latest = _read_index(folder)
+            if latest == index:
+                raise
+            index = latest  # somebody has replaced an expert meanwhile
+
+
+def _read_all(
+    folder: Path, files: Mapping[str, str], names: list[str] | None, expected: Mapping[str, torch.Size]
+) -> dict[str, dict[str, Tensor]]:
+    names = list(files) if names is None else names
+    _check_known(names, files)
     return {name: _read(folder / files[name], name, expected) for name in names}
 
 
-def _bank_key(key: str) -> str:
-    layer, name = key.rsplit(".", 1)
-    return f"model.{layer}.experts.{name}"
+def _check_known(names: list[str], files: Mapping[str, str]) -> None:
+    unknown = [name for name in names if name not in files]
+    if unknown or not names:
+        raise ValueError(f"queriers: got {few(unknown)}, expected names of {few(sorted(files))}")
 
 
-def _read_index(folder: Path, base: Base) -> dict[str, Any]:
+def _check_folder(folder: Path) -> None:
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"folder: got {folder}, expected a folder with {INDEX}, written by save_experts")
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        found = Base.from_json(index["base"])
-        torch.finfo(getattr(torch, found.dtype))
+        _parse_base(index)
         if not all(isinstance(file, str) for file in dict(index["queriers"]).values()):
             raise TypeError("queriers: expected names of files")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error}), expected an index that save_experts wrote") from error
-    if not found.fits(base):
-        kind = (
-            "other values" if found.names == base.names else "another architecture, tower, scale or adapters"
-        )
-        raise ValueError(
-            f"{path}: got experts of a base model with {kind}, expected this one's; experts fit only the "
-            "base model, tower, scale and adapters they were trained with"
-        )
     return index
 
 
+def _parse_base(index: dict[str, Any]) -> Base | OldBase:
+    return (OldBase if "names" in index["base"] else Base).from_json(index["base"])
+
+
+def _check_base(folder: Path, index: dict[str, Any], model: nn.Module, check_weights: bool = True) -> None:
+    saved = _parse_base(index)
+    difference = type(saved).of(model).difference(saved, check_weights)
+    if difference is not None:
+        raise ValueError(
+            f"{folder / INDEX}: got experts of a base model with {difference}, expected this one's; experts "
+            "fit only the base model, tower, scale and adapters they were trained with. If this is that "
+            "model, merged or quantised, load_experts(..., check_base=False) takes them"
+        )
+
+
 def _read(path: Path, name: str, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    content = path.read_bytes() if path.is_file() else b""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise _MissingError(f"{path}: missing, expected the whole expert of {name!r}; damaged") from None
     if f"{hashlib.sha256(content).hexdigest()}.safetensors" != path.name:
         raise ValueError(f"{path}: got {len(content)} bytes, expected the whole expert of {name!r}; damaged")
     tensors = parse(content)

@@ -130,15 +130,10 @@ class Experts(nn.Module):
             for mean, weight, trained in zip(means, bank, self.trained.bank, strict=True)
         )
 
-    def train_only(self, rows: list[int]) -> None:
-        """Train copies of these rows; without rows, write the copies back into the bank.
-
-        With copies, gradients and optimizer states cover only what is trained, and no optimizer can change
-        anybody else's expert, as weight decay would.
-        """
+    def write_back(self) -> None:
+        """Put the values of experts that train alone into the bank, too."""
         if self.trained is not None:
             self.trained.write_back(self)
-        self.trained = TrainedExperts(self, rows) if rows else None
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -157,7 +152,11 @@ def _swiglu(x: Tensor, *weights: Tensor) -> Tensor:
 
 
 class TrainedExperts(nn.Module):
-    """Copies of a few experts of a frozen bank. State dicts hold their values in the bank's own tensors."""
+    """Copies of a few experts of a frozen bank. State dicts hold their values in the bank's own tensors.
+
+    With copies, gradients and optimizer states cover only what is trained, and no optimizer can change
+    anybody else's expert, as weight decay would.
+    """
 
     def __init__(self, experts: Experts, rows: list[int]) -> None:
         super().__init__()

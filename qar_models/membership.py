@@ -6,17 +6,19 @@ E experts in a bank, C clusters, Q queriers, K memory slots, P projection.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from qar_models import expert_files
-from qar_models.config import QARConfig
+from qar_models.config import QARConfig, few
 from qar_models.distributed import check_not_sharded
-from qar_models.experts import Experts
+from qar_models.experts import Experts, TrainedExperts
 
 Names = str | Sequence[str]
 
@@ -25,9 +27,12 @@ class MembershipMixin:
     """Methods of every querier-aware ``ForCausalLM``.
 
     Adding and removing create new parameters, so build optimizers afterwards. Everybody else's answers stay
-    the same to the bit, except that ``unknown_querier="mean"`` averages over all queriers.
+    the same to the bit, except that ``unknown_querier="mean"`` averages over all queriers. The new parameters
+    are all made before the first one is used: that takes memory for a second copy of the experts, and leaves
+    the model as it was if there is not enough.
 
-    What changes or saves experts raises ``NotImplementedError`` after FSDP2's ``fully_shard``.
+    What changes or saves experts raises ``NotImplementedError`` after FSDP2's ``fully_shard``, and
+    ``ValueError`` where weights are offloaded.
     """
 
     @property
@@ -53,9 +58,9 @@ class MembershipMixin:
                 module.qar = qar
 
     @property
-    def queriers(self) -> dict[str, int]:
-        """Querier name -> id; empty if no names were given."""
-        return {name: index for index, name in enumerate(self.qar.querier_names or ())}
+    def queriers(self) -> Mapping[str, int]:
+        """Querier name -> id, read-only; empty if no names were given."""
+        return MappingProxyType(self.qar.ids_by_name)
 
     def name_queriers(self, names: Sequence[str]) -> None:
         """Give every querier a (new) name, in order of id.
@@ -81,27 +86,32 @@ class MembershipMixin:
             like: start as copies of this querier's expert instead.
 
         Raises:
-            ValueError: for names that exist or occur twice, an unknown ``init`` or ``like``, a model whose
-                queriers have no names or are fixed (a reference checkpoint's), or while ``train_only`` is on.
+            TypeError: for names that are no strings.
+            ValueError: for names that exist, occur twice or are empty, an unknown ``init`` or ``like``, a
+                model whose queriers have no names or are fixed (a reference checkpoint's), or while
+                ``train_only`` is on.
         """
         names = _as_list(names)
         self._check_idle()
         self._check_named()
-        taken = sorted({name for name in names if name in self.queriers or names.count(name) > 1})
+        queriers, repeated = self.queriers, {name for name, count in Counter(names).items() if count > 1}
+        taken = sorted(repeated | (queriers.keys() & names))
         if taken or not names:
-            raise ValueError(f"names: got {taken or names}, expected new names, each once")
+            raise ValueError(f"names: got {few(taken or names)}, expected new names, each once")
         if init not in ("zero", "mean"):
             raise ValueError(f"init: got {init!r}, expected 'zero' or 'mean'")
         source = None if like is None else self._ids([like])[0]
-        kept = list(range(self.qar.num_queriers))
-        self._resize(kept, len(names))
-        with torch.no_grad():
-            for experts in self._banks():
-                _start(experts, len(kept), self.config.initializer_range, init, source)
-        self._set_names((*self.queriers, *names))
+        std, count = self.config.initializer_range, len(names)
+        self._replace_rows(
+            (*queriers, *names),
+            lambda experts, name: _append(experts, name, count, std, init, source),
+            lambda old, dim: torch.cat((old, _zeros(old, dim, count)), dim),
+        )
 
     def remove_queriers(self, names: Names) -> None:
         """Remove queriers. Later ids move up: look them up in :attr:`queriers` again.
+
+        Experts in folders stay: :func:`~qar_models.delete_experts` deletes them.
 
         Raises:
             ValueError: for unknown names, if nobody would be left, or while ``train_only`` is on.
@@ -112,8 +122,11 @@ class MembershipMixin:
         if not kept:
             raise ValueError("names: got all queriers, expected at least one to stay")
         remaining = list(self.queriers)
-        self._resize(kept, 0)
-        self._set_names(tuple(remaining[index] for index in kept))
+        self._replace_rows(
+            tuple(remaining[index] for index in kept),
+            lambda experts, name: _take(getattr(experts, name), 0, kept),
+            lambda old, dim: _take(old, dim, kept),
+        )
 
     def train_only(self, names: Names | None) -> None:
         """Train these queriers' experts and nothing else; ``None`` ends it and unfreezes what it froze.
@@ -128,8 +141,12 @@ class MembershipMixin:
         self._check_own_experts()
         if not self.model.trained_ids:
             self._trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        for experts in self._banks():
-            experts.train_only(ids)
+        banks = list(self._banks())
+        for experts in banks:
+            experts.write_back()
+        copies = [TrainedExperts(experts, ids) if ids else None for experts in banks]
+        for experts, trained in zip(banks, copies, strict=True):
+            experts.trained = trained
         self.model.trained_ids = ids
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(".experts.trained." in name if ids else name in self._trainable)
@@ -137,7 +154,8 @@ class MembershipMixin:
     def save_experts(self, folder: str | PathLike[str], queriers: Names | None = None) -> None:
         """Write experts to ``folder``, one safetensors file per querier and an ``index.json``.
 
-        ``folder`` keeps the experts of other queriers that it has. A crash leaves it as it was.
+        ``folder`` keeps the experts of other queriers that it has. A crash leaves it as it was. Processes and
+        threads that save into one folder take turns, for which its file system must support locks.
 
         Args:
             folder: created if missing.
@@ -150,12 +168,16 @@ class MembershipMixin:
         names = list(self.queriers) if queriers is None else _as_list(queriers)
         expert_files.save(self, folder, dict(zip(names, self._ids(names), strict=True)))
 
-    def load_experts(self, folder: str | PathLike[str], queriers: Names | None = None) -> None:
+    def load_experts(
+        self, folder: str | PathLike[str], queriers: Names | None = None, *, check_base: bool = True
+    ) -> None:
         """Read experts that :meth:`save_experts` wrote; new names are added, known ones replaced.
 
         Args:
             folder: what :meth:`save_experts` was given.
             queriers: names; default: all that ``folder`` has.
+            check_base: whether to refuse experts that were trained beside other weights. Pass False if you
+                know that this base model is theirs, with adapters or the shared expert merged, or quantised.
 
         Raises:
             ValueError: if ``folder`` lacks a name, a file is damaged, or the base model is another one. The
@@ -163,7 +185,7 @@ class MembershipMixin:
         """
         self._check_own_experts()
         self._check_idle()
-        loaded = expert_files.load(self, folder, None if queriers is None else _as_list(queriers))
+        loaded = expert_files.load(self, folder, None if queriers is None else _as_list(queriers), check_base)
         new = [name for name in loaded if name not in self.queriers]
         if new:
             self.add_queriers(new)
@@ -174,11 +196,13 @@ class MembershipMixin:
 
     def _ids(self, names: list[str]) -> list[int]:
         self._check_named()
-        unknown = [name for name in names if name not in self.queriers]
+        queriers = self.queriers
+        unknown = [name for name in names if name not in queriers]
         if unknown or not names or len(set(names)) != len(names):
-            wrong = unknown or names
-            raise ValueError(f"names: got {wrong}, expected distinct names out of {list(self.queriers)}")
-        return [self.queriers[name] for name in names]
+            raise ValueError(
+                f"names: got {few(unknown or names)}, expected distinct names out of {few(list(queriers))}"
+            )
+        return [queriers[name] for name in names]
 
     def _banks(self) -> Iterator[Experts]:
         if self.qar.experts != "shared":
@@ -195,6 +219,11 @@ class MembershipMixin:
 
     def _check_unwrapped(self) -> None:
         check_not_sharded(self, "queriers")
+        if any(weight.is_meta for weight in self.parameters()):
+            raise ValueError(
+                "model: got offloaded (meta) weights, expected all of them on a device; change queriers and "
+                "experts where the model fits, save it, and load the saved folder with the device_map"
+            )
         for layer in self.model.layers:
             if not isinstance(layer.experts, Experts | None):
                 raise ValueError(
@@ -209,44 +238,65 @@ class MembershipMixin:
         if self.qar.contrast == "reference":
             raise ValueError("contrast: got 'reference', whose queriers are fixed")
 
-    def _resize(self, kept: list[int], added: int) -> None:
-        """Keep these rows of every bank and of the contrastive memory, and append rows of zeros."""
-        for experts in self._banks():
-            for name in ("gate", "up", "down"):
-                _replace_tensor(experts, name, lambda old: _take(old, 0, kept, added))
+    def _replace_rows(
+        self,
+        names: tuple[str, ...],
+        bank: Callable[[Experts, str], Tensor],
+        memory: Callable[[Tensor, int], Tensor],
+    ) -> None:
+        """Change the banks, the contrastive memory and the names; nothing, if a new tensor cannot be made.
+
+        Args:
+            names: of the queriers from then on.
+            bank: gives a bank's new ``gate``, ``up`` or ``down``, by name.
+            memory: gives a new tensor of the contrastive memory, whose queriers are the given dimension.
+        """
+        qar = dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names)
+        new: list[tuple[nn.Module, str, Tensor]] = []
+        with torch.no_grad():
+            for experts in self._banks():
+                for name in ("gate", "up", "down"):
+                    old = getattr(experts, name)
+                    new.append((experts, name, nn.Parameter(bank(experts, name), old.requires_grad)))
+            if self.contrast is not None:
+                for name, dim in (("memory", 2), ("totals", 2), ("writes", 1)):
+                    new.append((self.contrast, name, memory(getattr(self.contrast, name), dim)))
+        for module, name, tensor in new:
+            setattr(module, name, tensor)
         if self.contrast is not None:
-            for name, dim in (("memory", 2), ("totals", 2), ("writes", 1)):
-                _replace_tensor(self.contrast, name, lambda old, dim=dim: _take(old, dim, kept, added))
-            self.contrast.num_queriers = len(kept) + added
+            self.contrast.num_queriers = len(names)
+        self.qar = qar
 
     def _set_names(self, names: tuple[str, ...]) -> None:
         self.qar = dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names)
 
 
 def _as_list(names: Names) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"names: got {wrong[0]!r}, expected strings")
+    return names
 
 
-def _take(old: Tensor, dim: int, kept: list[int], added: int) -> Tensor:
-    rows = old.index_select(dim, torch.tensor(kept, device=old.device))
+def _take(old: Tensor, dim: int, kept: list[int]) -> Tensor:
+    return old.index_select(dim, torch.tensor(kept, device=old.device))
+
+
+def _zeros(old: Tensor, dim: int, count: int) -> Tensor:
     shape = list(old.shape)
-    shape[dim] = added
-    return torch.cat((rows, old.new_zeros(shape)), dim)
+    shape[dim] = count
+    return old.new_zeros(shape)
 
 
-def _replace_tensor(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
-    old = getattr(module, name)
-    new = change(old.detach())
-    is_parameter = isinstance(old, nn.Parameter)
-    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
-
-
-def _start(experts: Experts, first: int, std: float, init: str, source: int | None) -> None:
-    """Fill the new rows of a bank, those from ``first`` on."""
-    for weight in experts.bank:
-        if source is not None:
-            weight[first:] = weight[source]
-        elif init == "mean":
-            weight[first:] = weight[:first].mean(0)
-        elif weight is not experts.down:  # with gate and up at zero too, no gradient would ever arrive
-            weight[first:].normal_(0.0, std)
+def _append(experts: Experts, name: str, count: int, std: float, init: str, source: int | None) -> Tensor:
+    """The weight ``name`` of a bank with the experts of ``count`` new queriers behind the others."""
+    old = getattr(experts, name)
+    rows = _zeros(old, 0, count)
+    if source is not None:
+        rows[:] = old[source]
+    elif init == "mean":
+        rows[:] = old.mean(0)
+    elif name != "down":  # with gate and up at zero too, no gradient would ever arrive
+        rows.normal_(0.0, std)
+    return torch.cat((old, rows))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from os import PathLike
 from pathlib import Path
 
 from torch import nn
 
+_MARK = "<!-- written by qar_models with every save; delete this line to keep a card of your own -->"
+_NAMES = 20  # that a card shows
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
 - querier-aware
 ---
+{mark}
 
 # {name}
 
@@ -34,12 +38,19 @@ model.generate(**tokens, querier_ids=torch.tensor([ID]), max_new_tokens=64)  # m
 
 
 def write_model_card(model: nn.Module, folder: str | PathLike[str]) -> None:
-    """Write ``README.md`` into ``folder``, unless it has one."""
+    """Write ``README.md`` into ``folder``, unless it has one that was not written here."""
     path = Path(folder) / "README.md"
-    if path.exists():
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
     shown = ("num_queriers", "tower", "experts", "expert_rank", "unknown_querier", "num_clusters")
     values = {name: getattr(model.qar, name) for name in shown}
-    values["queriers"] = ", ".join(model.queriers) or "(no names)"
+    values["queriers"] = _names(list(model.queriers))
     settings = "\n".join(f"| {name} | {value} |" for name, value in values.items())
-    path.write_text(_CARD.format(name=type(model).__name__, settings=settings), encoding="utf-8")
+    card = _CARD.format(mark=_MARK, name=type(model).__name__, settings=settings)
+    path.write_text(card, encoding="utf-8")
+
+
+def _names(names: list[str]) -> str:
+    """As one cell of the table: in one line, without Markdown."""
+    cell = ", ".join(re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(name.split())) for name in names[:_NAMES])
+    return f"{cell} and {len(names) - _NAMES} more" if len(names) > _NAMES else cell or "(no names)"

@@ -39,11 +39,14 @@ def make_towers(
     Raises:
         ValueError, TypeError: naming ``querier_ids``, what came and what was expected.
     """
+    sequences = batch_size if cu_seq_lens is None else len(cu_seq_lens) - 1
+    shapes = [(sequences,), (batch_size, seq_len)]
     if not qar.needs_querier_ids:
+        if querier_ids is not None:
+            _check_kind(as_ids(querier_ids), shapes)
         ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return TowerBatch(_segments(ids, seq_len), batch_size)
-    sequences = batch_size if cu_seq_lens is None else len(cu_seq_lens) - 1
-    ids = _checked_ids(querier_ids, qar, [(sequences,), (batch_size, seq_len)])
+    ids = _checked_ids(querier_ids, qar, shapes)
     may_be_unknown = not _are_known(ids)
     ids = ids.to(device)
     if not trained_ids:
@@ -133,6 +136,25 @@ def check_prompt_ids(querier_ids: Tensor | None, qar: QARConfig, batch_size: int
     """
     if qar.needs_querier_ids:
         _checked_ids(querier_ids if querier_ids is None else querier_ids.cpu(), qar, [(batch_size,)])
+    elif querier_ids is not None:
+        _check_kind(querier_ids, [(batch_size,)])
+
+
+def check_assistant(assistant: Any, querier_ids: Tensor | None, batch_size: int) -> None:
+    """Raise for a draft model of speculative decoding that cannot be asked by these queriers."""
+    qar = getattr(assistant, "qar", None)
+    if assistant is None or (qar is None and querier_ids is None):
+        return
+    if qar is None:
+        raise ValueError(
+            f"assistant_model: got a {type(assistant).__name__}, which takes no querier_ids, expected a "
+            "querier-aware one: apply_qar(draft, QARConfig(num_queriers=n, first_expert_layer="
+            "draft.config.num_hidden_layers)) makes it one without experts"
+        )
+    try:
+        check_prompt_ids(querier_ids, qar, batch_size)
+    except ValueError as error:
+        raise ValueError(f"assistant_model: {error}") from error
 
 
 def as_ids(querier_ids: Tensor | Sequence[int] | None) -> Tensor | None:
@@ -157,14 +179,18 @@ def _checked_ids(querier_ids: Tensor | None, qar: QARConfig, shapes: list[tuple[
             f"tensor of shape {shapes[0]} with ids 0..{qar.num_queriers - 1} or -1 (unknown)"
         )
     ids = as_ids(querier_ids)
+    _check_kind(ids, shapes)
+    ids = ids.long()  # comparisons with -1 or a count beyond a short type's range would wrap around
+    _check_values(ids, qar)
+    return ids
+
+
+def _check_kind(ids: Tensor, shapes: list[tuple[int, ...]]) -> None:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"querier_ids: got dtype {ids.dtype}, expected integers")
     if ids.shape not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"querier_ids: got shape {tuple(ids.shape)}, expected {expected}")
-    ids = ids.long()  # comparisons with -1 or a count beyond a short type's range would wrap around
-    _check_values(ids, qar)
-    return ids
 
 
 def _check_values(ids: Tensor, qar: QARConfig) -> None:

@@ -26,7 +26,7 @@ class TowerBatch:
     Attributes:
         segments: the expert of each of the B * S rows.
         batch_size: B, sequences as the caller sees them.
-        trained: rows of the queriers whose experts train alone (:meth:`Experts.train_only`), by their place
+        trained: rows of the queriers whose experts train alone (:class:`TrainedExperts`), by their place
             among the trained; ``segments`` leaves them out.
         may_be_unknown: False where the host knows that no row's querier is -1 (unknown).
     """

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qar_models.expert_files import weight_sample
+from qar_models.base_identity import weight_sample
 from qar_models.families import family_of
 from train.errors import UserError
 from train.files import build_directory

@@ -1,7 +1,11 @@
 """Experts on disk: they go where they belong, and nothing that is damaged goes anywhere."""
 
+import base64
+import hashlib
 import json
+import multiprocessing
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import (
     NAMES,
     TOWERS,
+    VOCAB,
     answers,
     aware_model,
     named_model,
@@ -16,6 +21,9 @@ from tiny_models import (
     randomize_experts,
     train,
 )
+
+from qar_models import delete_experts, merge_shared
+from qar_models.base_identity import weight_sample
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -66,22 +74,125 @@ def slightly_changed(model):
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "difference"),
     [
-        lambda: named_model(base=plain_model(seed=5)),
-        lambda: named_model(base=plain_model(num_hidden_layers=1)),
-        lambda: named_model(tower="replace"),
-        lambda: named_model(expert_scale=0.5),
-        lambda: slightly_changed(named_model()),
-        lambda: get_peft_model(named_model(), LoraConfig(r=2, target_modules=["gate_proj"])),
+        (lambda: named_model(base=plain_model(seed=5)), r"other values in lm_head\.weight"),
+        (lambda: named_model(base=plain_model(num_hidden_layers=1)), r"a weight model\.layers\.1\.\S+"),
+        (lambda: named_model(base=plain_model(intermediate_size=128)), r"mlp\.\S+ of 64x160, not 64x128"),
+        (lambda: named_model(tower="replace"), "tower='residual'"),
+        (lambda: named_model(expert_scale=0.5), r"expert_scale=1\.0"),
+        (lambda: slightly_changed(named_model()), r"other values in model\.layers\.1\.mlp\.up_proj\.weight"),
+        (
+            lambda: get_peft_model(named_model(), LoraConfig(r=2, target_modules=["gate_proj"])),
+            r"no weight model\.layers\.0\.mlp\.gate_proj\.base_layer\.weight",
+        ),
     ],
 )
-def test_experts_of_another_base_are_refused(other, tmp_path):
+def test_experts_of_another_base_are_refused(other, difference, tmp_path):
     named_model().save_experts(tmp_path)
     model = other()
+    message = rf"index\.json: got experts of a base model with .*{difference}, expected this one's"
     for call in (model.load_experts, model.save_experts):
-        with pytest.raises(ValueError, match=r"index\.json: got experts of a base model with .*, expected "):
+        with pytest.raises(ValueError, match=message):
             call(tmp_path)
+
+
+def test_merged_bases_take_their_experts_if_told_so(tmp_path):
+    model = named_model(experts="shared+per_querier")
+    model.save_experts(tmp_path)
+    expected = answers(model)
+    merge_shared(model)
+    randomize_experts(model, seed=3)
+    with pytest.raises(ValueError, match=r"(?s)with a weight .*check_base=False"):
+        model.load_experts(tmp_path)
+    model.load_experts(tmp_path, check_base=False)
+    torch.testing.assert_close(answers(model), expected)
+    for settings, message in (
+        ({"tower": "replace"}, "tower='residual'"),
+        ({"expert_scale": 2}, "expert_scale=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            named_model(**settings).load_experts(tmp_path, check_base=False)
+
+
+def test_a_base_with_more_tokens_is_the_same(tmp_path):
+    model = named_model()
+    model.save_experts(tmp_path)
+    model.resize_token_embeddings(VOCAB + 8)
+    model.load_experts(tmp_path)
+    model.lm_head.weight.data.neg_()
+    with pytest.raises(ValueError, match=r"other values in lm_head\.weight"):
+        model.load_experts(tmp_path)
+
+
+def test_folders_whose_index_names_no_weights_are_read(tmp_path):
+    model = named_model()
+    model.save_experts(tmp_path)
+    path = tmp_path / "index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    own = (".experts.gate", ".experts.up", ".experts.down")
+    weights = {n: p.detach() for n, p in sorted(model.named_parameters()) if not n.endswith(own)}
+    names = json.dumps(["residual", 1.0, [[name, list(weight.shape)] for name, weight in weights.items()]])
+    sample = torch.cat([weight.flatten()[:: weight.numel() // 16][:16] for weight in weights.values()])
+    index["base"] = {
+        "names": hashlib.sha256(names.encode()).hexdigest(),
+        "dtype": "float32",
+        "sample": base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode(),
+    }
+    path.write_text(json.dumps(index), encoding="utf-8")
+    named_model().load_experts(tmp_path)
+    with pytest.raises(ValueError, match="with another architecture, tower, scale or adapters, expected"):
+        named_model(tower="replace").load_experts(tmp_path)
+    for call in (slightly_changed(named_model()).load_experts, slightly_changed(named_model()).save_experts):
+        with pytest.raises(ValueError, match="with other values, expected"):
+            call(tmp_path)
+    slightly_changed(named_model()).load_experts(tmp_path, check_base=False)
+    named_model().save_experts(tmp_path, "Amy")
+    assert "weights" in json.loads(path.read_text(encoding="utf-8"))["base"]
+    named_model().load_experts(tmp_path)
+
+
+def test_saving_experts_leaves_other_weights_alone(tmp_path):
+    model = named_model()
+
+    def unpack(*_):
+        raise AssertionError("bitsandbytes packs its weights anew here, and forgets the scales")
+
+    model.model.layers[0].mlp.gate_proj._save_to_state_dict = unpack
+    model.save_experts(tmp_path)
+
+
+class Packed(torch.nn.Parameter):
+    """As bitsandbytes' 4-bit weights: bytes, laid out anew when they are first used."""
+
+
+def test_four_bit_weights_are_known_by_their_shape(tmp_path):
+    model = named_model()
+    linear = model.model.layers[0].mlp.gate_proj
+    for layout in ((5120, 1), (160, 32)):
+        linear.weight = Packed(torch.randint(255, layout, dtype=torch.uint8), requires_grad=False)
+        linear.weight.quant_state = SimpleNamespace(shape=torch.Size((160, 64)))
+        model.save_experts(tmp_path)
+        model.load_experts(tmp_path)
+    with pytest.raises(ValueError, match=r"gate_proj\.weight of 160x64 Packed, not 160x64, expected"):
+        named_model().load_experts(tmp_path)
+
+
+class Quantised(torch.Tensor):
+    """As torchao's weights: a tensor that has no views, and gives its values when asked."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.dequantize:
+            return args[0].as_subclass(torch.Tensor) * 2
+        if func in (torch.Tensor.reshape, torch.Tensor.view):
+            raise NotImplementedError("aten.view")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_weights_without_views_are_sampled():
+    values = torch.arange(32.0)
+    assert torch.equal(weight_sample(values.as_subclass(Quantised)), weight_sample(values * 2))
 
 
 def test_experts_of_another_rank_are_refused(tmp_path):
@@ -130,6 +241,94 @@ def test_a_crash_while_writing_leaves_the_old_state(tmp_path, monkeypatch):
     assert torch.equal(answers(model), expected)
 
 
+MANY = tuple(f"querier {index}" for index in range(20))
+
+
+def save_one_by_one(folder, names, barrier):
+    torch.set_num_threads(1)  # those of the parent are not there
+    model = aware_model(num_queriers=len(MANY), querier_names=MANY)
+    barrier.wait()
+    for name in names:
+        model.save_experts(folder, name)
+
+
+def replace_again_and_again(folder, barrier, stop):
+    torch.set_num_threads(1)
+    model = named_model()
+    barrier.wait()
+    seed = 0
+    while not stop.is_set():
+        seed += 1
+        randomize_experts(model, seed)
+        model.save_experts(folder, "Howard")
+
+
+def test_several_processes_save_into_one_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    shares = [MANY[first::4] for first in range(4)]
+    running = [context.Process(target=save_one_by_one, args=(tmp_path, share, barrier)) for share in shares]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0, 0, 0, 0]
+    index = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
+    assert set(index["queriers"]) == set(MANY)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == set(index["queriers"].values())
+    aware_model(num_queriers=1, querier_names=["Stuart"]).load_experts(tmp_path)
+
+
+def test_an_expert_is_read_while_another_process_replaces_it(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, stop = context.Barrier(2), context.Event()
+    model = named_model()
+    model.save_experts(tmp_path)
+    writer = context.Process(target=replace_again_and_again, args=(tmp_path, barrier, stop))
+    writer.start()
+    barrier.wait()
+    read = set()
+    try:
+        for _ in range(200):
+            model.load_experts(tmp_path)
+            read.add(model.model.layers[0].experts.down[2].sum().item())
+    finally:
+        stop.set()
+        writer.join()
+    assert writer.exitcode == 0 and len(read) > 1
+
+
+def test_what_a_crash_has_left_behind_goes_with_the_next_change(tmp_path):
+    model = named_model()
+    model.save_experts(tmp_path)
+    files = set(tmp_path.iterdir())
+    for left in ("0" * 64 + ".safetensors", "." + "0" * 64 + ".safetensors.123"):
+        (tmp_path / left).touch()
+    (tmp_path / "mine.safetensors").touch()
+    model.save_experts(tmp_path, "Amy")
+    assert set(tmp_path.iterdir()) == {*files, tmp_path / "mine.safetensors"}
+
+
+def test_deleted_experts_are_gone(tmp_path):
+    model = named_model()
+    model.add_queriers("Twin", like="Howard")  # in Howard's file
+    model.save_experts(tmp_path)
+    files = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))["queriers"]
+    delete_experts(tmp_path, ["Amy", "小雪"])
+    delete_experts(tmp_path, "Howard")
+    kept = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))["queriers"]
+    assert kept == {name: files[name] for name in ("Bernadette", "a/b", "Twin")}
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == set(kept.values())
+    with pytest.raises(ValueError, match=r"queriers: got \['Amy'\], expected names of \['Bernadette', "):
+        delete_experts(tmp_path, ["a/b", "Amy"])
+    with pytest.raises(ValueError, match=r"expected a folder with index\.json"):
+        delete_experts(tmp_path / "none", "Amy")
+    named_model().load_experts(tmp_path, "a/b")
+    delete_experts(tmp_path, list(kept))
+    assert not list(tmp_path.glob("*.safetensors"))
+    model.save_experts(tmp_path)
+
+
 def test_unknown_names_and_folders_are_refused(tmp_path):
     model = named_model()
     with pytest.raises(ValueError, match=r"expected a folder with index\.json, written by save_experts"):
@@ -142,13 +341,20 @@ def test_unknown_names_and_folders_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"queriers": None}, {"queriers": ["Amy"]}, {"queriers": {"Amy": 3}}, {"dtype": "bfloat17"}]
+    "change",
+    [
+        {"queriers": None},
+        {"queriers": ["Amy"]},
+        {"queriers": {"Amy": 3}},
+        {"dtype": "bfloat17"},
+        {"weights": ["x"]},
+    ],
 )
 def test_an_index_with_a_wrong_entry_is_refused(change, tmp_path):
     named_model().save_experts(tmp_path)
     path = tmp_path / "index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
-    index["base"].update({key: value for key, value in change.items() if key == "dtype"})
+    index["base"].update({key: value for key, value in change.items() if key in ("dtype", "weights")})
     index.update({key: value for key, value in change.items() if key == "queriers"})
     path.write_text(json.dumps({key: value for key, value in index.items() if value is not None}), "utf-8")
     with pytest.raises(ValueError, match=r"index\.json: damaged .*, expected an index"):

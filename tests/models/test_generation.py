@@ -1,5 +1,7 @@
 """``generate`` with mixed queriers in one left-padded batch."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import (
@@ -80,6 +82,59 @@ def test_a_plain_model_drafts(tower):
     prompt = {name: tensor[1:2] for name, tensor in left_padded_batch().items()}
     expected = generate(model, prompt, QUERIER_IDS[1:2])
     assert torch.equal(generate(model, prompt, QUERIER_IDS[1:2], assistant_model=draft), expected)
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        (plain_model, "assistant_model: got a LlamaForCausalLM, which takes no querier_ids, expected"),
+        (
+            lambda: aware_model(num_queriers=2),
+            "assistant_model: querier_ids: got 3, expected ids from -1 to 1",
+        ),
+    ],
+)
+def test_an_unsuitable_draft_is_named(draft, message):
+    prompt = left_padded_batch(batch_size=1, padding=0)
+    with pytest.raises(ValueError, match=message):
+        generate(aware_model(), prompt, QUERIER_IDS[:1], assistant_model=draft())
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_shared_expert_looks_at_the_shape_of_ids_only(tower):
+    model, batch = aware_model(tower=tower, experts="shared"), left_padded_batch()
+    expected = model(**batch).logits
+    assert torch.equal(model(**batch, querier_ids=torch.tensor([99, -7, 4])).logits, expected)
+    for wrong in (torch.tensor([0, 1]), torch.tensor(0)):
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=r"querier_ids: got shape .*, expected \(3,\)"):
+                call(**batch, querier_ids=wrong)
+    with pytest.raises(TypeError, match="expected integers"):
+        model(**batch, querier_ids=torch.zeros(3))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_prefix_is_read_once_per_querier(tower):
+    model, tokens = aware_model(tower=tower), left_padded_batch(batch_size=1, padding=0)["input_ids"]
+    caches = []
+    for querier in range(3):
+        ids, cache = torch.tensor([querier]), DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tokens[:, :6], querier_ids=ids, past_key_values=cache)
+        caches.append(cache)
+        for _ in range(2):
+            got = model.generate(
+                tokens,
+                querier_ids=ids,
+                past_key_values=copy.deepcopy(cache),
+                max_new_tokens=6,
+                do_sample=False,
+            )
+            expected = model.generate(tokens, querier_ids=ids, max_new_tokens=6, do_sample=False)
+            assert torch.equal(got, expected)
+    first, other = (cache.layers for cache in caches[:2])
+    assert torch.equal(first[0].keys, other[0].keys)  # of the first layer of experts: computed before its MLP
+    assert not torch.equal(first[1].keys, other[1].keys)
 
 
 @pytest.mark.parametrize("tower", TOWERS)

@@ -1,7 +1,13 @@
 """Queriers come and go, and nobody else's answer changes by a bit."""
 
+import copy
+import dataclasses
+import json
+import pickle
+
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
     ASKING,
@@ -17,6 +23,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM
 
 from qar_models import remove_qar
+from qar_models.experts import TrainedExperts
 
 
 def assert_same_experts(got, expected):
@@ -27,6 +34,18 @@ def test_names():
     model = named_model()
     assert model.queriers == {name: index for index, name in enumerate(NAMES)}
     assert aware_model().queriers == {}
+
+
+def test_names_are_looked_up_in_one_table():
+    model = named_model()
+    assert model.qar.ids_by_name is model.qar.ids_by_name
+    with pytest.raises(TypeError):
+        model.queriers["guest"] = -1
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert json.loads(json.dumps(model.qar.to_dict()))["querier_names"] == list(NAMES)
+    model.qar = dataclasses.replace(model.qar, querier_names=NAMES[::-1])
+    assert list(model.queriers) == list(NAMES[::-1])
+    assert all(list(other.queriers) == list(NAMES) for other in copies)
 
 
 def test_naming_a_model_without_names():
@@ -104,6 +123,64 @@ def test_the_contrastive_memory_follows():
     model.train()(**contrastive_batch(model)).loss.backward()
 
 
+@pytest.mark.parametrize("count", range(1, 10))
+@pytest.mark.parametrize(
+    "change", [lambda m: m.add_queriers("Leonard"), lambda m: m.remove_queriers("Amy")], ids=["add", "remove"]
+)
+def test_a_change_that_memory_does_not_suffice_for_changes_nothing(change, count, monkeypatch):
+    model = named_model(num_clusters=2, projection_dim=8, memory_size=2)
+    before, qar, config = dict(model.state_dict()), model.qar, dict(model.config.qar)
+    calls = []
+
+    def fail(make):
+        def scarce(*args):
+            calls.append(args)
+            if len(calls) == count:
+                raise MemoryError("no memory")
+            return make(*args)
+
+        return scarce
+
+    for name in ("index_select", "new_zeros"):
+        monkeypatch.setattr(torch.Tensor, name, fail(getattr(torch.Tensor, name)))
+    with pytest.raises(MemoryError, match="no memory"):
+        change(model)
+    monkeypatch.undo()
+    state = model.state_dict()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert model.qar is qar and model.config.qar == config
+
+
+def test_training_another_querier_for_which_memory_does_not_suffice(monkeypatch):
+    model = named_model()
+    model.train_only("Howard")
+    train(model, 1)
+    before = answers(model)
+    made = []
+
+    class Scarce(TrainedExperts):
+        def __init__(self, *args):
+            made.append(args)
+            if len(made) == 2:
+                raise MemoryError("no memory")
+            super().__init__(*args)
+
+    monkeypatch.setattr("qar_models.membership.TrainedExperts", Scarce)
+    with pytest.raises(MemoryError, match="no memory"):
+        model.train_only("Amy")
+    assert torch.equal(answers(model), before)
+    model.train_only(None)
+    assert torch.equal(answers(model), before)
+
+
+def test_adding_copies_every_expert_once(monkeypatch):
+    model = named_model()
+    monkeypatch.setattr(torch.Tensor, "index_select", None)
+    model.add_queriers("Leonard")
+    assert model.queriers["Leonard"] == 5
+
+
 def test_shared_experts_still_have_queriers_to_contrast():
     model = named_model(experts="shared", num_clusters=2, projection_dim=8)
     model.add_queriers("Leonard")
@@ -120,6 +197,12 @@ def test_shared_experts_still_have_queriers_to_contrast():
             r"names: got \['Leonard'\], expected new",
         ),
         (lambda m: m.add_queriers([]), r"names: got \[\]"),
+        (lambda m: m.add_queriers(["Leonard", ""]), "querier_names: got an empty name"),
+        (lambda m: m.add_queriers(" \n"), "querier_names: got an empty name"),
+        (lambda m: m.add_queriers(["Leonard", 7]), "names: got 7, expected strings"),
+        (lambda m: m.add_queriers([None]), "names: got None, expected strings"),
+        (lambda m: m.add_queriers(None), "names: got None, expected strings"),
+        (lambda m: m.remove_queriers(7), "names: got 7, expected strings"),
         (
             lambda m: m.add_queriers("Leonard", like="Stuart"),
             r"got \['Stuart'\], expected distinct names out of",
@@ -135,7 +218,7 @@ def test_shared_experts_still_have_queriers_to_contrast():
 def test_mistaken_names_are_refused_and_change_nothing(change, message):
     model = named_model()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         change(model)
     assert model.queriers == {name: index for index, name in enumerate(NAMES)}
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -260,6 +343,65 @@ def test_shared_experts_belong_to_nobody(tmp_path):
     for call in (lambda: model.train_only("Amy"), lambda: model.save_experts(tmp_path)):
         with pytest.raises(ValueError, match="no querier has an expert of their own"):
             call()
+
+
+def test_errors_name_only_the_first_of_many(tmp_path):
+    many = [f"querier {index}" for index in range(50)]
+    model = aware_model(num_queriers=50, querier_names=many, expert_rank=1)
+    model.save_experts(tmp_path)
+    for call in (
+        lambda: model.remove_queriers("Stuart"),
+        lambda: model.load_experts(tmp_path, "Stuart"),
+        lambda: model.add_queriers(many),
+        lambda: model.name_queriers([*many[:-1], 7]),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"and 40 more") as caught:
+            call()
+        assert str(caught.value).count("querier ") <= 10
+
+
+def card_of(model, folder):
+    model.save_pretrained(folder)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_who_was_removed_is_no_longer_on_the_card(tmp_path):
+    model = named_model()
+    assert "| queriers | Amy, Bernadette, Howard, 小雪, a/b |" in card_of(model, tmp_path)
+    model.remove_queriers("Howard")
+    card = card_of(model, tmp_path)
+    assert "Howard" not in card and "| num_queriers | 4 |" in card
+    (tmp_path / "README.md").write_text("mine: Howard", encoding="utf-8")
+    assert card_of(model, tmp_path) == "mine: Howard"
+
+
+def test_a_card_shows_names_as_they_are(tmp_path):
+    model = aware_model(querier_names=["a|b", "c\nd", "`e`", "<f>", "g_h_"])
+    assert r"| queriers | a\|b, c d, \`e\`, \<f\>, g\_h\_ |" in card_of(model, tmp_path)
+
+
+def test_a_card_of_many_shows_a_few(tmp_path):
+    many = [f"q{index}" for index in range(1000)]
+    card = card_of(aware_model(num_queriers=1000, querier_names=many, expert_rank=1), tmp_path)
+    assert "q18, q19 and 980 more |" in card and "q20" not in card
+
+
+def test_offloaded_weights_are_refused_before_any_work(tmp_path):
+    named_model().save_experts(tmp_path / "saved")
+    model = cpu_offload(named_model(), execution_device=torch.device("cpu"))
+    expected = answers(model)
+    for call in (
+        lambda: model.add_queriers("Leonard"),
+        lambda: model.remove_queriers("Amy"),
+        lambda: model.train_only("Amy"),
+        lambda: model.save_experts(tmp_path / "new"),
+        lambda: model.load_experts(tmp_path / "saved"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"model: got offloaded .* weights, expected all of them on a device"
+        ):
+            call()
+    assert torch.equal(answers(model), expected) and not (tmp_path / "new").exists()
 
 
 def test_one_name_is_not_its_letters():
