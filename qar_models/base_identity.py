@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -75,38 +73,6 @@ class Base:
             if not _close(sample, self.weights[name][1], saved.dtype, self.dtype):
                 return f"other values in {name}"
         return None
-
-
-@dataclass(frozen=True)
-class OldBase:
-    """The same in folders that were written before :class:`Base` named each weight."""
-
-    names: str
-    dtype: str
-    sample: Tensor
-
-    @classmethod
-    def of(cls, model: nn.Module) -> OldBase:
-        """The base of ``model``'s experts."""
-        parameters = _parameters(model)
-        shapes = [[name, list(parameter.shape)] for name, parameter in parameters.items()]
-        text = json.dumps([model.qar.tower, model.qar.expert_scale, shapes])
-        sample = torch.cat([weight_sample(parameter) for parameter in parameters.values()])
-        return cls(hashlib.sha256(text.encode()).hexdigest(), _coarsest(parameters), sample)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> OldBase:
-        """As it lies in an index."""
-        return cls(values["names"], _known(values["dtype"]), _decoded(values["sample"]))
-
-    def difference(self, saved: OldBase, check_weights: bool = True) -> str | None:
-        """As :meth:`Base.difference`, less precisely."""
-        if not check_weights:
-            return None
-        if self.names != saved.names:
-            return "another architecture, tower, scale or adapters"
-        close = _close(self.sample, saved.sample, self.dtype, saved.dtype)
-        return None if close else "other values"
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:

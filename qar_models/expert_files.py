@@ -21,7 +21,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from qar_models.base_identity import Base, OldBase
+from qar_models.base_identity import Base
 from qar_models.config import few
 
 INDEX, LOCK = "index.json", ".lock"
@@ -152,7 +152,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        _parse_base(index)
+        Base.from_json(index["base"])
         if not all(isinstance(file, str) for file in dict(index["queriers"]).values()):
             raise TypeError("queriers: expected names of files")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -160,13 +160,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _parse_base(index: dict[str, Any]) -> Base | OldBase:
-    return (OldBase if "names" in index["base"] else Base).from_json(index["base"])
-
-
 def _check_base(folder: Path, index: dict[str, Any], model: nn.Module, check_weights: bool = True) -> None:
-    saved = _parse_base(index)
-    difference = type(saved).of(model).difference(saved, check_weights)
+    difference = Base.of(model).difference(Base.from_json(index["base"]), check_weights)
     if difference is not None:
         raise ValueError(
             f"{folder / INDEX}: got experts of a base model with {difference}, expected this one's; experts "
