@@ -14,8 +14,9 @@ from train.experiment import run, windows
 from train.experiment.cell import result_of, run_cell
 from train.experiment.load import load_experiment
 from train.experiment.results import collect, published
-from train.experiment.table import markdown, published_table
+from train.experiment.table import NOT_MEASURED, markdown, published_table
 from train.experiment.windows import cell_data
+from train.metrics import wording
 
 
 @pytest.fixture
@@ -274,6 +275,20 @@ def test_committed_results_are_what_their_page_shows(name, request):
     results = json.loads((folder / f"{name}.json").read_text())
     page = (folder / f"{name}.md").read_text()
     assert all(table in page for table in markdown(results).split("\n\n"))
+
+
+def test_a_column_is_shown_where_a_method_has_its_score(request, monkeypatch):
+    committed = json.loads((request.config.rootpath / "docs/results/company.json").read_text())
+    before = markdown(committed)
+    monkeypatch.setitem(wording.LABELS, "added", "added later")
+    monkeypatch.setattr("train.experiment.table.TABLE", (*wording.TABLE, "added"))
+    assert markdown(committed) == before
+    first, *others = committed["methods"].values()
+    first["added"] = 0.5
+    head, _, *rows = markdown(committed).split("\n\n")[0].splitlines()
+    assert head.endswith("| added later | empty or failed |")
+    values = [row.split(" | ")[-2] for row in rows]
+    assert values == ["50.0", *(len(others) * [NOT_MEASURED])]
 
 
 def test_the_readme_shows_the_plays(request):

@@ -19,9 +19,10 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _methods(methods: Mapping[str, Any]) -> str:
-    rows = [["method", "runs", *(LABELS[key] for key in TABLE), "empty or failed"]]
+    columns = [key for key in TABLE if any(key in scores for scores in methods.values())]
+    rows = [["method", "runs", *(LABELS[key] for key in columns), "empty or failed"]]
     for name, scores in methods.items():
-        values = [score(key, scores[key], missing=NOT_MEASURED) for key in TABLE]
+        values = [score(key, scores.get(key), missing=NOT_MEASURED) for key in columns]
         rows.append([name, str(len(scores["per_seed"])), *values, str(scores["empty"] + scores["failed"])])
     return table(rows)
 
