@@ -120,6 +120,21 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
     assert result_of(dataclasses.replace(experiment, generated=2), cell) is None
 
 
+def test_a_finished_cell_gets_a_score_that_was_added_since(plan):
+    experiment = load_experiment(plan, ["seeds=[0]", "methods={qar: {experts: per_querier}}", "pairs=[]"])
+    (cell,) = experiment.cells()
+    run_cell(experiment, cell)
+    expected = collect(experiment)
+    assert expected["methods"]["qar"]["rouge1"] is not None
+    path = Path(experiment.config(cell).output_dir) / "result.json"
+    result = json.loads(path.read_text())
+    for row in (*result["records"], *result["swapped"]):
+        for key in ("rouge1", "bleu3"):
+            row.pop(key)
+    path.write_text(json.dumps(result))
+    assert collect(experiment) == expected
+
+
 def test_methods_are_scored_on_the_windows_that_all_have_room_for(plan, tmp_path, tiny_data, tiny_tokenizer):
     experiment = load_experiment(plan, ["seeds=[0]", "pairs=[[qar, zero_shot]]"])
     lengths = sorted(

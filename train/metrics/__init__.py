@@ -6,7 +6,7 @@ Intervals and p-values resample whole dialogues (``bootstrap``).
 
 from train.metrics.bleu import BLEU_KEYS, corpus_bleu, distinct, sentence_bleu
 from train.metrics.bootstrap import bootstrap_ci, nll_summary, paired_bootstrap, paired_nll
-from train.metrics.records import SCORE_KEYS, Record, rescore, score_reply, unscored
+from train.metrics.records import SCORE_KEYS, Record, rescore, score_reply, unscored, with_all_scores
 from train.metrics.rouge import ROUGE_KEYS, rouge
 from train.metrics.seeds import compare_seeds, pool, summarise_seeds
 from train.metrics.summary import CORPUS_KEYS, compare, summarise, swap_summary
@@ -37,4 +37,5 @@ __all__ = [
     "swap_summary",
     "tokens_for",
     "unscored",
+    "with_all_scores",
 ]

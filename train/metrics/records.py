@@ -77,3 +77,15 @@ def rescore(
         else record
         for record in records
     ]
+
+
+def with_all_scores(records: Sequence[Record]) -> list[Record]:
+    """``records`` with the scores that they lack, of metrics added since they were written; others stay.
+
+    Records without their texts are returned as they are.
+    """
+    generated = [record for record in records if record["rougeL"] is not None]
+    is_complete = all(key in record for record in generated for key in SCORE_KEYS)
+    if is_complete or any("reference" not in record for record in records):
+        return list(records)
+    return [{**scored, **record} for scored, record in zip(rescore(records), records, strict=True)]
