@@ -200,6 +200,14 @@ def test_what_was_compared_without_a_score_stays_as_it_was(compared_too, monkeyp
     assert headline({"paired": {"qar_vs_ft": lacking}}) == "QAR is better than FT on NLL per token."
 
 
+def test_the_page_says_what_the_scores_are_over(run, page):
+    rows = fake_run.records("qar")
+    tokens = sum(row["tokens"] for row in rows)
+    assert (
+        f"NLL (in nats) and perplexity of all {tokens} reply tokens of {len(rows)} held-out windows;" in page
+    )
+
+
 def luminance(colour):
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]

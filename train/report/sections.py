@@ -56,9 +56,11 @@ def methods(scores: Mapping[str, Part]) -> Section:
     header = ["Method", *(LABELS[key] for key in _COLUMNS), "Empty", "Replies", "Windows"]
     rows = [(name, _method_row(name, found)) for name, found in scores.items()]
     dots = [_method_dots(scores, key) for key in COMPARED]
+    windows = next(iter(scores.values()))["per_querier"].values()  # the same of all methods
+    tokens, count = (sum(found[key] for found in windows) for key in ("tokens", "examples"))
     note = (
-        "NLL (in nats) and perplexity of all held-out windows; the other scores (in points) of the generated "
-        "replies. Brackets: 95 % bootstrap interval over dialogues."
+        f"NLL (in nats) and perplexity of all {tokens} reply tokens of {count} held-out windows; the other "
+        "scores (in points) of the generated replies. Brackets: 95 % bootstrap interval over dialogues."
     )
     return Section("Methods", note, table=Table(header, rows), figures=dots)
 
