@@ -74,7 +74,7 @@ def _querier_scores(records: Sequence[Record], name: str, tokens: TokenKind) -> 
 def summarise(records: Sequence[Record], tokens: TokenKind | None = None) -> dict[str, Any]:
     """Scores of one method: overall, as the mean over queriers ("macro"), per querier, with intervals.
 
-    ROUGE and BLEU are means over the ``generated`` examples; ``CORPUS_KEYS`` are scores of all their replies
+    ``SCORE_KEYS`` are means over the ``generated`` examples; ``CORPUS_KEYS`` are scores of all their replies
     together, split into ``tokens`` (None: :func:`tokens_of` the records). Empty and failed replies are
     included and score 0. A value is None if there are no replies or, for ``CORPUS_KEYS``, no texts of them.
     Raises ValueError if there are no records or an example has no scored token.

@@ -15,11 +15,12 @@ LABELS = {
     "bleu2": "BLEU-2",
     "bleu3": "BLEU-3",
     "bleu4": "BLEU-4",
+    "chrf": "chrF",
     "corpus_bleu4": "corpus BLEU-4",
     "distinct1": "distinct-1",
     "distinct2": "distinct-2",
 }
-TABLE = ("nll", "rougeL", "rouge1", "rouge2", "bleu1", "bleu4", "distinct1", "distinct2")
+TABLE = ("nll", "rougeL", "rouge1", "rouge2", "bleu1", "bleu4", "chrf", "distinct1", "distinct2")
 """Columns of an experiment's table."""
 SUMMARY = ("nll", "rouge1", "rouge2", "rougeL", "corpus_bleu4", "distinct2")
 """Columns where there is less room: on the console and in the report."""
