@@ -64,8 +64,14 @@ class TrainConfig:
         lora_rank, lora_alpha, lora_dropout, lora_targets: LoRA on the base model.
         trainable_layers: train the last n layers only (None: all). The layers below are frozen, so their
             activations are computed once and reused in every epoch.
+        learning_rate, weight_decay: for LoRA. The rate falls to 0 along a cosine, as does the experts'.
         expert_learning_rate, expert_weight_decay: for the experts and the contrastive heads.
-        warmup_ratio: share of all steps.
+        adam_beta2: of AdamW, for all that is trained.
+        warmup_ratio: share of all steps in which the rates rise from 0.
+        epochs: how often every window is trained on; a fraction stops within an epoch.
+        batch_size: windows of one rank in a forward and backward pass.
+        gradient_accumulation: such passes before each step of the optimizer.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         windows: ``every_reply``, the paper's: one window per reply, which repeats most of a dialogue; or
             ``covering``: as few as contain every reply. They are chosen before ``max_tokens`` drops old
             turns, so dialogues longer than that lose some replies.
@@ -85,6 +91,7 @@ class TrainConfig:
         save_steps: steps between checkpoints.
         save_total_limit: checkpoints to keep; there is one more while it is being written.
         report_to: logging integrations of transformers (``tensorboard``, ``wandb``), or ``none``.
+        seed: of the experts' and LoRA's first values, the order of windows, and dropout.
     """
 
     data: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from train.data.encode import encode_all
 from train.data.layout import Example, MQDialog
 from train.data.responders import load_dialogues
 from train.data.validation import split_validation
+from train.errors import UserError
 from train.layers import lower_states
 
 
@@ -50,16 +51,23 @@ def load_data(config: TrainConfig) -> RunData:
     return RunData(data, valid)
 
 
+CONTEXTS: dict[str, Callable[[MQDialog, TrainConfig], MQDialog]] = {
+    "none": lambda data, config: data,
+    "role_profile": lambda data, config: role_profile(data, load_profiles(Path(config.profiles))),
+    "querier_profile": lambda data, config: querier_profile(data, load_profiles(Path(config.profiles))),
+    "few_shot": lambda data, config: few_shot(data),
+}
+"""What puts each ``context`` before the turns."""
+
+
 def with_context(data: MQDialog, config: TrainConfig) -> MQDialog:
     """``data`` with the context that the configuration puts before the turns.
 
-    Raises ``UserError`` if profiles are damaged or missing.
+    Raises ``UserError`` if there is no such context, or if profiles are damaged or missing.
     """
-    if config.context == "role_profile":
-        return role_profile(data, load_profiles(Path(config.profiles)))
-    if config.context == "querier_profile":
-        return querier_profile(data, load_profiles(Path(config.profiles)))
-    return few_shot(data) if config.context == "few_shot" else data
+    if config.context not in CONTEXTS:
+        raise UserError(f"context: got {config.context!r}, expected {', '.join(CONTEXTS)}")
+    return CONTEXTS[config.context](data, config)
 
 
 def window_set(

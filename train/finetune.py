@@ -35,6 +35,7 @@ from train.files import remove_unfinished, write_atomic
 from train.keep_best import BEST, KeepBest, discard_best
 from train.report.run_page import write_run_page
 from train.run_file import check_base, check_continues, check_finished, training_checksum, write_run
+from train.settings import config_from
 from train.setup import Prepared, make_trainer, prepare
 from train.trained import TRAINED, read_about, save_trained
 
@@ -152,8 +153,10 @@ def check_resumes(config: TrainConfig, data: MQDialog, base: Callable[[], str]) 
 
 
 def _is_finished(folder: Path, config: TrainConfig) -> bool:
-    as_stored = json.loads(json.dumps(config.to_dict()))
-    return (folder / TRAINED).is_file() and read_about(folder)["config"] == as_stored
+    if not (folder / TRAINED).is_file():
+        return False
+    # not key by key as it was written: a setting added since then had its default
+    return config_from(TrainConfig, read_about(folder)["config"], str(folder / TRAINED)) == config
 
 
 def main() -> None:

@@ -35,6 +35,23 @@ def test_damaged_transcript_names_the_line(tmp_path, text, message):
         read_transcript(write(tmp_path, text, "show.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("show.srt", "1\n00:00:01,000 --> 00:00:02,000\nHello.\n"),
+        ("show.tsv", "scene\tspeaker\ttext\n1\tA\ta\n"),
+        ("show.txt", "## Morning\n\n**A:** a\n"),
+        ("show", 100 * "[" + "\n"),
+    ],
+)
+def test_what_is_no_json_by_another_suffix_is_told_which_there_are(tmp_path, name, text):
+    hint = rf"{name}:1: .* \(read as JSON lines because of its suffix; Markdown is \.md, CSV \.csv\)$"
+    with pytest.raises(UserError, match=hint):
+        read_transcript(write(tmp_path, text, name))
+    with pytest.raises(UserError, match=r"show\.jsonl:1: [^(]*(\([^()]* column \d+\))?$"):
+        read_transcript(write(tmp_path, text, "show.jsonl"))
+
+
 def test_an_escaped_character_is_read(tmp_path):
     text = r'{"scene": "1", "speaker": "A", "text": "so \ud83d\ude00"}'
     assert read_transcript(write(tmp_path, text, "show.jsonl"))[0].turns == (Turn("A", "so \U0001f600"),)

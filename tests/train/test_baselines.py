@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from train.data.layout import Example, MQDialog
 from train.data.mqdialog import write_mqdialog
 from train.data.responders import load_dialogues, merge
 from train.data.transcript import Turn
-from train.dataset import load_data
+from train.dataset import CONTEXTS, load_data, with_context
 from train.errors import UserError
 
 PROFILES = {"Bob": "Bob is a cook.", "Ann": "Ann is a sailor.", "Cy": "Cy is a clerk."}
@@ -122,3 +123,10 @@ def test_the_plays_have_a_profile_of_every_responder_of_the_experiment():
     configs = Path(__file__).parents[2] / "train" / "configs"
     responders = yaml.safe_load((configs / "experiments" / "plays.yaml").read_text())["responders"]
     assert set(responders) <= set(load_profiles(configs / "profiles" / "plays.yaml"))
+
+
+def test_a_context_without_a_function_is_not_silently_none(data):
+    assert set(CONTEXTS) == set(get_args(get_type_hints(TrainConfig)["context"]))
+    assert with_context(data, TrainConfig("d", "o")) == data
+    with pytest.raises(UserError, match="context: got 'summary', expected none, role_profile, "):
+        with_context(data, TrainConfig("d", "o", context="summary"))

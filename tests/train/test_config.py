@@ -1,4 +1,6 @@
 import argparse
+import dataclasses
+import re
 import sys
 
 import pytest
@@ -104,6 +106,12 @@ def test_values_that_exclude_each_other_are_named(tmp_path, overrides, named):
 def test_what_a_method_does_not_use_is_not_checked():
     config = TrainConfig("d", "o", method="ft", tower="replace", unknown_querier="none")
     assert config.qar_config(("a", "b"), num_clusters=5, first_expert_layer=3).num_clusters == 0
+
+
+def test_every_key_is_documented():
+    names = re.findall(r"^ {8}(\w+(?:, \w+)*): ", TrainConfig.__doc__, re.MULTILINE)
+    documented = [name for group in names for name in group.split(", ")]
+    assert sorted(documented) == sorted(field.name for field in dataclasses.fields(TrainConfig))
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])

@@ -14,8 +14,9 @@ from train.experiment import run, windows
 from train.experiment.cell import result_of, run_cell
 from train.experiment.load import load_experiment
 from train.experiment.results import collect, published
-from train.experiment.table import markdown, published_table
+from train.experiment.table import NOT_MEASURED, markdown, published_table
 from train.experiment.windows import cell_data
+from train.metrics import wording
 
 
 @pytest.fixture
@@ -117,6 +118,21 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
     run_cell(experiment, cell)
     assert result_of(experiment, cell) is not None
     assert result_of(dataclasses.replace(experiment, generated=2), cell) is None
+
+
+def test_a_finished_cell_gets_a_score_that_was_added_since(plan):
+    experiment = load_experiment(plan, ["seeds=[0]", "methods={qar: {experts: per_querier}}", "pairs=[]"])
+    (cell,) = experiment.cells()
+    run_cell(experiment, cell)
+    expected = collect(experiment)
+    assert expected["methods"]["qar"]["rouge1"] is not None
+    path = Path(experiment.config(cell).output_dir) / "result.json"
+    result = json.loads(path.read_text())
+    for row in (*result["records"], *result["swapped"]):
+        for key in ("rouge1", "bleu3"):
+            row.pop(key)
+    path.write_text(json.dumps(result))
+    assert collect(experiment) == expected
 
 
 def test_methods_are_scored_on_the_windows_that_all_have_room_for(plan, tmp_path, tiny_data, tiny_tokenizer):
@@ -274,6 +290,20 @@ def test_committed_results_are_what_their_page_shows(name, request):
     results = json.loads((folder / f"{name}.json").read_text())
     page = (folder / f"{name}.md").read_text()
     assert all(table in page for table in markdown(results).split("\n\n"))
+
+
+def test_a_column_is_shown_where_a_method_has_its_score(request, monkeypatch):
+    committed = json.loads((request.config.rootpath / "docs/results/company.json").read_text())
+    before = markdown(committed)
+    monkeypatch.setitem(wording.LABELS, "added", "added later")
+    monkeypatch.setattr("train.experiment.table.TABLE", (*wording.TABLE, "added"))
+    assert markdown(committed) == before
+    first, *others = committed["methods"].values()
+    first["added"] = 0.5
+    head, _, *rows = markdown(committed).split("\n\n")[0].splitlines()
+    assert head.endswith("| added later | empty or failed |")
+    values = [row.split(" | ")[-2] for row in rows]
+    assert values == ["50.0", *(len(others) * [NOT_MEASURED])]
 
 
 def test_the_readme_shows_the_plays(request):

@@ -23,6 +23,7 @@ from train.cli import run
 from train.data.encode import IGNORE
 from train.errors import UserError
 from train.finetune import finetune
+from train.run_file import RUN
 from train.trained import EXPERTS, TRAINED, build, load_trained, save_trained
 from train.trainer import WEIGHTS
 
@@ -263,6 +264,17 @@ def test_a_base_is_found_from_anywhere_and_a_project_may_move(config, tmp_path, 
     monkeypatch.chdir("moved")
     assert load_trained(Path("run/trained")).responder
     assert finetune(config.replace(model="base", data="data", output_dir="run")) == Path("run/trained")
+
+
+def test_a_finished_run_is_known_after_a_setting_was_added(config):
+    folder = finetune(config)
+    for path in (folder / TRAINED, Path(config.output_dir) / RUN):  # as an earlier version wrote them
+        about = json.loads(path.read_text())
+        assert about["config"].pop("projection_dim") == config.projection_dim
+        path.write_text(json.dumps(about))
+    assert finetune(config) == folder
+    with pytest.raises(UserError, match="--resume continues it"):
+        finetune(config.replace(projection_dim=8))
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

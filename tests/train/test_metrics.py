@@ -4,7 +4,7 @@ import unicodedata
 import pytest
 
 from train.errors import UserError
-from train.metrics import SCORE_KEYS, corpus_bleu, distinct, rouge, sentence_bleu, tokens_for, wording
+from train.metrics import SCORE_KEYS, chrf, corpus_bleu, distinct, rouge, sentence_bleu, tokens_for, wording
 from train.metrics.text import tokenise
 
 
@@ -132,6 +132,16 @@ def test_bleu_by_hand():
     assert odd["bleu1"] == pytest.approx(1 / 4)
     assert odd["bleu2"] == pytest.approx(math.sqrt(1 / 4 * 1 / 2 / 3))
     assert odd["bleu3"] == pytest.approx((1 / 4 * 1 / 2 / 3 * 1 / 4 / 2) ** (1 / 3))
+
+
+def test_chrf_by_hand():
+    assert chrf("the cat", "the cat") == chrf("thecat", "the cat") == 1.0
+    # all of its characters and pairs are there; 2 of 3 characters and 1 of 2 pairs are found; no longer ones
+    recall = (2 / 3 + 1 / 2) / 2
+    assert chrf("ab", "abc") == pytest.approx(5 * recall / (4 + recall))
+    assert chrf("AB", "abc") == chrf("", "abc") == chrf(" \n", "abc") == 0.0
+    assert chrf(unicodedata.normalize("NFD", "caché"), "caché") == 1.0
+    assert 0 < chrf("喜欢我们", "我们喜欢") < 1
 
 
 def test_bleu_of_chinese_is_by_character_or_word():

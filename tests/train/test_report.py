@@ -1,13 +1,18 @@
 import copy
+import json
 import os
 import re
+import sys
 from html.parser import HTMLParser
 
 import fake_run
 import pytest
 
+from train import evaluate
+from train.experiment.figure import figure
 from train.experiment.results import finite
-from train.metrics import compare, summarise, swap_summary
+from train.experiment.table import NOT_MEASURED, markdown
+from train.metrics import compare, summarise, swap_summary, wording
 from train.plotting import PALETTE
 from train.report import render, write_html
 from train.report.findings import findings, headline
@@ -157,6 +162,50 @@ def test_scores_are_shown_in_nats_and_points(run, page):
     assert f"QAR {qar['nll']:.3f}, FT" in page
     change = f"{run['results']['paired']['qar_vs_ft']['nll']['diff']:+.3f}".replace("-", "\N{MINUS SIGN}")
     assert f"difference {change} [" in page
+
+
+@pytest.fixture
+def compared_too(monkeypatch):
+    """``COMPARED`` with one score more, wherever it is read."""
+    more = (*wording.COMPARED, "rouge1")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("train.") and name != "train.heldout" and hasattr(module, "COMPARED"):
+            monkeypatch.setattr(module, "COMPARED", more)
+
+
+def test_a_score_that_is_compared_too_is_shown_wherever_the_others_are(compared_too):
+    parts = fake_run.parts()
+    results = parts["results"] | {"missing": []}
+    assert {"rouge1_true", "rouge1_swapped", "rouge1_diff", "rouge1_ci95"} <= set(results["swap"]["qar"])
+    page = render(**parts)
+    assert page.count("<svg") == 11  # a figure more of the methods, and one of the swap
+    assert "ROUGE-1 (higher is better): QAR " in page and "ROUGE-1: swapped − true = " in page
+    assert "<th>ROUGE-1, FT</th>" in page.replace(' scope="col"', "")
+    for scores in results["methods"].values():
+        scores["per_seed"] = [{}]
+    head, _, first, *_ = markdown(results).split("\n\n")[1].splitlines()
+    assert head.endswith("| ROUGE-1 |") and NOT_MEASURED not in first
+    assert "ROUGE-1 of generated replies" in re.sub(r"<!--|-->", "", figure(results, {}))
+    found = {"scores": results["methods"]["qar"], "swap": results["swap"]["qar"], "left_out": 0}
+    assert any("ROUGE-1: " in note for note in evaluate._notes(found))
+
+
+def test_what_was_compared_without_a_score_stays_as_it_was(compared_too, monkeypatch, request):
+    results = json.loads((request.config.rootpath / "docs/results/company.json").read_text())
+    for differences in results["paired"].values():
+        differences.pop("rouge1")
+    page = (request.config.rootpath / "docs/results/company.md").read_text()
+    assert all(table in page for table in markdown(results).split("\n\n"))
+    lacking = {"nll": {"diff": -0.1, "ci95": [-0.2, -0.1]}}
+    assert headline({"paired": {"qar_vs_ft": lacking}}) == "QAR is better than FT on NLL per token."
+
+
+def test_the_page_says_what_the_scores_are_over(run, page):
+    rows = fake_run.records("qar")
+    tokens = sum(row["tokens"] for row in rows)
+    assert (
+        f"NLL (in nats) and perplexity of all {tokens} reply tokens of {len(rows)} held-out windows;" in page
+    )
 
 
 def luminance(colour):

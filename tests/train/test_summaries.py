@@ -14,6 +14,7 @@ from train.metrics import (
     summarise_seeds,
     swap_summary,
     unscored,
+    with_all_scores,
 )
 
 
@@ -160,6 +161,21 @@ def test_rescoring_changes_the_scores_of_generated_replies_alone():
     assert rescore(unasked) == unasked
     with pytest.raises(ValueError, match="reference"):
         rescore([record("1")])
+
+
+def test_records_get_the_scores_that_they_lack_and_keep_those_that_they_have():
+    complete = [
+        generated("1", "the cat"),
+        generated("2", None),
+        {**record("3", rouge_l=None), **unscored("a")},
+    ]
+    lacking = [{key: value for key, value in one.items() if key != "bleu2"} for one in complete]
+    lacking[0]["rouge1"] = 0.125  # as another version counted
+    first, *others = with_all_scores(lacking)
+    assert first == complete[0] | {"rouge1": 0.125}
+    assert others == [complete[1], lacking[2]] and "bleu2" not in lacking[0]
+    without_texts = [record("1"), record("2", rouge_l=None)]
+    assert with_all_scores(without_texts) == without_texts
 
 
 def seed_runs(shift=0.0):

@@ -25,6 +25,8 @@ Row = tuple[str, str, str]
 KEYS = ("scene", "speaker", "text")
 MARKDOWN = (".md", ".markdown")
 CSV = ".csv"
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+"""Under these nobody means another kind of file; every other suffix is read as JSON lines, too."""
 HEADING = re.compile(r"#{1,6}[ \t]+(.+)")
 SPEECH = re.compile(r"\*\*\s*([^*]+?)\s*(?:[:：]\s*\*\*|\*\*\s*[:：])\s*(.*)")
 MARKED_SPEECH = re.compile(rf"(?:[>+-]|\*(?=\s)|\d+[.)])\s*{SPEECH.pattern}")
@@ -191,13 +193,13 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
+        raise _no_turn(path, number, f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
-        raise UserError(f"{path}:{number}: not JSON of a turn (brackets too deep)") from error
+        raise _no_turn(path, number, "not JSON of a turn (brackets too deep)") from error
     except ValueError as error:  # no error of syntax, but a number longer than Python converts
-        raise UserError(f"{path}:{number}: not JSON of a turn (a number is too long)") from error
+        raise _no_turn(path, number, "not JSON of a turn (a number is too long)") from error
     if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: expected an object with the keys {', '.join(KEYS)}")
+        raise _no_turn(path, number, f"expected an object with the keys {', '.join(KEYS)}")
     for key in KEYS:
         if not isinstance(row.get(key), str):
             raise UserError(f"{path}:{number}: key '{key}' is missing or not a string")
@@ -207,3 +209,9 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
         raise UserError(f"{path}:{number}: key 'speaker' is empty")
     check_name(name, f"{path}:{number}")
     return row | {"speaker": name}
+
+
+def _no_turn(path: Path, number: int, problem: str) -> UserError:
+    """What is wrong with a line; perhaps that it is none of JSON lines, but of another kind of file."""
+    read_as = " (read as JSON lines because of its suffix; Markdown is .md, CSV .csv)"
+    return UserError(f"{path}:{number}: {problem}{'' if path.suffix.lower() in JSON_LINES else read_as}")

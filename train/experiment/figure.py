@@ -1,4 +1,4 @@
-"""The results as a figure: paired differences, ROUGE-L by method, and what the paper published."""
+"""The results as a figure: paired differences, scores of replies by method, and what the paper published."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from train.metrics.wording import in_units
+from train.metrics.wording import COMPARED, LABELS, LOWER_IS_BETTER, in_units
 from train.plotting import PALETTE, canvas, name_rows, to_svg
 
 ACCENT, MUTED = PALETTE["qar"], PALETTE["ft"]
@@ -15,14 +15,17 @@ LANGUAGES = {"english": "o", "chinese": "s"}
 
 
 def figure(results: Mapping[str, Any], published: Mapping[str, Any]) -> str:
-    """SVG: paired NLL differences, ROUGE-L with intervals, the paper's ROUGE-L if it is given."""
+    """SVG: paired NLL differences; other compared scores with intervals; the paper's ROUGE-L if given."""
     rows = max(len(results["paired"]), len(results["methods"]), 6)
-    with canvas(13 if published else 9.5, 1.2 + 0.32 * rows) as drawing:
-        left, middle, *right = drawing.subplots(1, 3 if published else 2)
+    shown = [key for key in COMPARED if key != "nll" and _measured(results["methods"], key)]
+    panels = 1 + len(shown) + bool(published)
+    with canvas(2.5 + 3.5 * panels, 1.2 + 0.32 * rows) as drawing:
+        left, *others = drawing.subplots(1, panels, squeeze=False)[0]
         _differences(left, results["paired"])
-        _rouge(middle, results["methods"])
+        for axes, key in zip(others, shown, strict=False):
+            _scores(axes, results["methods"], key)
         if published:
-            _published(right[0], published)
+            _published(others[-1], published)
         return to_svg(drawing, whole_file=True)
 
 
@@ -34,14 +37,19 @@ def _differences(axes: Axes, paired: Mapping[str, Any]) -> None:
     axes.set_xlabel("difference in NLL per reply token\n(left is better)")
 
 
-def _rouge(axes: Axes, methods: Mapping[str, Any]) -> None:
-    measured = {name: scores for name, scores in methods.items() if scores["rougeL"] is not None}
+def _measured(methods: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: scores for name, scores in methods.items() if scores.get(key) is not None}
+
+
+def _scores(axes: Axes, methods: Mapping[str, Any], key: str) -> None:
+    measured = _measured(methods, key)
     for row, scores in enumerate(measured.values()):
-        ends = scores["ci95"]["rougeL"]
-        value, *ends = (in_units("rougeL", value) for value in (scores["rougeL"], *(ends or ())))
+        ends = scores["ci95"][key]
+        value, *ends = (in_units(key, value) for value in (scores[key], *(ends or ())))
         _point(axes, row, value, ends)
     name_rows(axes, [name.replace("_", " ") for name in measured])
-    axes.set_xlabel("ROUGE-L of generated replies\n(right is better)")
+    side = "left" if key in LOWER_IS_BETTER else "right"
+    axes.set_xlabel(f"{LABELS[key]} of generated replies\n({side} is better)")
 
 
 def _published(axes: Axes, published: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from train.experiment.cell import result_of
 from train.experiment.plan import Cell, Experiment
 from train.experiment.windows import cell_data
 from train.files import read_text
-from train.metrics import compare_seeds, pool, summarise_seeds, swap_summary
+from train.metrics import compare_seeds, pool, summarise_seeds, swap_summary, with_all_scores
 
 PACKAGES = ("torch", "transformers", "peft", "rouge-score", "sacrebleu")
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -25,7 +25,7 @@ Runs: TypeAlias = list[tuple[Cell, dict[str, Any]]]
 
 
 def collect(experiment: Experiment) -> dict[str, Any]:
-    """The results of all finished cells.
+    """The results of all finished cells; replies get the scores of metrics added since they were written.
 
     Returns:
         ``conditions``; ``methods``: name -> scores over all seeds, with ``per_seed``; ``paired``: name ->
@@ -39,7 +39,8 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         if result is None:
             missing.append(cell.name)
         else:
-            found.setdefault(cell.method.name, []).append((cell, result))
+            scored = {key: with_all_scores(result[key]) for key in ("records", "swapped") if result[key]}
+            found.setdefault(cell.method.name, []).append((cell, result | scored))
     paired = {
         f"{first}_vs_{second}": _difference(found.get(first, []), found.get(second, []))
         for first, second in experiment.pairs

@@ -19,27 +19,35 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _methods(methods: Mapping[str, Any]) -> str:
-    rows = [["method", "runs", *(LABELS[key] for key in TABLE), "empty or failed"]]
+    columns = [key for key in TABLE if any(key in scores for scores in methods.values())]
+    rows = [["method", "runs", *(LABELS[key] for key in columns), "empty or failed"]]
     for name, scores in methods.items():
-        values = [score(key, scores[key], missing=NOT_MEASURED) for key in TABLE]
+        values = [score(key, scores.get(key), missing=NOT_MEASURED) for key in columns]
         rows.append([name, str(len(scores["per_seed"])), *values, str(scores["empty"] + scores["failed"])])
     return table(rows)
 
 
 def _pairs(results: Mapping[str, Any]) -> str:
-    rows = [["difference", *(LABELS[key] for key in COMPARED)]]
+    found = {}
     for name, differences in results["paired"].items():
         first, second = name.split("_vs_")
-        rows.append([f"{first} - {second}", *_differences(differences)])
+        found[f"{first} - {second}"] = differences
     for name, swap in results["swap"].items():
-        differences = {key: {"diff": swap[f"{key}_diff"], "ci95": swap[f"{key}_ci95"]} for key in COMPARED}
-        rows.append([f"{name} asked under another id - its own", *_differences(differences)])
+        found[f"{name} asked under another id - its own"] = {
+            key: {"diff": swap[f"{key}_diff"], "ci95": swap[f"{key}_ci95"]}
+            for key in COMPARED
+            if f"{key}_diff" in swap
+        }
+    columns = [key for key in COMPARED if not found or any(key in row for row in found.values())]
+    rows = [["difference", *(LABELS[key] for key in columns)]]
+    rows += [
+        [name, *(_difference(key, row.get(key) or {}) for key in columns)] for name, row in found.items()
+    ]
     return table(rows)
 
 
-def _differences(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    found = [(key, differences.get(key) or {}) for key in COMPARED]
-    return [difference(key, one.get("diff"), one.get("ci95"), NOT_MEASURED) for key, one in found]
+def _difference(key: str, found: Mapping[str, Any]) -> str:
+    return difference(key, found.get("diff"), found.get("ci95"), NOT_MEASURED)
 
 
 def published_table(published: Mapping[str, Any]) -> str:

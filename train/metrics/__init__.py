@@ -1,4 +1,4 @@
-"""Scores of held-out replies: NLL, ROUGE, BLEU, distinct-n, per method, per querier and over several seeds.
+"""Scores of held-out replies: NLL, ROUGE, BLEU, chrF, distinct-n; per method and querier, over several seeds.
 
 There is one record per window (``records``); ``summary`` aggregates them, ``seeds`` over several runs.
 Intervals and p-values resample whole dialogues (``bootstrap``).
@@ -6,7 +6,8 @@ Intervals and p-values resample whole dialogues (``bootstrap``).
 
 from train.metrics.bleu import BLEU_KEYS, corpus_bleu, distinct, sentence_bleu
 from train.metrics.bootstrap import bootstrap_ci, nll_summary, paired_bootstrap, paired_nll
-from train.metrics.records import SCORE_KEYS, Record, rescore, score_reply, unscored
+from train.metrics.chrf import chrf
+from train.metrics.records import SCORE_KEYS, Record, rescore, score_reply, unscored, with_all_scores
 from train.metrics.rouge import ROUGE_KEYS, rouge
 from train.metrics.seeds import compare_seeds, pool, summarise_seeds
 from train.metrics.summary import CORPUS_KEYS, compare, summarise, swap_summary
@@ -20,6 +21,7 @@ __all__ = [
     "Record",
     "TokenKind",
     "bootstrap_ci",
+    "chrf",
     "compare",
     "compare_seeds",
     "corpus_bleu",
@@ -37,4 +39,5 @@ __all__ = [
     "swap_summary",
     "tokens_for",
     "unscored",
+    "with_all_scores",
 ]

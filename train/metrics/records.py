@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
 
 from train.metrics.bleu import BLEU_KEYS, sentence_bleu
+from train.metrics.chrf import CHRF_KEY, chrf
 from train.metrics.rouge import ROUGE_KEYS, Compat, rouge
 from train.metrics.text import TokenKind, checked, tokens_for
 
-SCORE_KEYS = (*ROUGE_KEYS, *BLEU_KEYS)
+SCORE_KEYS = (*ROUGE_KEYS, *BLEU_KEYS, CHRF_KEY)
 """Scores of a single reply; a method's score is their mean over replies."""
 
 
@@ -31,6 +32,7 @@ class Record(TypedDict):
     bleu2: NotRequired[float | None]
     bleu3: NotRequired[float | None]
     bleu4: NotRequired[float | None]
+    chrf: NotRequired[float | None]
     empty: bool
     failed: NotRequired[bool]
     reply: NotRequired[str | None]
@@ -47,6 +49,7 @@ def score_reply(
     tokens = tokens_for([reference]) if tokens is None else checked(tokens)
     text = reply or ""
     scores = {**rouge(text, reference, tokens, compat), **sentence_bleu(text, reference, tokens)}
+    scores[CHRF_KEY] = chrf(text, reference)
     empty = reply is not None and not reply.strip()
     return {**scores, "reply": reply, "reference": reference, "empty": empty, "failed": reply is None}
 
@@ -77,3 +80,15 @@ def rescore(
         else record
         for record in records
     ]
+
+
+def with_all_scores(records: Sequence[Record]) -> list[Record]:
+    """``records`` with the scores that they lack, of metrics added since they were written; others stay.
+
+    Records without their texts are returned as they are.
+    """
+    generated = [record for record in records if record["rougeL"] is not None]
+    is_complete = all(key in record for record in generated for key in SCORE_KEYS)
+    if is_complete or any("reference" not in record for record in records):
+        return list(records)
+    return [{**scored, **record} for scored, record in zip(rescore(records), records, strict=True)]

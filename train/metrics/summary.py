@@ -15,6 +15,7 @@ from train.metrics.bleu import CORPUS_BLEU_KEYS, DISTINCT_KEYS, corpus_bleu, dis
 from train.metrics.bootstrap import bootstrap_ci, listed, nll_summary, paired_bootstrap, paired_nll
 from train.metrics.records import SCORE_KEYS, Record
 from train.metrics.text import TokenKind, tokens_for
+from train.metrics.wording import COMPARED
 
 CORPUS_KEYS = (*CORPUS_BLEU_KEYS, *DISTINCT_KEYS)
 """Scores of all replies together."""
@@ -73,7 +74,7 @@ def _querier_scores(records: Sequence[Record], name: str, tokens: TokenKind) -> 
 def summarise(records: Sequence[Record], tokens: TokenKind | None = None) -> dict[str, Any]:
     """Scores of one method: overall, as the mean over queriers ("macro"), per querier, with intervals.
 
-    ROUGE and BLEU are means over the ``generated`` examples; ``CORPUS_KEYS`` are scores of all their replies
+    ``SCORE_KEYS`` are means over the ``generated`` examples; ``CORPUS_KEYS`` are scores of all their replies
     together, split into ``tokens`` (None: :func:`tokens_of` the records). Empty and failed replies are
     included and score 0. A value is None if there are no replies or, for ``CORPUS_KEYS``, no texts of them.
     Raises ValueError if there are no records or an example has no scored token.
@@ -131,19 +132,27 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> dict[str, dict[str, Any
     return result
 
 
+def _mean_of_both(records: Sequence[Record], others: Sequence[Record], key: str) -> float | None:
+    """The mean over those ``records`` whose example has a score among the ``others``, too."""
+    both = set(_column(_scored(others, key), "id"))
+    return _mean([record.get(key) for record in records if record["id"] in both])
+
+
 def swap_summary(true: Sequence[Record], swapped: Sequence[Record]) -> dict[str, Any]:
     """What asking under another id changes: {"nll_true", "nll_swapped", "nll_diff", "nll_ci95", ...}.
 
-    The same four come for "rougeL_", over the examples generated both ways (None where there are none).
-    A difference is swapped - true, so useful experts show nll_diff > 0 and rougeL_diff < 0.
+    The same four come for each other score that is ``COMPARED``, over the examples that have it both ways
+    (None where there are none). A difference is swapped - true, so useful experts show nll_diff > 0 and
+    rougeL_diff < 0.
     """
     differences = compare(swapped, true)
-    both = set(_column(_scored(true, "rougeL"), "id")) & set(_column(_scored(swapped, "rougeL"), "id"))
     result = {}
-    for side, records in (("true", true), ("swapped", swapped)):
-        result[f"nll_{side}"] = _token_nll(records)
-        result[f"rougeL_{side}"] = _mean([record["rougeL"] for record in records if record["id"] in both])
-    for key in ("nll", "rougeL"):
+    for side, records, others in (("true", true, swapped), ("swapped", swapped, true)):
+        for key in COMPARED:
+            result[f"{key}_{side}"] = (
+                _token_nll(records) if key == "nll" else _mean_of_both(records, others, key)
+            )
+    for key in COMPARED:
         difference = differences.get(key, {"diff": None, "ci95": None})
         result |= {f"{key}_diff": difference["diff"], f"{key}_ci95": difference["ci95"]}
     return result

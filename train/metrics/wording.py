@@ -15,19 +15,27 @@ LABELS = {
     "bleu2": "BLEU-2",
     "bleu3": "BLEU-3",
     "bleu4": "BLEU-4",
+    "chrf": "chrF",
     "corpus_bleu4": "corpus BLEU-4",
     "distinct1": "distinct-1",
     "distinct2": "distinct-2",
 }
-TABLE = ("nll", "rougeL", "rouge1", "rouge2", "bleu1", "bleu4", "distinct1", "distinct2")
+TABLE = ("nll", "rougeL", "rouge1", "rouge2", "bleu1", "bleu4", "chrf", "distinct1", "distinct2")
 """Columns of an experiment's table."""
 SUMMARY = ("nll", "rouge1", "rouge2", "rougeL", "corpus_bleu4", "distinct2")
 """Columns where there is less room: on the console and in the report."""
 COMPARED = ("nll", "rougeL")
-"""Scores whose differences are shown beside the tables."""
+"""Scores whose differences are shown beside the tables; each is ``nll`` or one of a single reply."""
+LOWER_IS_BETTER = ("nll", "perplexity")
+"""Of all other scores higher ones are better."""
 UNSCALED = {"nll": 3, "perplexity": 2}
 """Scores that are shown as they are, with so many decimals; all others are in [0, 1] and shown in points."""
 MISSING = "–"
+
+
+def direction(key: str) -> str:
+    """Which values of a score are good ones."""
+    return "lower is better" if key in LOWER_IS_BETTER else "higher is better"
 
 
 def narrow_headings(keys: Sequence[str]) -> list[str]:

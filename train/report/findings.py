@@ -6,7 +6,6 @@ from typing import Any
 from train.metrics import wording as scores
 
 LABELS = {"zero_shot": "Zero-shot", "ft": "FT", "qar": "QAR"}
-LOWER_IS_BETTER = {"nll": True, "rougeL": False}
 
 
 def typeset(numbers: str) -> str:
@@ -37,7 +36,9 @@ def headline(results: Mapping[str, Any]) -> str:
     paired = _paired(results)
     if not paired:
         return "This run does not compare QAR with FT."
-    outcomes = {metric: outcome(found["ci95"], LOWER_IS_BETTER[metric]) for metric, found in paired.items()}
+    outcomes = {
+        metric: outcome(found["ci95"], metric in scores.LOWER_IS_BETTER) for metric, found in paired.items()
+    }
     clauses = []
     for kind, phrase in _PHRASES.items():
         named = [scores.LABELS[metric] for metric, found in outcomes.items() if found == kind]
@@ -64,7 +65,8 @@ def findings(results: Mapping[str, Any], planted: Mapping[str, Any]) -> list[str
 
 def _paired(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The differences that there are; a method that diverged has none of NLL."""
-    found = {metric: results["paired"]["qar_vs_ft"][metric] for metric in scores.COMPARED}
+    paired = results["paired"]["qar_vs_ft"]
+    found = {metric: paired[metric] for metric in scores.COMPARED if metric in paired}
     return {metric: difference for metric, difference in found.items() if difference["diff"] is not None}
 
 
@@ -75,9 +77,8 @@ def difference(key: str, value: float | None, ci: Sequence[float] | None) -> str
 
 def _paired_line(metric: str, paired: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     qar, ft = (scores.score(metric, results["methods"][method][metric]) for method in ("qar", "ft"))
-    direction = "lower" if LOWER_IS_BETTER[metric] else "higher"
     gap = difference(metric, paired["diff"], paired["ci95"])
-    return f"{scores.LABELS[metric]} ({direction} is better): QAR {qar}, FT {ft}, difference {gap}."
+    return f"{scores.LABELS[metric]} ({scores.direction(metric)}): QAR {qar}, FT {ft}, difference {gap}."
 
 
 def _swap_line(swap: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from markupsafe import Markup
 
-from train.metrics.wording import COMPARED, LABELS, SUMMARY, digits, in_units, interval, score
+from train.metrics.wording import COMPARED, LABELS, SUMMARY, digits, direction, in_units, interval, score
 from train.plotting import PALETTE
 from train.report import charts
 from train.report.findings import LABELS as NAMES
@@ -55,13 +55,12 @@ def methods(scores: Mapping[str, Part]) -> Section:
     """All methods with their scores and 95 % intervals, as a table and as dots with error bars."""
     header = ["Method", *(LABELS[key] for key in _COLUMNS), "Empty", "Replies", "Windows"]
     rows = [(name, _method_row(name, found)) for name, found in scores.items()]
-    dots = [
-        _method_dots(scores, "nll", "lower is better"),
-        _method_dots(scores, "rougeL", "higher is better"),
-    ]
+    dots = [_method_dots(scores, key) for key in COMPARED]
+    windows = next(iter(scores.values()))["per_querier"].values()  # the same of all methods
+    tokens, count = (sum(found[key] for found in windows) for key in ("tokens", "examples"))
     note = (
-        "NLL (in nats) and perplexity of all held-out windows; the other scores (in points) of the generated "
-        "replies. Brackets: 95 % bootstrap interval over dialogues."
+        f"NLL (in nats) and perplexity of all {tokens} reply tokens of {count} held-out windows; the other "
+        "scores (in points) of the generated replies. Brackets: 95 % bootstrap interval over dialogues."
     )
     return Section("Methods", note, table=Table(header, rows), figures=dots)
 
@@ -76,13 +75,13 @@ def _score_cell(key: str, value: float | None, ci: Sequence[float] | None = None
     return typeset(score(key, value)), typeset(interval(key, ci))
 
 
-def _method_dots(methods: Mapping[str, Part], key: str, direction: str) -> Figure:
+def _method_dots(methods: Mapping[str, Part], key: str) -> Figure:
     known = {name: scores for name, scores in methods.items() if scores[key] is not None}
     values = _in_units(key, [scores[key] for scores in known.values()])
     cis = [_in_units(key, scores["ci95"][key] or ()) for scores in known.values()]
     names, colours = [NAMES[name] for name in known], [PALETTE[name] for name in known]
     chart = charts.interval_dots(names, values, cis, colours, digits(key))
-    return f"{LABELS[key]} ({direction})", chart
+    return f"{LABELS[key]} ({direction(key)})", chart
 
 
 def _in_units(key: str, values: Iterable[float | None]) -> list[float | None]:
