@@ -34,7 +34,8 @@ from train.config import DTYPES, TrainConfig
 from train.data.layout import MQDialog
 from train.data.tables import num_dialogues
 from train.dataset import load_data
-from train.files import read_json
+from train.files import check_place, read_json
+from train.run_file import RUN
 from train.setup import Prepared, make_trainer, prepare
 from train.trained import is_querier_part
 
@@ -43,6 +44,7 @@ MEASURED = 4  # steps; the first one pays for warming up and is left out of the 
 
 def dry_run(config: TrainConfig) -> None:
     """Prepare everything, run the first steps without keeping anything, and print the plan."""
+    check_place(Path(config.output_dir) / RUN)
     ranks.start(config.deepspeed)
     with ranks.watching():
         _dry_run(config)

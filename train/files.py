@@ -108,10 +108,13 @@ def _replacing(path: Path) -> Iterator[Path]:
 def _naming(path: Path) -> Iterator[None]:
     """Turn a write that the system refuses within the block into an ``OSError`` that names ``path``.
 
-    safetensors wraps the system's error and gives only its number.
+    safetensors wraps the system's error and gives only its number. "No such file" is a ``UserError``: said of
+    a write, it is a place where no file can be made, such as ``/proc``, and no missing input.
     """
     try:
         yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
         if found is None:
@@ -131,11 +134,13 @@ def check_file(path: Path) -> None:
 
 def check_place(path: Path) -> None:
     """``UserError`` if nothing can be made at ``path``; for use before the work whose result goes there."""
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not nearest.is_dir():
+    nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not nearest.is_dir():  # a file, or a link to nothing
         raise UserError(f"{path}: cannot be written, {nearest} is no folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be written, {nearest} is read-only")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()  # permissions alone do not tell: /proc has them all
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written, {nearest} takes no files ({error.strerror})") from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A folder holds ``adapter_*`` (PEFT), ``experts.safetensors`` and ``trained.json`
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def _write_experts(
 def check_replaceable(out: Path) -> None:
     """``UserError`` if trained parts cannot be written to ``out``, or would take another thing's place."""
     check_place(out)
-    if out.exists() and not (out / TRAINED).is_file() and (out.is_file() or any(out.iterdir())):
+    if os.path.lexists(out) and not (out / TRAINED).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there and holds no trained model; choose an empty or a new folder")
 
 

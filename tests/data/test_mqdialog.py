@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +173,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="disk"):
         write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_where_no_file_can_be_made_is_named():
+    for writing in (lambda: write_atomic(Path("/proc/x/a"), ""), build_directory(Path("/proc/x")).__enter__):
+        with pytest.raises(UserError, match=r"/proc/x.*: cannot be written \(No such file"):
+            writing()
 
 
 def test_files_have_the_mode_that_the_process_asks_for(tmp_path):

@@ -218,6 +218,8 @@ def test_batch_size_is_that_of_the_passes_and_changes_no_score(trained, monkeypa
         ("--against", "nothing", "no trained model there"),
         ("--out", "folder", "is a folder, expected a file"),
         ("--out", "file/scores.json", "file is no folder"),
+        ("--out", "/proc/x/scores.json", "/proc takes no files"),
+        ("--out", "link/scores.json", "link is no folder"),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_any_scoring(
@@ -225,6 +227,7 @@ def test_what_cannot_end_well_is_refused_before_any_scoring(
 ):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
     (tmp_path / "trained.json").write_text(json.dumps(dict.fromkeys(KEYS)))
     monkeypatch.setattr(command, "evaluate", lambda *_: pytest.fail("scored before the refusal"))
     arguments = ["--model", str(tmp_path), option, str(tmp_path / name)]

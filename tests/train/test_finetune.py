@@ -21,6 +21,7 @@ from train.callbacks import StopOnInterrupt
 from train.checkpoints import last_checkpoint
 from train.cli import run
 from train.data.encode import IGNORE
+from train.dry_run import dry_run
 from train.errors import UserError
 from train.finetune import finetune
 from train.trained import EXPERTS, TRAINED, build, load_trained, save_trained
@@ -219,7 +220,21 @@ def test_a_place_that_cannot_be_written_is_one_line(config, tmp_path, capsys):
     with pytest.raises(SystemExit) as raised:
         run(lambda: finetune(config.replace(output_dir=str(tmp_path / "mine"))))
     assert raised.value.code == 2
-    assert "mine cannot be written: File exists" in capsys.readouterr().err
+    assert "mine is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("work", [finetune, dry_run])
+@pytest.mark.parametrize("place", ["/proc/x", "link/run", "link"])
+def test_a_place_where_nothing_can_be_made_is_refused_before_the_model_is_loaded(
+    config, place, work, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(setup, "load_base", lambda *_: pytest.fail("loaded before the refusal"))
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda: work(config.replace(output_dir=str(tmp_path / place))))
+    error = capsys.readouterr().err
+    assert "cannot be written" in error
+    assert error.count("\n") == 1
 
 
 def test_replace_tower_and_full_depth_train_too(config):

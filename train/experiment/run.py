@@ -14,7 +14,7 @@ from train.experiment.figure import figure
 from train.experiment.plan import Experiment
 from train.experiment.results import collect, published
 from train.experiment.table import markdown, published_table
-from train.files import read_text, write_atomic
+from train.files import check_place, read_text, write_atomic
 
 console = Console()
 WIDEST = 120  # columns for the table, even if the output is not a terminal
@@ -25,6 +25,8 @@ def run_experiment(experiment: Experiment, folder: Path, name: str) -> dict[str,
 
     Returns what :func:`train.experiment.results.collect` gives.
     """
+    for place in (folder, Path(experiment.output_dir)):
+        check_place(place / name)
     experiment.prepare()
     cells = experiment.cells()
     for cell in cells:  # before any result or the table is overwritten
