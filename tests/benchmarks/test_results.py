@@ -117,6 +117,14 @@ def test_compare_shows_what_became_slower(tmp_path, capsys):
     compare.main([*(str(path) for path in paths), "--threshold", "0.4"])
 
 
+def test_nothing_in_common_is_no_good_news(tmp_path):
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path, rank in zip(paths, (8, 16), strict=True):
+        path.write_text(json.dumps(result(row("base", 1.0, R=rank), row("ours", 1.1, R=rank))))
+    with pytest.raises(UserError, match="no row in common"):
+        compare.main([str(path) for path in paths])
+
+
 def test_compare_takes_the_spread_into_account():
     noisy = [result(row("base", 1.0), row("ours", p50, spread=0.2)) for p50 in (1.0, 1.3)]
     (change,) = compare.changes(*noisy)
