@@ -18,8 +18,13 @@ def write(folder, text, name):
     ("text", "message"),
     [
         ('{"scene": "1", "speaker": "A", "text": "a"}\n{"scene": "1"', ":2: not JSON"),
-        ('{"scene": "1", "speaker": "A"}', ":1: key 'text' is missing"),
-        ('\n{"scene": "1", "speaker": 3, "text": "a"}', ":2: key 'speaker'"),
+        ('{"scene": "1", "speaker": "A"}', ":1: key 'text' is missing$"),
+        ('\n{"scene": "1", "speaker": 3, "text": "a"}', ":2: key 'speaker': got 3, expected a text$"),
+        (
+            '{"scene": 1.5, "speaker": "A", "text": "a"}',
+            ":1: key 'scene': got 1.5, expected a text or a whole",
+        ),
+        ('{"scene": true, "speaker": "A", "text": "a"}', ":1: key 'scene': got true, expected a text or"),
         ('{"scene": "1", "speaker": " ", "text": "a"}', ":1: key 'speaker' is empty"),
         ("[1]", ":1: expected an object"),
         ("\n" + 100_000 * "[", ":2: not JSON of a turn"),
@@ -50,6 +55,12 @@ def test_transcript(tmp_path):
     assert second.turns == (Turn("B", "d"),)
     with pytest.raises(UserError, match=r"absent\.jsonl: cannot be read"):
         read_transcript(tmp_path / "absent.jsonl")
+
+
+def test_scenes_may_be_numbers(tmp_path):
+    line = '{"scene": %s, "speaker": "A", "text": "a"}\n'
+    first, second = read_transcript(write(tmp_path, line % 3 + line % '"3"' + line % 4, "show.jsonl"))
+    assert (first.title, first.turns, second.title) == ("3", (Turn("A", "a a"),), "4")
 
 
 MARKDOWN = """\

@@ -1,6 +1,7 @@
 """Scenes of speaker turns, read from a transcript.
 
-JSON lines: ``{"scene": str, "speaker": str, "text": str}``; adjacent lines of one scene belong together.
+JSON lines: ``{"scene": str, "speaker": str, "text": str}``; adjacent lines of one scene belong together. The
+scene may be a whole number.
 
 Markdown: a heading opens a scene, ``**Speaker:** text`` a turn, which goes on over the lines that follow; a
 line that is ``*one emphasis*`` is a stage direction, and is left out, as is a rule (``---``).
@@ -198,9 +199,16 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
         raise UserError(f"{path}:{number}: not JSON of a turn (a number is too long)") from error
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: expected an object with the keys {', '.join(KEYS)}")
+    if type(row.get("scene")) is int:
+        row["scene"] = str(row["scene"])
     for key in KEYS:
-        if not isinstance(row.get(key), str):
-            raise UserError(f"{path}:{number}: key '{key}' is missing or not a string")
+        if key not in row:
+            raise UserError(f"{path}:{number}: key '{key}' is missing")
+        if not isinstance(row[key], str):
+            expected = "a text or a whole number" if key == "scene" else "a text"
+            raise UserError(
+                f"{path}:{number}: key '{key}': got {json.dumps(row[key])[:40]}, expected {expected}"
+            )
         if half := HALF_A_CHARACTER.search(row[key]):
             raise UserError(f"{path}:{number}: key '{key}' holds half a character ({half[0]!a})")
     if not (name := plain_name(row["speaker"])):
