@@ -67,6 +67,14 @@ def test_a_sound_result_has_no_problem():
     assert list(problems(sound())) == []
 
 
+def test_a_run_that_was_stopped_early_can_be_resumed():
+    calibrated = result()
+    refused = result()
+    refused["refused"] = [row("ours", 1.0) | {"reason": "wrong"}]
+    refused["machine"].pop("calibration")
+    assert list(problems(calibrated)) == list(problems(refused)) == []
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -86,6 +94,7 @@ def test_a_sound_result_has_no_problem():
         (lambda r: r["machine"].pop("cores"), "machine: missing cores"),
         (lambda r: r["versions"].clear(), "versions: missing torch"),
         (lambda r: r.update(more=1), "unknown keys"),
+        (lambda r: r.update(rows=[]) or r["machine"].pop("calibration"), "rows: got none"),
         (lambda r: r.update(refused=[{"op": "x"}]), r"refused\[0\]: missing"),
     ],
 )
