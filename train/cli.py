@@ -48,6 +48,8 @@ def positive_int(text: str) -> int:
 
 def _fail(message: str) -> None:
     """Exit with one line, which names the rank if there are several."""
+    for bar in list(tqdm._instances):
+        bar.close()  # it would be drawn again behind the message when Python ends
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    tqdm.write(f"error{rank}: {' '.join(message.split())}", file=sys.stderr)  # clears a progress bar
+    sys.stderr.write(f"error{rank}: {' '.join(message.split())}\n")
     raise SystemExit(USER_ERROR_EXIT) from None

@@ -91,8 +91,8 @@ def build(
     try:
         peft = get_peft_model(model, lora)
     except ValueError as error:
-        targets = ", ".join(config.lora_targets)
-        raise UserError(f"lora_targets: none of '{targets}' is in the model ({str(error)[:120]})") from error
+        reason = str(error).partition(". ")[0]  # advice for callers of PEFT follows
+        raise UserError(f"lora_targets: got {', '.join(config.lora_targets)}: {reason}") from error
     _check_targets(peft, config)
     for name, parameter in model.named_parameters():
         if is_querier_part(name):

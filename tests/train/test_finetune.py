@@ -168,6 +168,11 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
             {"lora_targets": ("q_proj", "embed_tokens")},
             "no module of a trained layer is called 'embed_tokens'",
         ),
+        (
+            {"lora_targets": ("foo",)},
+            "lora_targets: got foo: Target modules .*'foo'.* not found in .* model$",
+        ),
+        ({"lora_targets": ("mlp",)}, "lora_targets: got mlp: Target module .* is not supported$"),
         ({"trainable_layers": 9}, "trainable_layers: got 9, but the model has 3"),
         ({"model": "./absent"}, "^model './absent': no such folder"),
         ({"report_to": "foo"}, "report_to: 'foo' is not installed or unknown"),
@@ -181,7 +186,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
     ],
 )
 def test_mistakes_are_named_before_training(config, changes, named):
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=f"(?s){named}"):
         finetune(config.replace(**changes))
     assert not (Path(config.output_dir) / "trained").exists()
 
