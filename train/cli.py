@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from rich.console import Console
 from tqdm.auto import tqdm
 
 from train.errors import UserError
 
+WIDEST = 120  # columns
 USER_ERROR_EXIT = 2
 INTERRUPT_EXIT = 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,6 +39,13 @@ def run(main: Callable[[], None]) -> None:
         _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPT_EXIT) from None
+
+
+def wide_console() -> Console:
+    """For tables of scores: never narrower than they are, as a pipe's 80 columns would be."""
+    console = Console()
+    console.width = max(console.width, WIDEST)
+    return console
 
 
 def positive_int(text: str) -> int:
