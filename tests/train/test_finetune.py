@@ -3,20 +3,23 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from train import finetune as module
 from train import setup
-from train.base_model import load_base
+from train.base_model import load_base, load_tokenizer
 from train.callbacks import StopOnInterrupt
 from train.checkpoints import last_checkpoint
 from train.cli import run
@@ -199,6 +202,19 @@ def test_a_model_of_another_family_is_named(config, tmp_path):
         shutil.copy(path, folder)
     with pytest.raises(UserError, match="mistral': got MistralForCausalLM, expected one of LlamaForCausalLM"):
         finetune(config.replace(model=str(folder)))
+
+
+def test_a_misspelt_name_is_not_waited_for_without_a_network(config, monkeypatch):
+    def unknown(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(time, "sleep", lambda *_: pytest.fail("waits to ask again"))
+    for variable in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(variable)
+    with pytest.raises(UserError, match="model 'nohubname': cannot be loaded"):
+        load_tokenizer("nohubname")
 
 
 def test_models_that_do_not_fit_are_named(config, tmp_path):
