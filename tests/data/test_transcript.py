@@ -143,6 +143,36 @@ def test_directions_may_hold_emphasis_and_underscores(tmp_path):
     assert [turn.text for turn in scene.turns] == ["a", "b *so* it *is* _a_ or **this:** _b_"]
 
 
+def test_bold_emphasis_is_a_direction(tmp_path):
+    text = "***Rain.***\n**A:** a\n***laughs***\n___She leaves___\nb ***so*** c\n_d_ and ***e***\n**B:** f\n"
+    (scene,) = read_transcript(write(tmp_path, text, "show.md"))
+    assert [turn.text for turn in scene.turns] == ["a b ***so*** c _d_ and ***e***", "f"]
+    with pytest.raises(UserError, match=r"show\.md:1: broken speaker"):
+        read_transcript(write(tmp_path, "***A:***\na\n", "show.md"))
+
+
+def test_comments_are_not_spoken(tmp_path):
+    text = "<!-- a note -->\n**A:** a <!-- said --> b<!-- -->c\n"
+    text += "<!-- **C:** c\n\n## Two\n--> **B:** d\n<!---->\ne\nf\n===\n"
+    path = write(tmp_path, text, "show.md")
+    with pytest.raises(UserError, match=r"show\.md:10: an underlined heading"):
+        read_transcript(path)
+    (scene,) = read_transcript(write(tmp_path, text.replace("===\n", ""), "show.md"))
+    assert [(turn.speaker, turn.text) for turn in scene.turns] == [("A", "a bc"), ("B", "d e f")]
+    with pytest.raises(UserError, match=r"show\.md:3: a comment that does not end"):
+        read_transcript(write(tmp_path, "**A:** a <!-- b\n--> c\n<!-- d\n", "show.md"))
+
+
+@pytest.mark.parametrize(
+    "after", ["**A:** b\n", "## Two\n**A:** b\n", "*nods*\n<!-- yes -->\n---\n**A:** b\n", ""]
+)
+def test_a_turn_without_text_is_named(tmp_path, after):
+    with pytest.raises(UserError, match=r"show\.md:2: nothing is said in this turn"):
+        read_transcript(write(tmp_path, f"**A:** a\n**B:**\n{after}", "show.md"))
+    (scene,) = read_transcript(write(tmp_path, "**A:** a\n**B:**\n*nods*\n\nYes.\n", "show.md"))
+    assert scene.turns[1] == Turn("B", "Yes.")
+
+
 ONE_TURN = pytest.mark.parametrize(
     ("file", "text"),
     [
