@@ -224,8 +224,8 @@ def test_scale_formulas():
     assert scale.expert_bytes(rank=128) == 2 * scale.expert_bytes()
     assert scale.decode_bytes(8) - scale.decode_bytes(0) == 8 * scale.expert_bytes()
     assert scale.training_bytes(4, 4, 8) == 2 * scale.training_bytes(2, 2, 4)
-    taken = 2 * scale.LLAMA.parameters + scale.cache_bytes() + scale.gpu_slots() * scale.expert_bytes()
-    assert 0 <= scale.NODE.gpu_bytes - taken < scale.expert_bytes()
+    taken = 2 * scale.PARAMETERS + scale.cache_bytes() + scale.gpu_slots() * scale.expert_bytes()
+    assert 0 <= scale.GPU_BYTES - taken < scale.expert_bytes()
 
 
 def test_embedding_needs_its_markers():
