@@ -35,6 +35,7 @@ from benchmarks.session import Session
 from benchmarks.tables import summary
 from train.cli import run
 from train.errors import UserError
+from train.files import check_file
 
 SUITES = {"kernels": kernels, "layers": layers, "generation": generation}
 _HERE = Path(__file__).parent
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("torch").setLevel(logging.ERROR)
     out = args.out or _default_out(args)
+    check_file(out)
     session = Session(args.device, out, args.minutes, _resumed(out, args) if args.resume else None)
     if args.device == "cuda" and not args.quick:
         from benchmarks.calibrate import calibrate

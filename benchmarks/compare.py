@@ -2,7 +2,7 @@
 
 A is before, B after. Compared are ratios to the op's baseline, which a slower machine moves alike, so the
 baselines themselves are left out. A row regressed where its ratio grew by more than the threshold and by
-more than both runs' spread. The exit code is 1 if any did.
+more than both runs' spread. The exit code is 1 if any did, 2 if the files have no row in common.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.schema import OPS, load
 from benchmarks.tables import by_cell, markdown, place
 from train.cli import run
+from train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,17 @@ def report(found: list[Change], threshold: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table; exit with 1 if anything became slower."""
+    """Print the table; exit with 1 if anything became slower; ``UserError`` if nothing can be compared."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--threshold", type=float, default=0.1, help="a fraction (default 0.1)")
     args = parser.parse_args(argv)
     found = list(changes(load(args.before), load(args.after)))
+    if not found:
+        raise UserError(
+            f"{args.before} and {args.after} have no row in common with a ratio: nothing was compared"
+        )
     sys.stdout.write(report(found, args.threshold) + "\n")
     if any(c.factor > 1 and c.beyond(args.threshold) for c in found):
         raise SystemExit(1)

@@ -30,7 +30,7 @@ from benchmarks.runner import Timing
 from train.cli import run
 from train.config import TrainConfig
 from train.errors import UserError
-from train.files import write_atomic
+from train.files import check_file, write_atomic
 
 TOLERANCE = 1e-3
 
@@ -171,6 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.steps < 2:
         raise UserError(f"--steps: got {arguments.steps}, expected at least 2 (the first is not timed)")
+    if arguments.out:
+        check_file(arguments.out)
     job = Job(config_of(arguments), arguments.steps)
     found = measure(job, PAIR | (ABLATION if arguments.ablation else {}))
     show(job, found, Console())

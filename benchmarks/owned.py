@@ -3,7 +3,7 @@
 ``python -m benchmarks.owned [--hidden 512] [--rank 16] [--present 32] [--rows-each 32] [--json]``. One layer:
 a frozen base MLP (I = 4 H) and E owned experts of which a fixed number is present. A step is zero_grad,
 forward, backward and the optimizer's step. ``MB written`` counts the bytes that all operators write, whatever
-else the machine does; ``ms`` is the best of the rounds, processor time of one thread.
+else the machine does; ``ms`` is the median of rounds in turns, processor time of one thread.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from benchmarks.clocks import clock_of
+from benchmarks.runner import interleave
 from qar_kernels import Segments
 from qar_models import QARConfig, RowSparseAdamW
 from qar_models.base_mlp import fusable
@@ -100,28 +102,18 @@ def written_bytes(step: Callable[[], None]) -> int:
     return counter.total
 
 
-def best_ms(step: Callable[[], None], rounds: int) -> float:
-    """Least processor time of a step."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.process_time()
-        step()
-        times.append(time.process_time() - start)
-    return min(times[1:]) * 1e3
-
-
 def cells(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One result per layout and number of owned experts, the base MLP first."""
-    steps = {("base MLP", 0): base_step(args.present * args.rows_each, args.hidden)}
-    for layout in OPTIMIZERS:
-        for owned in OWNED:
-            present = min(args.present, owned)
-            steps[layout, owned] = training_step(
-                owned, present, args.rows_each, args.hidden, args.rank, layout
-            )
-    for (layout, owned), step in steps.items():
-        written = written_bytes(step) / 1e6
-        yield {"gradients": layout, "owned": owned, "MB": written, "ms": best_ms(step, args.rounds)}
+    clock = clock_of("cpu")
+    steps = {"base MLP 0": base_step(args.present * args.rows_each, args.hidden)}
+    for layout, owned in product(OPTIMIZERS, OWNED):
+        present = min(args.present, owned)
+        step = training_step(owned, present, args.rows_each, args.hidden, args.rank, layout)
+        steps[f"{layout} {owned}"] = step
+    written = {name: written_bytes(step) / 1e6 for name, step in steps.items()}
+    for name, timing in interleave(steps, clock, args.seconds).items():
+        layout, _, owned = name.rpartition(" ")
+        yield {"gradients": layout, "owned": int(owned), "MB": written[name], "ms": timing.p50}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,10 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--present", type=int, default=32)
     parser.add_argument("--rows-each", type=int, default=32, help="rows of every expert present")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds, at least 5")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     results = list(cells(args))
     if args.json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")

@@ -86,6 +86,8 @@ def provider(**limits: object) -> Callable[[Callable[[Inputs], Trial]], Callable
     """Register a function ``Inputs -> Trial`` under its own name."""
 
     def register(prepare: Callable[[Inputs], Trial]) -> Callable[[Inputs], Trial]:
+        if prepare.__name__ in PROVIDERS:
+            raise ValueError(f"provider '{prepare.__name__}': there is one of that name already")
         PROVIDERS[prepare.__name__] = Provider(prepare, **limits)
         return prepare
 

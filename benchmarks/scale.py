@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.embedding import embed
@@ -17,38 +16,13 @@ from qar_kernels.roofline import CHIPS
 from train.cli import run
 from train.files import read_text, write_atomic
 
-
-@dataclass(frozen=True)
-class Model:
-    """A decoder: hidden size, layers, parameters in all, key-value heads and their size."""
-
-    hidden: int
-    layers: int
-    parameters: int
-    kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class Node:
-    """A serving node with one card.
-
-    Attributes:
-        gpu_bytes: memory of the card (H200, datasheet).
-        host_bytes, disk_bytes: assumed.
-        host_rate: bytes per second from host to card (PCIe 5.0 x16: 32 GT/s on 16 lanes, 128b/130b).
-        disk_rate: bytes per second of sequential reading, assumed.
-    """
-
-    gpu_bytes: float = 141e9
-    host_bytes: float = 2e12
-    disk_bytes: float = 30e12
-    host_rate: float = 32e9 / 8 * 16 * 128 / 130
-    disk_rate: float = 7e9
-
-
-LLAMA = Model(hidden=4096, layers=32, parameters=8_030_261_248, kv_heads=8, head_dim=128)
-NODE = Node()
+# the model, Llama-3-8B: key-value heads have HEAD_DIM each
+HIDDEN, LAYERS, PARAMETERS, KV_HEADS, HEAD_DIM = 4096, 32, 8_030_261_248, 8, 128
+# the node, with one card; rates in bytes a second
+GPU_BYTES = 141e9  # H200, datasheet
+HOST_BYTES, DISK_BYTES = 2e12, 30e12  # assumed
+HOST_RATE = 32e9 / 8 * 16 * 128 / 130  # PCIe 5.0 x16: 32 GT/s on 16 lanes, 128b/130b
+DISK_RATE = 7e9  # sequential reading, assumed
 CHIP = "H200"
 RANK = 64
 QUERIERS = (10**3, 10**4, 10**5, 10**6)
@@ -56,50 +30,50 @@ PRESENT = (1, 8, 64, 256)
 SEQUENCES, CONTEXT = 64, 4096  # what the cache of keys and values is sized for
 
 
-def expert_parameters(rank: int = RANK, model: Model = LLAMA) -> int:
+def expert_parameters(rank: int = RANK) -> int:
     """Parameters of one querier in all layers: ``3 R H L``.
 
     >>> expert_parameters()
     25165824
     """
-    return 3 * rank * model.hidden * model.layers
+    return 3 * rank * HIDDEN * LAYERS
 
 
-def expert_bytes(rank: int = RANK, model: Model = LLAMA, width: int = 2) -> int:
+def expert_bytes(rank: int = RANK, width: int = 2) -> int:
     """The same in bytes; ``width`` 2 is bf16.
 
     >>> expert_bytes()
     50331648
     """
-    return width * expert_parameters(rank, model)
+    return width * expert_parameters(rank)
 
 
-def cache_bytes(sequences: int = SEQUENCES, context: int = CONTEXT, model: Model = LLAMA) -> int:
+def cache_bytes(sequences: int = SEQUENCES, context: int = CONTEXT) -> int:
     """Keys and values in bf16: ``2 * 2 * L * kv_heads * head_dim`` a token.
 
     >>> cache_bytes(1, 1)
     131072
     """
-    return 4 * model.layers * model.kv_heads * model.head_dim * sequences * context
+    return 4 * LAYERS * KV_HEADS * HEAD_DIM * sequences * context
 
 
-def gpu_slots(rank: int = RANK, model: Model = LLAMA, node: Node = NODE) -> int:
+def gpu_slots(rank: int = RANK) -> int:
     """Experts that fit beside bf16 base weights and the cache.
 
     >>> gpu_slots()
     1799
     """
-    free = node.gpu_bytes - 2 * model.parameters - cache_bytes(model=model)
-    return int(free // expert_bytes(rank, model))
+    free = GPU_BYTES - 2 * PARAMETERS - cache_bytes()
+    return int(free // expert_bytes(rank))
 
 
-def decode_bytes(present: int, rank: int = RANK, model: Model = LLAMA) -> int:
+def decode_bytes(present: int, rank: int = RANK) -> int:
     """Weights that one decoding step reads: the base once, each present expert once (cache left out).
 
     >>> decode_bytes(0)
     16060522496
     """
-    return 2 * model.parameters + present * expert_bytes(rank, model)
+    return 2 * PARAMETERS + present * expert_bytes(rank)
 
 
 def training_bytes(weight: int, gradient: int, states: int) -> int:
@@ -132,11 +106,11 @@ def _storage() -> str:
                 _bytes(total),
                 *(
                     f"{min(1.0, size / total):.1%}"
-                    for size in (gpu_slots() * expert_bytes(), NODE.host_bytes, NODE.disk_bytes)
+                    for size in (gpu_slots() * expert_bytes(), HOST_BYTES, DISK_BYTES)
                 ),
             ]
         )
-    host, disk = _bytes(NODE.host_bytes), _bytes(NODE.disk_bytes)
+    host, disk = _bytes(HOST_BYTES), _bytes(DISK_BYTES)
     head = ["queriers", "experts, bf16", "fit in GPU slots", f"in {host} host memory", f"on {disk} disk"]
     return markdown(head, body)
 
@@ -156,8 +130,8 @@ def _places() -> str:
         *(
             [name, f"{int(held // size):,}", f"{size / rate * 1e3:.2f} ms", f"{rate / size:,.0f}"]
             for name, held, rate in (
-                ("host memory", NODE.host_bytes, NODE.host_rate),
-                ("disk", NODE.disk_bytes, NODE.disk_rate),
+                ("host memory", HOST_BYTES, HOST_RATE),
+                ("disk", DISK_BYTES, DISK_RATE),
             )
         ),
     ]
@@ -185,7 +159,7 @@ def _training() -> str:
     body = []
     for name, *widths in kinds:
         one = training_bytes(*widths)
-        free = NODE.gpu_bytes - 2 * LLAMA.parameters
+        free = GPU_BYTES - 2 * PARAMETERS
         body.append([name, str(sum(widths)), _bytes(one), f"{int(free // one):,}"])
     head = ["weights, gradient, AdamW", "bytes a parameter", "a querier", "queriers at once beside the base"]
     return markdown(head, body)

@@ -68,6 +68,8 @@ def problems(result: object) -> Iterator[str]:
         yield f"unknown keys {sorted(unknown)}"
     yield from _machine_problems(result)
     rows = result["rows"]
+    if not rows and not result.get("refused") and "calibration" not in result["machine"]:
+        yield "rows: got none, and nothing refused or calibrated, expected at least one"
     sound = []
     for index, row in enumerate(rows):
         found = list(_row_problems(row))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -106,7 +110,20 @@ def _source(name: str) -> str | Path:
         raise UserError(f"model '{name}': no such folder with a config.json")
     if not Path(name).is_dir():
         logger.info("model '%s': no such folder in %s, so it is a name on the hub", name, Path.cwd())
+        if _hub_is_unknown():  # else each of its files is asked for six times, a minute in all
+            constants.HF_HUB_OFFLINE = True
     return name
+
+
+def _hub_is_unknown() -> bool:
+    """Whether nobody here knows the hub's address; a proxy may."""
+    if getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 def default_device() -> torch.device:

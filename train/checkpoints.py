@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from train.errors import UserError
-from train.files import write_atomic
+from train.files import system_error, write_atomic
 
 SEAL = "whole.json"
 BUILDING = ".building"
@@ -104,8 +104,18 @@ def write_failure(run: Path, step: int, error: Exception) -> UserError:
     kept = last_checkpoint(run)
     state = f"{kept} is intact, --resume continues it" if kept else "there is none before it"
     return UserError(
-        f"{run}: the checkpoint of step {step} cannot be written ({error}; {free:,.0f} MiB free); {state}"
+        f"{run}: the checkpoint of step {step} cannot be written ({_reason(error)}; {free:,.0f} MiB free); "
+        f"{state}"
     )
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where the error has kept it; torch speaks of its file's positions instead."""
+    system = system_error(error)
+    if system is not None:
+        return system.strerror or str(system)
+    text = str(error).partition("\n")[0]
+    return "a file could not be written to its end" if text.startswith("[enforce fail") else text
 
 
 def _files(folder: Path) -> list[Path]:

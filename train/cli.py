@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from rich.console import Console
 from tqdm.auto import tqdm
 
 from train.errors import UserError
 
+WIDEST = 120  # columns
 USER_ERROR_EXIT = 2
 INTERRUPT_EXIT = 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,6 +41,13 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(INTERRUPT_EXIT) from None
 
 
+def wide_console() -> Console:
+    """For tables of scores: never narrower than they are, as a pipe's 80 columns would be."""
+    console = Console()
+    console.width = max(console.width, WIDEST)
+    return console
+
+
 def positive_int(text: str) -> int:
     """An ``argparse`` type: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -48,6 +57,8 @@ def positive_int(text: str) -> int:
 
 def _fail(message: str) -> None:
     """Exit with one line, which names the rank if there are several."""
+    for bar in list(tqdm._instances):
+        bar.close()  # it would be drawn again behind the message when Python ends
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    tqdm.write(f"error{rank}: {' '.join(message.split())}", file=sys.stderr)  # clears a progress bar
+    sys.stderr.write(f"error{rank}: {' '.join(message.split())}\n")
     raise SystemExit(USER_ERROR_EXIT) from None

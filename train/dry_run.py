@@ -13,6 +13,9 @@ Memory of one rank, in bytes; P all parameters that the trainer sees, T the trai
   The replace tower runs every token twice.
 
 It is an estimate that ignores the allocator, communication buffers and offloading.
+
+Without a launcher there is no DeepSpeed: a run that asks for it is planned for one rank, and its first steps
+run without.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from train.config import DTYPES, TrainConfig
 from train.data.layout import MQDialog
 from train.data.tables import num_dialogues
 from train.dataset import load_data
-from train.files import read_json
+from train.files import check_place, read_json
+from train.run_file import RUN
 from train.setup import Prepared, make_trainer, prepare
 from train.trained import is_querier_part
 
@@ -43,7 +47,9 @@ MEASURED = 4  # steps; the first one pays for warming up and is left out of the 
 
 def dry_run(config: TrainConfig) -> None:
     """Prepare everything, run the first steps without keeping anything, and print the plan."""
-    ranks.start(config.deepspeed)
+    check_place(Path(config.output_dir) / RUN)
+    _zero_stage(config)  # a missing file shows before the model is loaded
+    ranks.start(config.deepspeed if ranks.launched() else None)
     with ranks.watching():
         _dry_run(config)
 
@@ -51,6 +57,7 @@ def dry_run(config: TrainConfig) -> None:
 def _dry_run(config: TrainConfig) -> None:
     found = load_data(config)
     prepared = prepare(config, found)
+    alone = config if ranks.launched() else config.replace(deepspeed=None)
     plan: dict[str, Mapping[str, Any]] = {
         "data": data_sizes(found.data, prepared),
         "trainable parameters": trainable(prepared),
@@ -60,8 +67,10 @@ def _dry_run(config: TrainConfig) -> None:
         "frozen layers' states, on disk and in host memory": {
             "all windows": f"{sum(state.nbytes for state in prepared.windows.states or ()) / 2**20:,.1f} MiB"
         },
-        "time": _times(first_steps(prepared, config), num_steps(config, len(prepared.windows))),
+        "time": _times(first_steps(prepared, alone), num_steps(config, len(prepared.windows))),
     }
+    if alone != config:
+        plan["DeepSpeed"] = {config.deepspeed: "no launcher: steps ran without"}
     if ranks.is_main():
         Console().print(plan_table(config, plan))
 

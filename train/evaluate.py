@@ -15,11 +15,10 @@ from typing import Any
 
 import transformers
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from train.cli import positive_int, run
+from train.cli import positive_int, run, wide_console
 from train.config import DTYPES, TrainConfig
 from train.data.layout import Example, MQDialog
 from train.data.names import name_beside, split_pair
@@ -181,7 +180,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.logging.disable_progress_bar()
-    console, results = Console(), []
+    console, results = wide_console(), []
     folders = [folder for folder in (arguments.model, arguments.against) if folder]
     for folder in folders:
         read_about(folder)  # a missing second model shows before the first one is scored

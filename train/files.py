@@ -50,8 +50,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def load_json(path: Path) -> Any:
     """The value of the JSON in ``path``; ``UserError`` naming file and line if it is damaged."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: damaged JSON ({error.msg})") from error
     except (ValueError, RecursionError) as error:  # a number too long for Python, brackets too deep
@@ -108,18 +109,28 @@ def _replacing(path: Path) -> Iterator[Path]:
 def _naming(path: Path) -> Iterator[None]:
     """Turn a write that the system refuses within the block into an ``OSError`` that names ``path``.
 
-    safetensors wraps the system's error and gives only its number.
+    "No such file" is a ``UserError``: said of a write, it is a place where no file can be made, such as
+    ``/proc``, and no missing input.
     """
     try:
         yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
+        system = system_error(error)
+        if system is None:
             raise
-        raise OSError(number := int(found[1]), os.strerror(number), str(path)) from error
+        raise OSError(system.errno, system.strerror, str(path)) from error
     except OSError as error:
         error.filename = str(path)  # not the temporary one beside it
         raise
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The system's error in or behind ``error``: safetensors gives only its number, torch hides it."""
+    if found := re.search(r"os error (\d+)", str(error)):
+        return OSError(number := int(found[1]), os.strerror(number))
+    return next((one for one in (error, error.__context__) if isinstance(one, OSError)), None)
 
 
 def check_file(path: Path) -> None:
@@ -131,11 +142,13 @@ def check_file(path: Path) -> None:
 
 def check_place(path: Path) -> None:
     """``UserError`` if nothing can be made at ``path``; for use before the work whose result goes there."""
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not nearest.is_dir():
+    nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not nearest.is_dir():  # a file, or a link to nothing
         raise UserError(f"{path}: cannot be written, {nearest} is no folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be written, {nearest} is read-only")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()  # permissions alone do not tell: /proc has them all
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written, {nearest} takes no files ({error.strerror})") from error
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from train.data.layout import MQDialog
 from train.dataset import load_data
 from train.dry_run import dry_run
 from train.errors import UserError
-from train.files import remove_unfinished, write_atomic
+from train.files import check_place, remove_unfinished, write_atomic
 from train.keep_best import BEST, KeepBest, discard_best
 from train.report.run_page import write_run_page
 from train.run_file import check_base, check_continues, check_finished, training_checksum, write_run
@@ -58,6 +58,7 @@ def finetune(config: TrainConfig, resume: bool = False) -> Path:
         check_finished(config, load_data(config).data)
         logger.info("%s is there already", folder)
         return folder
+    check_place(folder)
     ranks.start(config.deepspeed)
     with ranks.watching():
         _train(config, resume)

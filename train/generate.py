@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=positive_int, default=48)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    if not arguments.query.strip():
+        raise UserError("--query: is empty, expected what is asked")
     trained = load_trained(arguments.model)
     queriers = arguments.queriers or list(trained.queriers)
     replies = answer(trained, [Turn(queriers[0], arguments.query)], queriers, arguments.max_new_tokens)

@@ -118,10 +118,11 @@ def judge_all(pairs: Sequence[Pair], judge: Judge) -> dict[str, Any]:
     """Judge every pair and count.
 
     Returns:
-        ``wins_a``, ``wins_b``, ``ties``, ``failed``, which add up to ``pairs``; ``win_rate``: the share of
-        judged pairs that a won, ties counted as half (None if none was judged), with ``ci95`` over dialogues
-        and ``p`` (:func:`train.metrics.bootstrap.sign_flip_p`) against a rate of one half; ``verdicts``: id
-        -> a, b, tie or failed.
+        ``wins_a``, ``wins_b``, ``ties``, ``failed``, which add up to ``pairs``; ``not_asked``: how many of
+        them were :func:`settled`, among them ``equal`` ties; ``win_rate``: the share of judged pairs that a
+        won, ties counted as half (None if every pair that was asked failed), with ``ci95`` over dialogues and
+        ``p`` (:func:`train.metrics.bootstrap.sign_flip_p`) against a rate of one half; ``verdicts``: id -> a,
+        b, tie or failed.
 
     Raises:
         UserError: if the endpoint refuses, or ``GIVE_UP_AFTER`` pairs in a row could not be judged.
@@ -145,6 +146,9 @@ def judge_all(pairs: Sequence[Pair], judge: Judge) -> dict[str, Any]:
 def _counted(pairs: Sequence[Pair], verdicts: Mapping[str, str]) -> dict[str, Any]:
     worth = {"a": 1.0, "tie": 0.5, "b": 0.0}
     judged = [pair.example for pair in pairs if verdicts[pair.example.id] != "failed"]
+    not_asked = [side for side in map(settled, pairs) if side]
+    if len(judged) == len(not_asked) < len(pairs):
+        judged = []  # what is known without the judge alone is no rate
     values = [worth[verdicts[example.id]] for example in judged]
     dialogues = [example.dialogue for example in judged]
     counts = Counter(verdicts.values())
@@ -154,6 +158,8 @@ def _counted(pairs: Sequence[Pair], verdicts: Mapping[str, str]) -> dict[str, An
         "wins_b": counts["b"],
         "ties": counts["tie"],
         "failed": counts["failed"],
+        "not_asked": len(not_asked),
+        "equal": not_asked.count("tie"),
         "win_rate": sum(values) / len(values) if values else None,
         "ci95": listed(bootstrap_ci(values, dialogues)) if values else None,
         "p": sign_flip_p([value - 0.5 for value in values], dialogues) if values else None,
@@ -228,13 +234,15 @@ def main() -> None:
     result = judge_all(pairs, Cached(endpoint, arguments.cache))
     sides = {"a": str(arguments.a), "b": str(arguments.b), "judge": arguments.model}
     write_atomic(arguments.out, json.dumps(sides | result, indent=1, ensure_ascii=False) + "\n")
+    asked = result["pairs"] - result["not_asked"]
+    known = f"{result['not_asked']} more needed no judge, {result['equal']} of them equal replies"
     if result["win_rate"] is None:
         raise UserError(
-            f"{arguments.out}: none of {result['pairs']} pairs could be judged, so there is no win rate"
+            f"{arguments.out}: none of {asked} pairs could be judged ({known}), so there is no win rate"
         )
     rate = f"{100 * result['win_rate']:.1f} %"
     counts = ", ".join(f"{result[name]} {name}" for name in ("wins_a", "wins_b", "ties", "failed"))
-    Console().print(f"win rate of a: {rate} ({counts}); {arguments.out}")
+    Console().print(f"win rate of a: {rate} ({counts}; {asked} pairs were asked, {known}); {arguments.out}")
 
 
 if __name__ == "__main__":

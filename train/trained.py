@@ -6,6 +6,7 @@ A folder holds ``adapter_*`` (PEFT), ``experts.safetensors`` and ``trained.json`
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,8 +91,8 @@ def build(
     try:
         peft = get_peft_model(model, lora)
     except ValueError as error:
-        targets = ", ".join(config.lora_targets)
-        raise UserError(f"lora_targets: none of '{targets}' is in the model ({str(error)[:120]})") from error
+        reason = str(error).partition(". ")[0]  # advice for callers of PEFT follows
+        raise UserError(f"lora_targets: got {', '.join(config.lora_targets)}: {reason}") from error
     _check_targets(peft, config)
     for name, parameter in model.named_parameters():
         if is_querier_part(name):
@@ -163,7 +164,7 @@ def _write_experts(
 def check_replaceable(out: Path) -> None:
     """``UserError`` if trained parts cannot be written to ``out``, or would take another thing's place."""
     check_place(out)
-    if out.exists() and not (out / TRAINED).is_file() and (out.is_file() or any(out.iterdir())):
+    if os.path.lexists(out) and not (out / TRAINED).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there and holds no trained model; choose an empty or a new folder")
 
 

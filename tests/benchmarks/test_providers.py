@@ -14,7 +14,7 @@ from benchmarks.__main__ import main
 from benchmarks.calibrate import _base_gate_up
 from benchmarks.inputs import Inputs
 from benchmarks.machine import describe
-from benchmarks.providers import PROVIDERS, Trial
+from benchmarks.providers import PROVIDERS, Trial, provider
 from benchmarks.schema import load
 from benchmarks.session import Job, Session
 from benchmarks.shapes import Cell, matrix
@@ -49,6 +49,13 @@ def test_forced_paths_are_right_and_leave_the_environment_alone(monkeypatch, pat
     inputs = Inputs.draw(dataclasses.replace(CELL, A=adapters), "cpu", training)
     Reference(inputs).check(PROVIDERS[f"ours_{path}"].prepare(inputs))
     assert os.environ["QAR_KERNELS_PATH"] == "before"
+
+
+def test_a_name_is_given_once():
+    before = dict(PROVIDERS)
+    with pytest.raises(ValueError, match="provider 'loop': there is one of that name already"):
+        provider()(before["loop"].prepare)
+    assert before == PROVIDERS
 
 
 def wrong_output(inputs):

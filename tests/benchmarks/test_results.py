@@ -67,6 +67,14 @@ def test_a_sound_result_has_no_problem():
     assert list(problems(sound())) == []
 
 
+def test_a_run_that_was_stopped_early_can_be_resumed():
+    calibrated = result()
+    refused = result()
+    refused["refused"] = [row("ours", 1.0) | {"reason": "wrong"}]
+    refused["machine"].pop("calibration")
+    assert list(problems(calibrated)) == list(problems(refused)) == []
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -86,6 +94,7 @@ def test_a_sound_result_has_no_problem():
         (lambda r: r["machine"].pop("cores"), "machine: missing cores"),
         (lambda r: r["versions"].clear(), "versions: missing torch"),
         (lambda r: r.update(more=1), "unknown keys"),
+        (lambda r: r.update(rows=[]) or r["machine"].pop("calibration"), "rows: got none"),
         (lambda r: r.update(refused=[{"op": "x"}]), r"refused\[0\]: missing"),
     ],
 )
@@ -115,6 +124,14 @@ def test_compare_shows_what_became_slower(tmp_path, capsys):
     compare.main([str(path) for path in reversed(paths)])
     assert "0 slower, 1 faster" in capsys.readouterr().out
     compare.main([*(str(path) for path in paths), "--threshold", "0.4"])
+
+
+def test_nothing_in_common_is_no_good_news(tmp_path):
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path, rank in zip(paths, (8, 16), strict=True):
+        path.write_text(json.dumps(result(row("base", 1.0, R=rank), row("ours", 1.1, R=rank))))
+    with pytest.raises(UserError, match="no row in common"):
+        compare.main([str(path) for path in paths])
 
 
 def test_compare_takes_the_spread_into_account():
@@ -207,8 +224,8 @@ def test_scale_formulas():
     assert scale.expert_bytes(rank=128) == 2 * scale.expert_bytes()
     assert scale.decode_bytes(8) - scale.decode_bytes(0) == 8 * scale.expert_bytes()
     assert scale.training_bytes(4, 4, 8) == 2 * scale.training_bytes(2, 2, 4)
-    taken = 2 * scale.LLAMA.parameters + scale.cache_bytes() + scale.gpu_slots() * scale.expert_bytes()
-    assert 0 <= scale.NODE.gpu_bytes - taken < scale.expert_bytes()
+    taken = 2 * scale.PARAMETERS + scale.cache_bytes() + scale.gpu_slots() * scale.expert_bytes()
+    assert 0 <= scale.GPU_BYTES - taken < scale.expert_bytes()
 
 
 def test_embedding_needs_its_markers():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from train.data.layout import PAIR_IDS, Example, MQDialog, responder_folder
 from train.data.mqdialog import load_mqdialog, write_mqdialog
 from train.data.transcript import Turn
 from train.errors import UserError
-from train.files import build_directory, write_atomic, write_tensors
+from train.files import build_directory, load_json, write_atomic, write_tensors
 
 QUERIERS = ["Prince Henry", "Ford"]
 
@@ -172,6 +173,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="disk"):
         write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_file_is_not_called_damaged(tmp_path):
+    with pytest.raises(
+        UserError, match=r"absent\.json: cannot be read \(No such file or directory\)$"
+    ) as raised:
+        load_json(tmp_path / "absent.json")
+    assert "damaged" not in str(raised.value)
+
+
+def test_a_place_where_no_file_can_be_made_is_named():
+    for writing in (lambda: write_atomic(Path("/proc/x/a"), ""), build_directory(Path("/proc/x")).__enter__):
+        with pytest.raises(UserError, match=r"/proc/x.*: cannot be written \(No such file"):
+            writing()
 
 
 def test_files_have_the_mode_that_the_process_asks_for(tmp_path):

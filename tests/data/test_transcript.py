@@ -18,8 +18,13 @@ def write(folder, text, name):
     ("text", "message"),
     [
         ('{"scene": "1", "speaker": "A", "text": "a"}\n{"scene": "1"', ":2: not JSON"),
-        ('{"scene": "1", "speaker": "A"}', ":1: key 'text' is missing"),
-        ('\n{"scene": "1", "speaker": 3, "text": "a"}', ":2: key 'speaker'"),
+        ('{"scene": "1", "speaker": "A"}', ":1: key 'text' is missing$"),
+        ('\n{"scene": "1", "speaker": 3, "text": "a"}', ":2: key 'speaker': got 3, expected a text$"),
+        (
+            '{"scene": 1.5, "speaker": "A", "text": "a"}',
+            ":1: key 'scene': got 1.5, expected a text or a whole",
+        ),
+        ('{"scene": true, "speaker": "A", "text": "a"}', ":1: key 'scene': got true, expected a text or"),
         ('{"scene": "1", "speaker": " ", "text": "a"}', ":1: key 'speaker' is empty"),
         ("[1]", ":1: expected an object"),
         ("\n" + 100_000 * "[", ":2: not JSON of a turn"),
@@ -67,6 +72,12 @@ def test_transcript(tmp_path):
     assert second.turns == (Turn("B", "d"),)
     with pytest.raises(UserError, match=r"absent\.jsonl: cannot be read"):
         read_transcript(tmp_path / "absent.jsonl")
+
+
+def test_scenes_may_be_numbers(tmp_path):
+    line = '{"scene": %s, "speaker": "A", "text": "a"}\n'
+    first, second = read_transcript(write(tmp_path, line % 3 + line % '"3"' + line % 4, "show.jsonl"))
+    assert (first.title, first.turns, second.title) == ("3", (Turn("A", "a a"),), "4")
 
 
 MARKDOWN = """\
@@ -147,6 +158,36 @@ def test_directions_may_hold_emphasis_and_underscores(tmp_path):
     text = f"**A:** a\n{directions}**B:** b\n*so* it *is*\n_a_ or **this:** _b_\n"
     (scene,) = read_transcript(write(tmp_path, text, "show.md"))
     assert [turn.text for turn in scene.turns] == ["a", "b *so* it *is* _a_ or **this:** _b_"]
+
+
+def test_bold_emphasis_is_a_direction(tmp_path):
+    text = "***Rain.***\n**A:** a\n***laughs***\n___She leaves___\nb ***so*** c\n_d_ and ***e***\n**B:** f\n"
+    (scene,) = read_transcript(write(tmp_path, text, "show.md"))
+    assert [turn.text for turn in scene.turns] == ["a b ***so*** c _d_ and ***e***", "f"]
+    with pytest.raises(UserError, match=r"show\.md:1: broken speaker"):
+        read_transcript(write(tmp_path, "***A:***\na\n", "show.md"))
+
+
+def test_comments_are_not_spoken(tmp_path):
+    text = "<!-- a note -->\n**A:** a <!-- said --> b<!-- -->c\n"
+    text += "<!-- **C:** c\n\n## Two\n--> **B:** d\n<!---->\ne\nf\n===\n"
+    path = write(tmp_path, text, "show.md")
+    with pytest.raises(UserError, match=r"show\.md:10: an underlined heading"):
+        read_transcript(path)
+    (scene,) = read_transcript(write(tmp_path, text.replace("===\n", ""), "show.md"))
+    assert [(turn.speaker, turn.text) for turn in scene.turns] == [("A", "a bc"), ("B", "d e f")]
+    with pytest.raises(UserError, match=r"show\.md:3: a comment that does not end"):
+        read_transcript(write(tmp_path, "**A:** a <!-- b\n--> c\n<!-- d\n", "show.md"))
+
+
+@pytest.mark.parametrize(
+    "after", ["**A:** b\n", "## Two\n**A:** b\n", "*nods*\n<!-- yes -->\n---\n**A:** b\n", ""]
+)
+def test_a_turn_without_text_is_named(tmp_path, after):
+    with pytest.raises(UserError, match=r"show\.md:2: nothing is said in this turn"):
+        read_transcript(write(tmp_path, f"**A:** a\n**B:**\n{after}", "show.md"))
+    (scene,) = read_transcript(write(tmp_path, "**A:** a\n**B:**\n*nods*\n\nYes.\n", "show.md"))
+    assert scene.turns[1] == Turn("B", "Yes.")
 
 
 ONE_TURN = pytest.mark.parametrize(

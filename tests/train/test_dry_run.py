@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import pytest
 from processes import log_of
 
 from qar_models import sparse_parameters
 from train.dataset import load_data
 from train.dry_run import dry_run, memory, num_steps
+from train.errors import UserError
 from train.finetune import finetune
 from train.setup import prepare
 
@@ -15,6 +17,16 @@ def test_dry_run_prints_the_plan_and_keeps_nothing(config, capsys):
     for part in ("windows", "queriers", "LoRA", "contrastive heads", "optimizer", "first 4 steps"):
         assert part in text
     assert not Path(config.output_dir).exists()
+
+
+def test_a_run_under_deepspeed_is_planned_without_a_launcher(config, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    dry_run(config.replace(deepspeed="train/ds/zero2.json", dtype="bfloat16"))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "train/ds/zero2.json │ no launcher: steps ran without │" in text
+    assert "first 4 steps" in text
+    with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
+        dry_run(config.replace(deepspeed="absent.json", model="not loaded"))
 
 
 def test_plan_counts_steps_as_the_trainer_does(config):

@@ -20,6 +20,7 @@ from train.errors import UserError
 from train.evaluate import evaluate
 from train.finetune import finetune
 from train.heldout import held_out_windows
+from train.metrics.wording import SUMMARY
 from train.onboard import onboard
 from train.trained import KEYS, load_trained
 
@@ -218,6 +219,8 @@ def test_batch_size_is_that_of_the_passes_and_changes_no_score(trained, monkeypa
         ("--against", "nothing", "no trained model there"),
         ("--out", "folder", "is a folder, expected a file"),
         ("--out", "file/scores.json", "file is no folder"),
+        ("--out", "/proc/x/scores.json", "/proc takes no files"),
+        ("--out", "link/scores.json", "link is no folder"),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_any_scoring(
@@ -225,6 +228,7 @@ def test_what_cannot_end_well_is_refused_before_any_scoring(
 ):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
     (tmp_path / "trained.json").write_text(json.dumps(dict.fromkeys(KEYS)))
     monkeypatch.setattr(command, "evaluate", lambda *_: pytest.fail("scored before the refusal"))
     arguments = ["--model", str(tmp_path), option, str(tmp_path / name)]
@@ -234,6 +238,22 @@ def test_what_cannot_end_well_is_refused_before_any_scoring(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_no_column_is_cut_in_a_pipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    counts = {"examples": 1000, "generated": 1, "empty": 0, "failed": 0}
+    scores = {**counts, "perplexity": 1.0, **dict.fromkeys(SUMMARY, 1.0)}
+    people = {"Prince Henry the Younger": scores}
+    result = {"model": "m", "left_out": 0, "swap": None}
+    result["scores"] = {**scores, "macro": scores, "per_querier": people}
+    (tmp_path / "trained.json").write_text(json.dumps(dict.fromkeys(KEYS)))
+    monkeypatch.setattr(command, "evaluate", lambda *_: result)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(tmp_path)])
+    command.main()
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert any(line.endswith("distinct-2") for line in lines)
+    assert "Prince Henry the Younger 1000 1.000 100.0 100.0 100.0 100.0 100.0" in lines
 
 
 def test_command_line(config, trained, tmp_path, monkeypatch, capsys):

@@ -98,6 +98,21 @@ def test_what_cannot_go_on_is_refused_before_anything_is_written(plan, config, t
     assert all(path.read_bytes() == content for path, content in written.items())
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"key": 1}'])
+def test_a_damaged_result_is_found_before_anything_runs(plan, tmp_path, monkeypatch, damage):
+    experiment = load_experiment(
+        plan, ["seeds=[0]", "methods={ft: {method: ft}, zero_shot: {trained: false}}", "pairs=[]"]
+    )
+    result = tmp_path / "experiment" / "cells" / "zero_shot-seed0" / "result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text(damage)
+    monkeypatch.setattr(run, "run_cell", lambda *_: pytest.fail("ran before the refusal"))
+    with pytest.raises(
+        UserError, match=r"zero_shot-seed0/result\.json.*damaged.*; delete the file to compute"
+    ):
+        run.run_experiment(experiment, tmp_path, "tiny")
+
+
 def test_a_method_that_diverged_has_a_result(plan, tmp_path, monkeypatch):
     def diverged(experiment, cell):
         result = run_cell(experiment, cell)

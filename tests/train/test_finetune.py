@@ -3,24 +3,28 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from train import finetune as module
 from train import setup
-from train.base_model import load_base
+from train.base_model import load_base, load_tokenizer
 from train.callbacks import StopOnInterrupt
 from train.checkpoints import last_checkpoint
 from train.cli import run
 from train.data.encode import IGNORE
+from train.dry_run import dry_run
 from train.errors import UserError
 from train.finetune import finetune
 from train.run_file import RUN
@@ -168,6 +172,11 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
             {"lora_targets": ("q_proj", "embed_tokens")},
             "no module of a trained layer is called 'embed_tokens'",
         ),
+        (
+            {"lora_targets": ("foo",)},
+            "lora_targets: got foo: Target modules .*'foo'.* not found in .* model$",
+        ),
+        ({"lora_targets": ("mlp",)}, "lora_targets: got mlp: Target module .* is not supported$"),
         ({"trainable_layers": 9}, "trainable_layers: got 9, but the model has 3"),
         ({"model": "./absent"}, "^model './absent': no such folder"),
         ({"report_to": "foo"}, "report_to: 'foo' is not installed or unknown"),
@@ -181,7 +190,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(config, caplog):
     ],
 )
 def test_mistakes_are_named_before_training(config, changes, named):
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=f"(?s){named}"):
         finetune(config.replace(**changes))
     assert not (Path(config.output_dir) / "trained").exists()
 
@@ -193,6 +202,19 @@ def test_a_model_of_another_family_is_named(config, tmp_path):
         shutil.copy(path, folder)
     with pytest.raises(UserError, match="gpt2': got GPT2LMHeadModel, expected one of LlamaForCausalLM"):
         finetune(config.replace(model=str(folder)))
+
+
+def test_a_misspelt_name_is_not_waited_for_without_a_network(config, monkeypatch):
+    def unknown(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(time, "sleep", lambda *_: pytest.fail("waits to ask again"))
+    for variable in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(variable)
+    with pytest.raises(UserError, match="model 'nohubname': cannot be loaded"):
+        load_tokenizer("nohubname")
 
 
 def test_models_that_do_not_fit_are_named(config, tmp_path):
@@ -219,7 +241,21 @@ def test_a_place_that_cannot_be_written_is_one_line(config, tmp_path, capsys):
     with pytest.raises(SystemExit) as raised:
         run(lambda: finetune(config.replace(output_dir=str(tmp_path / "mine"))))
     assert raised.value.code == 2
-    assert "mine cannot be written: File exists" in capsys.readouterr().err
+    assert "mine is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("work", [finetune, dry_run])
+@pytest.mark.parametrize("place", ["/proc/x", "link/run", "link"])
+def test_a_place_where_nothing_can_be_made_is_refused_before_the_model_is_loaded(
+    config, place, work, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(setup, "load_base", lambda *_: pytest.fail("loaded before the refusal"))
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda: work(config.replace(output_dir=str(tmp_path / place))))
+    error = capsys.readouterr().err
+    assert "cannot be written" in error
+    assert error.count("\n") == 1
 
 
 def test_replace_tower_and_full_depth_train_too(config):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import shutil
+import sys
 from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
@@ -12,6 +13,7 @@ from rich.console import Console
 from transformers import GenerationConfig
 
 from train import chat as command
+from train import generate
 from train.chat import Chat
 from train.data.encode import encode
 from train.data.names import known_querier
@@ -67,6 +69,12 @@ def test_replies_are_shown_whole_and_as_they_are(pairs):
     letters = "".join(letter for letter in shown if not letter.isspace() and letter != "│")
     assert "[sighs]Well[/quietly]" in letters
     assert shown.count("今") == 12 and "…" not in shown
+
+
+def test_nothing_is_no_query(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", "not loaded", "--query", " "])
+    with pytest.raises(UserError, match="--query: is empty"):
+        generate.main()
 
 
 def test_a_name_in_brackets_is_talked_with(config):

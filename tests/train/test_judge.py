@@ -159,6 +159,15 @@ def test_a_failed_judgement_is_counted_and_nobodys_win(stub, broken, caplog):
     assert "d1_part0" in caplog.text
 
 
+def test_where_every_pair_that_was_asked_failed_there_is_no_rate(stub):
+    pairs = [pair(0), *(pair(number, "same", "same") for number in range(1, 4)), pair(4, "x", "")]
+    failed = judge_all(pairs, endpoint(stub(lambda question: "Well, it depends.")))
+    assert (failed["ties"], failed["failed"], failed["win_rate"], failed["ci95"]) == (3, 1, None, None)
+    assert (failed["not_asked"], failed["equal"]) == (4, 3)
+    unasked = judge_all(pairs[1:], endpoint(stub(lambda question: pytest.fail("asked"))))
+    assert unasked["win_rate"] == (1 + 1.5) / 4
+
+
 def test_half_a_judgement_is_a_failure(stub):
     server = stub(lambda question: "A" if shown_first(question) == "good" else (500, ""))
     result = judge_all([pair()], endpoint(server, tries=1))
@@ -341,7 +350,7 @@ def test_where_nothing_could_be_judged_the_command_fails(command, tmp_path, monk
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="2"):
         run(main)
-    assert "none of 2 pairs could be judged" in capsys.readouterr().err.splitlines()[-1]
+    assert "none of 2 pairs could be judged (0 more" in capsys.readouterr().err.splitlines()[-1]
     assert json.loads((tmp_path / "out.json").read_text())["failed"] == 2
 
 
@@ -349,7 +358,8 @@ def test_command_line(command, tmp_path, monkeypatch, capsys):
     server, command = command
     monkeypatch.setattr(sys, "argv", command)
     main()
-    assert "win rate of a: 100.0 %" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "win rate of a: 100.0 %" in shown and "2 pairs were asked, 0 more needed no judge" in shown
     assert json.loads((tmp_path / "out.json").read_text())["wins_a"] == 2
     monkeypatch.setattr(sys, "argv", [*command, "--key-variable", "NO_SUCH_KEY"])
     with pytest.raises(UserError, match="NO_SUCH_KEY is not set"):

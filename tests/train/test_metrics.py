@@ -1,3 +1,4 @@
+import logging
 import math
 import unicodedata
 
@@ -5,6 +6,7 @@ import pytest
 
 from train.errors import UserError
 from train.metrics import SCORE_KEYS, chrf, corpus_bleu, distinct, rouge, sentence_bleu, tokens_for, wording
+from train.metrics.rouge import _scorer
 from train.metrics.text import tokenise
 
 
@@ -19,6 +21,13 @@ def test_rouge_english_by_hand():
 
 def test_rouge_english_stems_words():
     assert rouge("running dogs", "run dog")["rouge1"] == 1.0
+
+
+def test_nothing_is_logged_by_the_scorer(caplog):
+    _scorer.cache_clear()
+    with caplog.at_level(logging.INFO):
+        rouge("a", "b", "word")
+    assert not caplog.records
 
 
 def test_rouge_chinese_characters_and_words_differ():

@@ -68,6 +68,10 @@ def test_refusals_name_what_is_wrong(config, tiny_data, tmp_path):
     with pytest.raises(UserError, match="no training window of querier 'Ghost'"):
         onboard(source, tmp_path / "data", "Ghost", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for place, message in (("link", "holds no trained model"), ("/proc/out", "/proc takes no files")):
+        with pytest.raises(UserError, match=message):
+            onboard(source, tmp_path / "data", NEWCOMER, tmp_path / place)
 
 
 @pytest.mark.parametrize("changes", [{"method": "ft"}, {"experts": "shared"}], ids=str)

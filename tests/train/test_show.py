@@ -4,6 +4,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from train.config import load_config
 from train.data import show
 from train.data.encode import encode
 from train.data.show import DROPPED, LEARNT, SPEAKER, choose, panels, stretches, window_panel
@@ -63,8 +64,12 @@ def test_command_line_writes_a_page(config, tmp_path, monkeypatch, capsys):
     assert "learnt" in page.read_text() and str(page) in capsys.readouterr().out
     options = ["--data", values["data"], "--index", "0", f"model={values['model']}"]
     monkeypatch.setattr(sys, "argv", ["show", *options])
+    read = []
+    monkeypatch.setattr(show, "load_config", lambda *given: read.append(load_config(*given)) or read[-1])
     show.main()
     assert "learnt" in capsys.readouterr().out
+    own = load_config(show.CONFIGS / "own.yaml")
+    assert read[0].encoding == own.encoding and read[0].validation == own.validation
     monkeypatch.setattr(sys, "argv", ["show", "--config", str(path), "--split", "valid"])
     with pytest.raises(UserError, match="valid split is empty"):
         show.main()

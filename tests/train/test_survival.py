@@ -146,10 +146,24 @@ def test_full_disk_ends_with_one_line_and_the_checkpoint_before(config):
     errors = [line for line in run.text().splitlines() if "error" in line.lower()]
     assert len(errors) == 1
     assert "the checkpoint of step 4 cannot be written" in errors[0]
-    assert "MiB free); " in errors[0] and "checkpoint-2 is intact" in errors[0]
+    assert re.search(r"\((File too large|a file could not be written to its end); .* MiB free\)", errors[0])
+    assert "checkpoint-2 is intact" in errors[0]
     assert errors[0].startswith("error: ")  # on a line of its own, not behind the progress bar
     assert last_checkpoint(Path(config.output_dir)).name == "checkpoint-2"
     assert not (Path(config.output_dir) / BUILDING).exists()
+
+
+def test_torchs_account_of_a_full_disk_is_not_shown(tmp_path):
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises((OSError, RuntimeError)) as hidden:
+        torch.save(torch.zeros(2**15), full)
+    with pytest.raises(RuntimeError) as silent:
+        torch.save(torch.zeros(2**15), "/dev/full")
+    for error, reason in (
+        (hidden.value, "No space left on device"),
+        (silent.value, "a file could not be written to its end"),
+    ):
+        message = str(checkpoints.write_failure(tmp_path, 3, error))
+        assert f"the checkpoint of step 3 cannot be written ({reason}; " in message
 
 
 def no_room_for_states(rank):
@@ -184,6 +198,19 @@ def test_states_of_frozen_layers_are_not_missed(config):
     assert "the checkpoint of step 2 cannot be written" in error
     assert not any(Path(config.output_dir).parent.glob("states/.*"))
     completed(config.replace(expert_rank=32), resume=True)
+
+
+def no_number(rank):
+    compute_loss = QARTrainer.compute_loss
+    QARTrainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) * float("nan")
+
+
+def test_an_error_is_the_last_line(config):
+    run = start(config, before=no_number)
+    assert run.wait() == [2]
+    last = run.text().splitlines()[-1]
+    assert last.startswith("error: step 1: the loss is nan")
+    assert run.text().endswith(f"{last}\n")
 
 
 def test_loss_that_is_no_number_stops_and_names_step_and_windows(config, monkeypatch, tiny_data):

@@ -2,6 +2,9 @@
 
 python -m train.data.show --config train/configs/demo.yaml [--split dev] [--index 3 | --sample 5] [key=value]
 python -m train.data.show --data data/my_show --html windows.html model=path/to/qwen
+
+What is dropped and learnt depends on a run's settings (max_tokens, style and more). They are those of
+--config, by default own.yaml, with which one's own dialogues are trained, or demo.yaml without --data.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from train.dataset import load_data
 from train.errors import UserError
 from train.files import check_file, write_atomic
 
-DEFAULTS = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
 CONTEXT, LEARNT, SPEAKER, DROPPED = "bright_black", "bold green", "bold magenta", "strike red"
 LEGEND = Text("  ").join(
     [
@@ -104,7 +107,9 @@ def panels(
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, default=DEFAULTS, help="a YAML file (default: the demo's)")
+    parser.add_argument(
+        "--config", type=Path, help="a YAML file (default: own.yaml with --data, else demo.yaml)"
+    )
     parser.add_argument("--data", help="the data folder, instead of the file's")
     parser.add_argument("--split", choices=("train", "valid", "dev"), default="train")
     parser.add_argument("--index", type=int, help="this window")
@@ -123,7 +128,8 @@ def main() -> None:
     if arguments.html:
         check_file(arguments.html)
     data = [] if arguments.data is None else [f"data={json.dumps(arguments.data)}"]
-    config = load_config(arguments.config, [*arguments.overrides, *data])
+    default = CONFIGS / ("own.yaml" if data else "demo.yaml")
+    config = load_config(arguments.config or default, [*arguments.overrides, *data])
     found = load_data(config)
     examples = {"train": found.data.train, "dev": found.data.dev, "valid": found.valid}[arguments.split]
     if not examples:

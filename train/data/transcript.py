@@ -1,9 +1,11 @@
 """Scenes of speaker turns, read from a transcript.
 
-JSON lines: ``{"scene": str, "speaker": str, "text": str}``; adjacent lines of one scene belong together.
+JSON lines: ``{"scene": str, "speaker": str, "text": str}``; adjacent lines of one scene belong together. The
+scene may be a whole number.
 
 Markdown: a heading opens a scene, ``**Speaker:** text`` a turn, which goes on over the lines that follow; a
-line that is ``*one emphasis*`` is a stage direction, and is left out, as is a rule (``---``).
+line that is ``*one emphasis*`` is a stage direction, and is left out, as are rules (``---``) and
+``<!-- comments -->``.
 
 CSV: a header that names the same three columns, or others that stand for them.
 """
@@ -31,7 +33,11 @@ HEADING = re.compile(r"#{1,6}[ \t]+(.+)")
 SPEECH = re.compile(r"\*\*\s*([^*]+?)\s*(?:[:：]\s*\*\*|\*\*\s*[:：])\s*(.*)")
 MARKED_SPEECH = re.compile(rf"(?:[>+-]|\*(?=\s)|\d+[.)])\s*{SPEECH.pattern}")
 RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
-DIRECTION = re.compile(r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_")
+DIRECTION = re.compile(
+    r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_"
+    r"|([*_])\1\1[^*_\s](?:[^*_]*[^*_\s:：])?\1{3}"  # with a colon it is a speaker that is broken
+)
+COMMENT = re.compile(r"([ \t]*)<!--.*?-->([ \t]*)", re.DOTALL)
 UNDERLINE = re.compile(r"=+|-{3,}")
 LINE_END = re.compile(r"\r\n?")
 """Of Windows, and of old Macs."""
@@ -115,7 +121,7 @@ def _rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         raise UserError(f"{path}: only a CSV file has columns to name, got {', '.join(columns.values())}")
     is_markdown = suffix in MARKDOWN
     if is_markdown:
-        text = LINE_END.sub("\n", text)
+        text = _without_comments(path, LINE_END.sub("\n", text))
     lines = enumerate(text.split("\n"), start=1)  # not splitlines: a JSON text may hold U+2028
     return _markdown_rows(path, lines) if is_markdown else _json_rows(path, lines)
 
@@ -157,36 +163,64 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
             yield row["scene"], row["speaker"], row["text"]
 
 
+def _without_comments(path: Path, text: str) -> str:
+    """``text`` without its comments, with as many lines, and one space where there was any beside them."""
+
+    def replaced(comment: re.Match[str]) -> str:
+        return "\n" * comment[0].count("\n") or " " * bool(comment[1] or comment[2])
+
+    text = COMMENT.sub(replaced, text)
+    before, opened, _ = text.partition("<!--")
+    if opened:
+        raise UserError(f"{path}:{before.count(chr(10)) + 1}: a comment that does not end, expected '-->'")
+    return text
+
+
 def _markdown_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
     """(scene, speaker, text) of every line; scenes are numbered, so that equal headings stay apart."""
     scene, speaker, number_of_scenes = path.stem, None, 0
     goes_on = False  # whether the line before continues a turn, or is a heading that dashes underline
+    unsaid = 0  # the line of a turn that has no text yet
     for number, line in ((number, line.strip()) for number, line in lines):
         is_underline = UNDERLINE.fullmatch(line) and (goes_on or line.startswith("="))
         goes_on = False
         if RULE.fullmatch(line) and not is_underline:
             continue
         heading, speech = HEADING.fullmatch(line), SPEECH.fullmatch(line)
+        if unsaid and (heading or speech):
+            raise _nothing_said(path, unsaid)
         if heading:
             number_of_scenes += 1
             scene, speaker = f"{number_of_scenes} {heading[1]}", None
         elif speech and (name := plain_name(speech[1])):
             speaker = name
             check_name(speaker, f"{path}:{number}")
+            unsaid = 0 if speech[2] else number
             yield scene, speaker, speech[2]
+        elif DIRECTION.fullmatch(line):
+            continue
         elif line.startswith("**") or MARKED_SPEECH.match(line):
             raise UserError(f"{path}:{number}: broken speaker {line[:40]!r}, expected '**Name:** text'")
         elif is_underline:
             raise UserError(
                 f"{path}:{number}: an underlined heading, expected '## Scene'; a rule has an empty line above"
             )
-        elif line and not DIRECTION.fullmatch(line):
+        elif line:
             if speaker is None:
                 raise UserError(
                     f"{path}:{number}: nobody speaks here; expected '**Name:** text' or '## Scene'"
                 )
-            goes_on = True
+            goes_on, unsaid = True, 0
             yield scene, speaker, line
+    if unsaid:
+        raise _nothing_said(path, unsaid)
+
+
+def _nothing_said(path: Path, number: int) -> UserError:
+    """The turns around it would become one if it were left out."""
+    return UserError(
+        f"{path}:{number}: nothing is said in this turn, expected text behind the name or in the next line"
+    )
 
 
 def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
@@ -200,9 +234,16 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, str]:
         raise _no_turn(path, number, "not JSON of a turn (a number is too long)") from error
     if not isinstance(row, dict):
         raise _no_turn(path, number, f"expected an object with the keys {', '.join(KEYS)}")
+    if type(row.get("scene")) is int:
+        row["scene"] = str(row["scene"])
     for key in KEYS:
-        if not isinstance(row.get(key), str):
-            raise UserError(f"{path}:{number}: key '{key}' is missing or not a string")
+        if key not in row:
+            raise UserError(f"{path}:{number}: key '{key}' is missing")
+        if not isinstance(row[key], str):
+            expected = "a text or a whole number" if key == "scene" else "a text"
+            raise UserError(
+                f"{path}:{number}: key '{key}': got {json.dumps(row[key])[:40]}, expected {expected}"
+            )
         if half := HALF_A_CHARACTER.search(row[key]):
             raise UserError(f"{path}:{number}: key '{key}' holds half a character ({half[0]!a})")
     if not (name := plain_name(row["speaker"])):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from train.config import DTYPES
+from train.errors import UserError
 from train.experiment.plan import Cell, Experiment
 from train.experiment.windows import base_of, cell_data, text_checksum
 from train.files import read_json, write_atomic
@@ -23,19 +24,25 @@ RESULT = "result.json"
 
 
 def result_of(experiment: Experiment, cell: Cell) -> dict[str, Any] | None:
-    """The cell's result, if it was computed with the same settings, text and base model."""
+    """The cell's result, if it was computed with the same settings, text and base model.
+
+    Raises ``UserError`` if the file is damaged.
+    """
     path = _folder(experiment, cell) / RESULT
     if not path.is_file():
         return None
-    stored = read_json(path, ("key", "records", "swapped"))
+    try:
+        stored = read_json(path, ("key", "records", "swapped", "seconds"))
+    except UserError as error:
+        raise UserError(f"{error}; delete the file to compute the cell again") from error
     is_current = stored["key"] == _key(experiment, cell)
     return stored if is_current and _inputs(experiment, cell).items() <= stored.items() else None
 
 
 def check_cell(experiment: Experiment, cell: Cell) -> None:
-    """Raise ``UserError`` if :func:`run_cell` would refuse what an earlier run left in the cell's folder."""
+    """``UserError`` if the result is damaged, or :func:`run_cell` would refuse what an earlier run left."""
     config = experiment.config(cell)
-    if cell.method.trained and result_of(experiment, cell) is None:
+    if result_of(experiment, cell) is None and cell.method.trained:
         base = partial(base_of, config.model, DTYPES[config.dtype])
         check_resumes(config, cell_data(experiment, cell), base)
 

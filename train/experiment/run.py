@@ -9,15 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from train.cli import wide_console
 from train.experiment.cell import check_cell, result_of, run_cell
 from train.experiment.figure import figure
 from train.experiment.plan import Experiment
 from train.experiment.results import collect, published
 from train.experiment.table import markdown, published_table
-from train.files import read_text, write_atomic
+from train.files import check_place, read_text, write_atomic
 
 console = Console()
-WIDEST = 120  # columns for the table, even if the output is not a terminal
 
 
 def run_experiment(experiment: Experiment, folder: Path, name: str) -> dict[str, Any]:
@@ -25,6 +25,8 @@ def run_experiment(experiment: Experiment, folder: Path, name: str) -> dict[str,
 
     Returns what :func:`train.experiment.results.collect` gives.
     """
+    for place in (folder, Path(experiment.output_dir)):
+        check_place(place / name)
     experiment.prepare()
     cells = experiment.cells()
     for cell in cells:  # before any result or the table is overwritten
@@ -35,7 +37,7 @@ def run_experiment(experiment: Experiment, folder: Path, name: str) -> dict[str,
             run_cell(experiment, cell)
             _write_results(experiment, folder, name)
     results = _write_results(experiment, folder, name)
-    Console(width=max(console.width, WIDEST)).print(Markdown(read_text(folder / f"{name}.md")))
+    wide_console().print(Markdown(read_text(folder / f"{name}.md")))
     return results
 
 

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Literal
 
 from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 from train.errors import UserError
 from train.metrics import rouge_100
@@ -54,5 +54,6 @@ class _Pieces(Tokenizer):
 @cache
 def _scorer(tokens: TokenKind) -> RougeScorer:
     if tokens == "word":
-        return RougeScorer(ROUGE_KEYS, use_stemmer=True)
+        # named, or rouge-score logs that it takes it
+        return RougeScorer(ROUGE_KEYS, tokenizer=DefaultTokenizer(use_stemmer=True))
     return RougeScorer(ROUGE_KEYS, tokenizer=_Pieces(tokens))
