@@ -30,8 +30,8 @@ from qar_kernels.weights import SwiGLUWeights
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
 # Tiles of segments are small and mostly wait for memory: several run on a multiprocessor at once, and the
-# hardware schedules more as they end. Not one program per tile: the host's bound on tiles can be far too
-# high.
+# hardware schedules more as they end. Not one program per tile: the host only knows a bound on tiles, and a
+# program without one costs its start all the same.
 _SEGMENT_PROGRAMS = 32
 _RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded instead of run
 
@@ -95,7 +95,7 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
     rows, lora = 0 if call.tower == "expert" else x.shape[0], call.lora
     base = _new_hidden(x, rows, call.intermediate, save, lora.drops)
     expert = _new_hidden(x_expert, x_expert.shape[0], call.rank, save)
-    tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, x.shape[0], call.intermediate, gemm)
+    tiles = _segment_tiles(call) + _base_tiles(call, rows, call.intermediate, gemm)
     run_kernel(
         gate_up_kernel, _grid(call.tower, x, tiles),
         _operand(x, tma, call.config.block_rows, gemm.block_k),
@@ -153,7 +153,7 @@ def d_hidden(
     h = d_y.new_empty(rows if keep_h else 0, call.intermediate)
     d_base = Hidden(d_a, torch.empty_like(d_a), h, torch.empty_like(d_a) if call.lora.drops else h)
     d_expert = _new_hidden(d_y_expert, d_y_expert.shape[0], call.rank, save=True)
-    tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, rows, call.intermediate, gemm)
+    tiles = _segment_tiles(call) + _base_tiles(call, rows, call.intermediate, gemm)
     run_kernel(
         d_hidden_kernel, _grid(call.tower, d_y, tiles),
         _operand(d_y, tma, call.config.block_rows, gemm.block_k),
@@ -197,7 +197,7 @@ def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) ->
     """Gradients of the expert weights, zeros for experts that are absent."""
     gemm, hidden = call.config.weight_grad, x.shape[1]
     grads = SwiGLUWeights(*(torch.zeros_like(weight) for weight in call.experts))
-    tiles = 2 * (call.plan.experts.shape[0] - 1) * cdiv(hidden, gemm.block_n)
+    tiles = 2 * _most_segments(call) * cdiv(hidden, gemm.block_n)
     run_kernel(
         expert_weight_grad_kernel, _grid("expert", x, tiles),
         x, d_y, d_expert.a, d_expert.u, d_expert.h, *grads,
@@ -251,12 +251,24 @@ def _new_hidden(like: Tensor, rows: int, width: int, save: bool, drops: bool = F
     return Hidden(a, u, h, torch.empty_like(h) if drops else h)
 
 
+def _most_segments(call: Call) -> int:
+    """A bound on the segments in use. Ids per row make the capacity T, however few experts there are."""
+    return min(call.plan.experts.shape[0] - 1, call.experts.gate.shape[0])
+
+
+def _segment_tiles(call: Call) -> int:
+    """A bound on the tiles of segments, the tail's included: all rows in whole tiles, and one that is partly
+    filled for each segment and the tail.
+    """
+    return cdiv(call.perm.shape[0], call.config.block_expert) + _most_segments(call) + 1
+
+
 def _base_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
     return cdiv(rows, call.config.block_rows) * cdiv(columns, gemm.block_n)
 
 
 def _row_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
-    grouped = 0 if call.tower == "fused" else call.plan.tile_segment.shape[0]
+    grouped = 0 if call.tower == "fused" else _segment_tiles(call)
     return grouped * cdiv(columns, gemm.block_n) + _base_tiles(call, rows, columns, gemm)
 
 

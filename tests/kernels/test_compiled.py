@@ -141,11 +141,13 @@ def test_every_kernel_fits_on_a_multiprocessor(arch):
 
 
 def test_tiles_of_segments_have_many_programs_but_not_one_a_tile():
-    """The host's bound is a segment a row: a kernel that launched as many programs would mostly end them."""
+    """Many tiles share a program, and no program is started for segments that four experts cannot fill."""
     case = shipped.Case("sm90_experts", "Llama-3-8B", 64, "bf16", "expert")
     grids = {launch.kernel.__name__: launch.grid[0] for launch in shipped.training_step(case)}
     for name in ("down_kernel", "d_x_kernel", "expert_weight_grad_kernel"):
         assert 132 < grids[name] <= 32 * 132
+    assert grids["gate_up_kernel"] == grids["d_hidden_kernel"] == 1024 // 64 + 4 + 1
+    assert grids["expert_weight_grad_kernel"] == 2 * 4 * 4096 // 64
     fused = replace(case, config="sm90_large", tower="fused")
     assert max(launch.grid[0] for launch in shipped.training_step(fused)[:2]) == 132
 
