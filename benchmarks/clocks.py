@@ -50,10 +50,13 @@ class ProcessClock:
 
 
 class CudaClock:
-    """Device time between two events; the L2 cache is overwritten before each call."""
+    """Device time between two events; before each call the L2 cache is filled with something else.
+
+    By reading: lines that were written would be written back while the call runs, at its expense.
+    """
 
     def __init__(self) -> None:
-        self._flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        self._flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
     def prepare(self, call: Call, graph: bool) -> Call:
         """A replay of the captured call where ``graph``."""
@@ -73,7 +76,7 @@ class CudaClock:
     def sample(self, call: Call) -> Callable[[], float]:
         """One call behind a flush; a wait hides the launches of the host, as a busy queue would."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        self._flush.sum()
         if not isinstance(getattr(call, "__self__", None), torch.cuda.CUDAGraph):
             torch.cuda._sleep(_HEAD_START)
         start.record()
