@@ -18,6 +18,13 @@ _MMAP_MAX, _TRIM_THRESHOLD, _MOST = -4, -1, 2**31 - 1
 Call = Callable[[], object]
 
 
+class CaptureError(Exception):
+    """A call could not be captured into a CUDA graph.
+
+    PyTorch 2.11 does not undo its bookkeeping then, and later work of the process ends in internal errors.
+    """
+
+
 class Clock(Protocol):
     """Times single calls."""
 
@@ -59,7 +66,11 @@ class CudaClock:
         self._flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
     def prepare(self, call: Call, graph: bool) -> Call:
-        """A replay of the captured call where ``graph``."""
+        """A replay of the captured call where ``graph``.
+
+        Raises:
+            CaptureError: if the call does what no graph can hold.
+        """
         if not graph:
             return call
         stream = torch.cuda.Stream()
@@ -69,8 +80,11 @@ class CudaClock:
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            call()
+        try:
+            with torch.cuda.graph(captured):
+                call()
+        except Exception as error:
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
         return captured.replay
 
     def sample(self, call: Call) -> Callable[[], float]:
