@@ -22,14 +22,27 @@ DECODE_ROWS = 64
 FAMILIES = {(8, 0): "sm80", (8, 6): "sm80", (8, 9): "sm80", (9, 0): "sm90", (10, 0): "sm90", (12, 0): "sm80"}
 
 
+# Adapters up to this rank have room beside every pipeline. Beyond, their one step takes up to 64 KB.
+LOW_RANK = 16
+
+
 @dataclass(frozen=True)
 class Gemm:
-    """One GEMM kernel: columns per tile, depth per step, warps and pipeline stages."""
+    """One GEMM kernel: columns per tile, depth per step, warps and pipeline stages.
+
+    ``adapter_stages``: at most so many where an adapter of the base has a rank above ``LOW_RANK``.
+    """
 
     block_n: int
     block_k: int
     warps: int
     stages: int
+    adapter_stages: int | None = None
+
+    def stages_beside(self, adapter_rank: int) -> int:
+        """Pipeline stages of a kernel that also multiplies by an adapter of that rank, 0 for none."""
+        limited = self.adapter_stages is not None and adapter_rank > LOW_RANK
+        return min(self.stages, self.adapter_stages) if limited else self.stages
 
 
 @dataclass(frozen=True)
@@ -62,10 +75,11 @@ CONFIGS = {
         block_rows=128,
         block_expert=64,
         group=8,
-        gate_up=Gemm(128, 64, warps=8, stages=3),
-        down=Gemm(256, 64, warps=8, stages=3),
+        # one program a multiprocessor whatever the stages, for registers: so as many as fit (193 KB of 227)
+        gate_up=Gemm(128, 64, warps=8, stages=4, adapter_stages=3),
+        down=Gemm(256, 64, warps=8, stages=4, adapter_stages=3),
         d_hidden=Gemm(128, 64, warps=8, stages=4),
-        d_x=Gemm(256, 64, warps=8, stages=3),
+        d_x=Gemm(256, 64, warps=8, stages=4),
         weight_grad=Gemm(64, 64, warps=4, stages=3),
         tma=True,
         max_splits=8,

@@ -93,6 +93,7 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
     """Pre-activations (empty unless ``save``) and hidden units of the base and of the experts."""
     gemm, tma = call.config.gate_up, _use_tma(call, x, *call.base)
     rows, lora = 0 if call.tower == "expert" else x.shape[0], call.lora
+    gate_rank, up_rank = lora.gate_b.shape[1], lora.up_b.shape[1]
     base = _new_hidden(x, rows, call.intermediate, save, lora.drops)
     expert = _new_hidden(x_expert, x_expert.shape[0], call.rank, save)
     tiles = _segment_tiles(call) + _base_tiles(call, rows, call.intermediate, gemm)
@@ -105,8 +106,8 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
         x_expert, call.experts.gate, call.experts.up, expert.h, expert.a, expert.u,
         call.perm, call.plan.rank, *_expert_tiles(call.plan),
         lora.gate_low, lora.gate_b, lora.up_low, lora.up_b, base.dropped_h, lora.mask, call.scale, x.shape[0],
-        **_shape(call, x), **_blocks(call, gemm), TOWER=call.tower, SAVE=save, TMA=tma,
-        GATE_RANK=lora.gate_b.shape[1], UP_RANK=lora.up_b.shape[1], DROPOUT=lora.drops,
+        **_shape(call, x), **_blocks(call, gemm, max(gate_rank, up_rank)), TOWER=call.tower, SAVE=save,
+        TMA=tma, GATE_RANK=gate_rank, UP_RANK=up_rank, DROPOUT=lora.drops,
     )  # fmt: skip
     return base, expert
 
@@ -119,7 +120,7 @@ def down(
     ``low`` (T, r): product of the base's down adapter with its input, in the order of ``h``.
     """
     gemm, tma = call.config.down, _use_tma(call, h, call.base.down)
-    rows, hidden = h.shape[0], like.shape[1]
+    rows, hidden, lora_rank = h.shape[0], like.shape[1], call.lora.down_b.shape[1]
     y = like.new_empty(rows, hidden)
     expert_y = like.new_empty(0 if call.tower == "fused" else call.perm.shape[0], hidden)
     splits = _splits(call, like, hidden, gemm)
@@ -131,8 +132,8 @@ def down(
         parts, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
         call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment,
         call.lora.down_b if low is None else low, call.lora.down_b, rows,
-        **_shape(call, like), **_blocks(call, gemm), SPLITS=splits, TOWER=call.tower,
-        LORA_RANK=call.lora.down_b.shape[1], ADD=base_y is not None, TMA=tma,
+        **_shape(call, like), **_blocks(call, gemm, lora_rank), SPLITS=splits, TOWER=call.tower,
+        LORA_RANK=lora_rank, ADD=base_y is not None, TMA=tma,
     )  # fmt: skip
     if splits > 1:
         split_k.reduce(parts, y, call.perm, call.tower)
@@ -148,7 +149,7 @@ def d_hidden(
     ``d_low`` (T, r): gradient of the product of the base's down adapter with its input.
     """
     gemm, tma = call.config.d_hidden, _use_tma(call, d_y, call.base.down)
-    rows = 0 if call.tower == "expert" else d_y.shape[0]
+    rows, lora_rank = 0 if call.tower == "expert" else d_y.shape[0], call.lora.down_b.shape[1]
     d_a = d_y.new_empty(rows, call.intermediate)
     h = d_y.new_empty(rows if keep_h else 0, call.intermediate)
     d_base = Hidden(d_a, torch.empty_like(d_a), h, torch.empty_like(d_a) if call.lora.drops else h)
@@ -163,8 +164,8 @@ def d_hidden(
         call.perm, call.plan.rank, *_expert_tiles(call.plan),
         call.lora.down_a if d_low is None else d_low, call.lora.down_a, d_base.dropped_h, call.lora.mask,
         call.scale, rows,
-        **_shape(call, d_y), **_blocks(call, gemm), TOWER=call.tower, KEEP_H=keep_h, TMA=tma,
-        LORA_RANK=call.lora.down_b.shape[1], DROPOUT=call.lora.drops,
+        **_shape(call, d_y), **_blocks(call, gemm, lora_rank), TOWER=call.tower, KEEP_H=keep_h, TMA=tma,
+        LORA_RANK=lora_rank, DROPOUT=call.lora.drops,
     )  # fmt: skip
     return d_base, d_expert
 
@@ -223,7 +224,7 @@ def _shape(call: Call, x: Tensor) -> dict[str, int | str]:
     }
 
 
-def _blocks(call: Call, gemm: Gemm) -> dict[str, int]:
+def _blocks(call: Call, gemm: Gemm, adapter_rank: int = 0) -> dict[str, int]:
     return {
         "BLOCK_M": call.config.block_rows,
         "BLOCK_N": gemm.block_n,
@@ -231,7 +232,7 @@ def _blocks(call: Call, gemm: Gemm) -> dict[str, int]:
         "BLOCK_E": call.config.block_expert,
         "GROUP": call.config.group,
         "num_warps": gemm.warps,
-        "num_stages": gemm.stages,
+        "num_stages": gemm.stages_beside(adapter_rank),
     }
 
 

@@ -76,6 +76,7 @@ def representative(arch: str) -> Iterator[Case]:
     large, decode, experts = (f"{_family(arch)}_{size}" for size in ("large", "decode", "experts"))
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused")
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused", lora_rank=16)
+    yield Case(large, "Qwen2.5-7B", 64, "bf16", "fused", lora_rank=64)
     yield Case(large, "Qwen2.5-7B", 128, "fp16", "dual")
     yield Case(decode, "Qwen2.5-7B", 32, "bf16", "fused")
     yield Case(decode, "Qwen2.5-7B", 32, "bf16", "fused", lora_rank=64)

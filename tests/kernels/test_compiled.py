@@ -135,6 +135,14 @@ def test_stages_of_segments_fit_beside_each_other(config, rank):
         assert projections * stages // 2 * max(16, rank) * gemm.block_n * bits // 8 <= 64 * 1024
 
 
+@pytest.mark.parametrize(("lora_rank", "stages"), [(0, 4), (16, 4), (17, 3), (64, 3)])
+def test_a_large_adapter_takes_a_stage_of_its_own_kernels_alone(lora_rank, stages):
+    case = shipped.Case("sm90_large", "Llama-3-8B", 64, "bf16", "fused", lora_rank)
+    found = {launch.kernel.__name__: launch.meta["num_stages"] for launch in shipped.training_step(case)}
+    assert found["gate_up_kernel"] == found["down_kernel"] == stages
+    assert found["d_hidden_kernel"] == found["d_x_kernel"] == 4
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_fits_on_a_multiprocessor(arch):
     assert all(row["resident"] >= 1 for row in rows(arch))
