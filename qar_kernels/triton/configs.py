@@ -30,7 +30,10 @@ LOW_RANK = 16
 class Gemm:
     """One GEMM kernel: columns per tile, depth per step, warps and pipeline stages.
 
-    ``adapter_stages``: at most so many where an adapter of the base has a rank above ``LOW_RANK``.
+    Attributes:
+        adapter_stages: at most so many stages where an adapter of the base has a rank above ``LOW_RANK``.
+        programs: persistent programs for each multiprocessor, as many as fit on it; tiles of segments alone
+            have a number of their own.
     """
 
     block_n: int
@@ -38,6 +41,7 @@ class Gemm:
     warps: int
     stages: int
     adapter_stages: int | None = None
+    programs: int = 1
 
     def stages_beside(self, adapter_rank: int) -> int:
         """Pipeline stages of a kernel that also multiplies by an adapter of that rank, 0 for none."""
@@ -88,10 +92,12 @@ CONFIGS = {
         block_rows=64,
         block_expert=16,
         group=4,
-        gate_up=Gemm(64, 128, warps=4, stages=3),
-        down=Gemm(64, 128, warps=4, stages=4),
-        d_hidden=Gemm(64, 128, warps=4, stages=4),
-        d_x=Gemm(64, 128, warps=4, stages=3),
+        # at Llama-3-8B's width gate_up and d_hidden have 224 tiles for 132 multiprocessors, down and d_x 192:
+        # with two programs on each all run at a time, with one there are two rounds, the second half empty
+        gate_up=Gemm(64, 64, warps=4, stages=4, adapter_stages=3, programs=2),
+        down=Gemm(64, 128, warps=4, stages=3, programs=2),
+        d_hidden=Gemm(64, 128, warps=4, stages=3, programs=2),
+        d_x=Gemm(64, 128, warps=4, stages=3, programs=2),
         weight_grad=Gemm(64, 32, warps=4, stages=3),
         tma=True,
         max_splits=8,
@@ -121,9 +127,10 @@ CONFIGS = {
         block_rows=64,
         block_expert=16,
         group=4,
-        gate_up=Gemm(64, 64, warps=4, stages=3),  # with 4, R 128 needs 102 KiB; 8.6, 8.9 and 12.0 have 99
-        down=Gemm(64, 64, warps=4, stages=4),
-        d_hidden=Gemm(64, 64, warps=4, stages=4),
+        # with 4 stages R 128 needs 102 KiB in gate_up; 8.6, 8.9 and 12.0 have 99
+        gate_up=Gemm(64, 64, warps=4, stages=3, programs=2),
+        down=Gemm(64, 64, warps=4, stages=4, programs=2),
+        d_hidden=Gemm(64, 64, warps=4, stages=4, programs=2),
         d_x=Gemm(64, 64, warps=8, stages=3),
         weight_grad=Gemm(64, 32, warps=4, stages=3),
         max_splits=8,

@@ -98,7 +98,7 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
     expert = _new_hidden(x_expert, x_expert.shape[0], call.rank, save)
     tiles = _segment_tiles(call) + _base_tiles(call, rows, call.intermediate, gemm)
     run_kernel(
-        gate_up_kernel, _grid(call.tower, x, tiles),
+        gate_up_kernel, _grid(call.tower, x, tiles, gemm),
         _operand(x, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_n, gemm.block_k),
         _operand(call.base.up, tma, gemm.block_n, gemm.block_k),
@@ -126,7 +126,7 @@ def down(
     splits = _splits(call, like, hidden, gemm)
     parts = split_k.partial_sums(y, splits, call.tower)
     run_kernel(
-        down_kernel, _grid(call.tower, like, _row_tiles(call, rows, hidden, gemm) * len(parts)),
+        down_kernel, _grid(call.tower, like, _row_tiles(call, rows, hidden, gemm) * len(parts), gemm),
         _operand(h, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_n, gemm.block_k),
         parts, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
@@ -156,7 +156,7 @@ def d_hidden(
     d_expert = _new_hidden(d_y_expert, d_y_expert.shape[0], call.rank, save=True)
     tiles = _segment_tiles(call) + _base_tiles(call, rows, call.intermediate, gemm)
     run_kernel(
-        d_hidden_kernel, _grid(call.tower, d_y, tiles),
+        d_hidden_kernel, _grid(call.tower, d_y, tiles, gemm),
         _operand(d_y, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_k, gemm.block_n),
         base.a, base.u, d_base.a, d_base.u, d_base.h,
@@ -180,7 +180,7 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
     splits = _splits(call, like, hidden, gemm)
     parts = split_k.partial_sums(d_x, splits, call.tower)
     run_kernel(
-        d_x_kernel, _grid(call.tower, like, _row_tiles(call, rows, hidden, gemm) * len(parts)),
+        d_x_kernel, _grid(call.tower, like, _row_tiles(call, rows, hidden, gemm) * len(parts), gemm),
         _operand(d_base.a, tma, call.config.block_rows, gemm.block_k),
         _operand(d_base.u, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_k, gemm.block_n),
@@ -200,7 +200,7 @@ def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) ->
     grads = SwiGLUWeights(*(torch.zeros_like(weight) for weight in call.experts))
     tiles = 2 * _most_segments(call) * cdiv(hidden, gemm.block_n)
     run_kernel(
-        expert_weight_grad_kernel, _grid("expert", x, tiles),
+        expert_weight_grad_kernel, _grid("expert", x, tiles, gemm),
         x, d_y, d_expert.a, d_expert.u, d_expert.h, *grads,
         call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count,
         H=hidden, RANK=call.rank, RANK_PAD=_rank_pad(call.rank),
@@ -273,9 +273,9 @@ def _row_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
     return grouped * cdiv(columns, gemm.block_n) + _base_tiles(call, rows, columns, gemm)
 
 
-def _grid(tower: str, x: Tensor, tiles: int) -> tuple[int]:
+def _grid(tower: str, x: Tensor, tiles: int, gemm: Gemm) -> tuple[int]:
     many = tower == "expert" and x.device.type != "cpu"
-    return (min(tiles, (_SEGMENT_PROGRAMS if many else 1) * _multiprocessors(x)),)
+    return (min(tiles, (_SEGMENT_PROGRAMS if many else gemm.programs) * _multiprocessors(x)),)
 
 
 def _multiprocessors(x: Tensor) -> int:

@@ -131,7 +131,7 @@ def test_stages_of_segments_fit_beside_each_other(config, rank):
     """Half as many tiles as stages are there at a time, of one projection in down, of two in d_x."""
     bits = 32 if config == "fp32" else 16
     for gemm, projections in ((CONFIGS[config].down, 1), (CONFIGS[config].d_x, 2)):
-        stages = tiles.segment_stages(max(16, rank), gemm.block_n, bits)
+        stages = tiles.segment_stages(max(16, rank), gemm.block_n, bits, projections)
         assert projections * stages // 2 * max(16, rank) * gemm.block_n * bits // 8 <= 64 * 1024
 
 
@@ -146,6 +146,19 @@ def test_a_large_adapter_takes_a_stage_of_its_own_kernels_alone(lora_rank, stage
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_fits_on_a_multiprocessor(arch):
     assert all(row["resident"] >= 1 for row in rows(arch))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_programs_that_share_a_multiprocessor_fit_on_it(arch):
+    """And K is split by multiprocessors: how many programs each has changes no sum."""
+    for row in rows(arch):
+        gemm = getattr(CONFIGS[row["config"]], row["kernel"].removesuffix("_kernel"), None)
+        if gemm is not None and row["tower"] != "expert":  # which has as many as fit, see above
+            assert row["resident"] >= gemm.programs, row
+    case = shipped.Case(f"{arch.replace('_', '')}_decode", "Llama-3-8B", 64, "bf16", "fused")
+    launches = {launch.kernel.__name__: launch for launch in shipped.training_step(case)}
+    assert launches["gate_up_kernel"].grid == launches["d_hidden_kernel"].grid == (4 + 4 + 1 + 224,)
+    assert launches["down_kernel"].grid == (3 * 64,) and launches["down_kernel"].meta["SPLITS"] == 2
 
 
 def test_tiles_of_segments_have_many_programs_but_not_one_a_tile():
