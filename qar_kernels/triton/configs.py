@@ -22,16 +22,12 @@ DECODE_ROWS = 64
 FAMILIES = {(8, 0): "sm80", (8, 6): "sm80", (8, 9): "sm80", (9, 0): "sm90", (10, 0): "sm90", (12, 0): "sm80"}
 
 
-# Adapters up to this rank have room beside every pipeline. Beyond, their one step takes up to 64 KB.
-LOW_RANK = 16
-
-
 @dataclass(frozen=True)
 class Gemm:
     """One GEMM kernel: columns per tile, depth per step, warps and pipeline stages.
 
     Attributes:
-        adapter_stages: at most so many stages where an adapter of the base has a rank above ``LOW_RANK``.
+        tight_stages: stages where ranks leave less room than usual, see ``launch``; default the same.
         programs: persistent programs for each multiprocessor, as many as fit on it; tiles of segments alone
             have a number of their own.
     """
@@ -40,13 +36,8 @@ class Gemm:
     block_k: int
     warps: int
     stages: int
-    adapter_stages: int | None = None
+    tight_stages: int | None = None
     programs: int = 1
-
-    def stages_beside(self, adapter_rank: int) -> int:
-        """Pipeline stages of a kernel that also multiplies by an adapter of that rank, 0 for none."""
-        limited = self.adapter_stages is not None and adapter_rank > LOW_RANK
-        return min(self.stages, self.adapter_stages) if limited else self.stages
 
 
 @dataclass(frozen=True)
@@ -79,11 +70,11 @@ CONFIGS = {
         block_rows=128,
         block_expert=64,
         group=8,
-        # one program a multiprocessor whatever the stages, for registers: so as many as fit (193 KB of 227)
-        gate_up=Gemm(128, 64, warps=8, stages=4, adapter_stages=3),
-        down=Gemm(256, 64, warps=8, stages=4, adapter_stages=3),
+        # one program a multiprocessor whatever the stages, for registers: so as many as fit (192 KiB of 227)
+        gate_up=Gemm(128, 64, warps=8, stages=4, tight_stages=3),
+        down=Gemm(256, 64, warps=8, stages=4, tight_stages=3),
         d_hidden=Gemm(128, 64, warps=8, stages=4),
-        d_x=Gemm(256, 64, warps=8, stages=4),
+        d_x=Gemm(256, 64, warps=8, stages=4, tight_stages=3),
         weight_grad=Gemm(64, 64, warps=4, stages=3),
         tma=True,
         max_splits=8,
@@ -94,7 +85,7 @@ CONFIGS = {
         group=4,
         # at Llama-3-8B's width gate_up and d_hidden have 224 tiles for 132 multiprocessors, down and d_x 192:
         # with two programs on each all run at a time, with one there are two rounds, the second half empty
-        gate_up=Gemm(64, 64, warps=4, stages=4, adapter_stages=3, programs=2),
+        gate_up=Gemm(64, 64, warps=4, stages=4, tight_stages=3, programs=2),
         down=Gemm(64, 128, warps=4, stages=3, programs=2),
         d_hidden=Gemm(64, 128, warps=4, stages=3, programs=2),
         d_x=Gemm(64, 128, warps=4, stages=3, programs=2),

@@ -34,7 +34,10 @@ _INTERPRETER_PROGRAMS = 2
 # program without one costs its start all the same.
 _SEGMENT_PROGRAMS = 32
 _RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded instead of run
-
+# Where ranks leave less room: above the first an adapter's one step takes up to 64 KB beside the pipeline
+# (262,208 bytes with four stages of the large gate/up), above the second an expert's share of d_x takes
+# registers (4 to 6 spills in the dual tower with four stages and Triton 3.9).
+_LOW_RANK, _HIGH_RANK = 16, 64
 
 # Whether the kernels were decorated under TRITON_INTERPRET=1.
 INTERPRETED = not isinstance(gate_up_kernel, triton.JITFunction)
@@ -106,8 +109,8 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
         x_expert, call.experts.gate, call.experts.up, expert.h, expert.a, expert.u,
         call.perm, call.plan.rank, *_expert_tiles(call.plan),
         lora.gate_low, lora.gate_b, lora.up_low, lora.up_b, base.dropped_h, lora.mask, call.scale, x.shape[0],
-        **_shape(call, x), **_blocks(call, gemm, max(gate_rank, up_rank)), TOWER=call.tower, SAVE=save,
-        TMA=tma, GATE_RANK=gate_rank, UP_RANK=up_rank, DROPOUT=lora.drops,
+        **_shape(call, x), **_blocks(call, gemm, max(gate_rank, up_rank) > _LOW_RANK),
+        TOWER=call.tower, SAVE=save, TMA=tma, GATE_RANK=gate_rank, UP_RANK=up_rank, DROPOUT=lora.drops,
     )  # fmt: skip
     return base, expert
 
@@ -132,7 +135,7 @@ def down(
         parts, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
         call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment,
         call.lora.down_b if low is None else low, call.lora.down_b, rows,
-        **_shape(call, like), **_blocks(call, gemm, lora_rank), SPLITS=splits, TOWER=call.tower,
+        **_shape(call, like), **_blocks(call, gemm, lora_rank > _LOW_RANK), SPLITS=splits, TOWER=call.tower,
         LORA_RANK=lora_rank, ADD=base_y is not None, TMA=tma,
     )  # fmt: skip
     if splits > 1:
@@ -164,8 +167,8 @@ def d_hidden(
         call.perm, call.plan.rank, *_expert_tiles(call.plan),
         call.lora.down_a if d_low is None else d_low, call.lora.down_a, d_base.dropped_h, call.lora.mask,
         call.scale, rows,
-        **_shape(call, d_y), **_blocks(call, gemm, lora_rank), TOWER=call.tower, KEEP_H=keep_h, TMA=tma,
-        LORA_RANK=lora_rank, DROPOUT=call.lora.drops,
+        **_shape(call, d_y), **_blocks(call, gemm, lora_rank > _LOW_RANK),
+        TOWER=call.tower, KEEP_H=keep_h, TMA=tma, LORA_RANK=lora_rank, DROPOUT=call.lora.drops,
     )  # fmt: skip
     return d_base, d_expert
 
@@ -187,7 +190,8 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
         _operand(call.base.up, tma, gemm.block_k, gemm.block_n),
         parts, d_expert.a, d_expert.u, call.experts.gate, call.experts.up, d_x_expert,
         call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment, rows,
-        **_shape(call, like), **_blocks(call, gemm), SPLITS=splits, TOWER=call.tower, TMA=tma,
+        **_shape(call, like), **_blocks(call, gemm, call.rank > _HIGH_RANK),
+        SPLITS=splits, TOWER=call.tower, TMA=tma,
     )  # fmt: skip
     if splits > 1:
         split_k.reduce(parts, d_x, call.perm, call.tower)
@@ -224,7 +228,8 @@ def _shape(call: Call, x: Tensor) -> dict[str, int | str]:
     }
 
 
-def _blocks(call: Call, gemm: Gemm, adapter_rank: int = 0) -> dict[str, int]:
+def _blocks(call: Call, gemm: Gemm, tight: bool) -> dict[str, int]:
+    stages = gemm.tight_stages if tight and gemm.tight_stages else gemm.stages
     return {
         "BLOCK_M": call.config.block_rows,
         "BLOCK_N": gemm.block_n,
@@ -232,7 +237,7 @@ def _blocks(call: Call, gemm: Gemm, adapter_rank: int = 0) -> dict[str, int]:
         "BLOCK_E": call.config.block_expert,
         "GROUP": call.config.group,
         "num_warps": gemm.warps,
-        "num_stages": gemm.stages_beside(adapter_rank),
+        "num_stages": stages,
     }
 
 

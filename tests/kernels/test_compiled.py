@@ -143,6 +143,13 @@ def test_a_large_adapter_takes_a_stage_of_its_own_kernels_alone(lora_rank, stage
     assert found["d_hidden_kernel"] == found["d_x_kernel"] == 4
 
 
+@pytest.mark.parametrize(("rank", "stages"), [(64, 4), (128, 3)])
+def test_a_large_expert_takes_a_stage_of_the_input_gradient(rank, stages):
+    case = shipped.Case("sm90_large", "Llama-3-8B", rank, "bf16", "dual")
+    found = {launch.kernel.__name__: launch.meta["num_stages"] for launch in shipped.training_step(case)}
+    assert found["d_x_kernel"] == stages and found["down_kernel"] == 4
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_fits_on_a_multiprocessor(arch):
     assert all(row["resident"] >= 1 for row in rows(arch))
