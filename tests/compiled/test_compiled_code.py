@@ -1,12 +1,13 @@
 """PTX of every kernel for sm_80 and sm_90, executed, against float64: outputs and every gradient by name."""
 
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import TOWERS, Case, check, run
 
-from qar_kernels.triton import backend, launch
+from qar_kernels.triton import backend, configs, launch
 from qar_kernels.triton.runner import launching_by
 
 if launch.INTERPRETED:
@@ -34,14 +35,11 @@ class Chip:
         machine = emulate(recorded, self.arch, **self.options)
         self.launches.append((recorded, machine))
 
-    def config(self, device, dtype, rows, tower):
+    def config(self, device, dtype, *rest):
         """What a card of this architecture would select."""
-        family = self.arch.replace("_", "")
-        if dtype == FP32:
-            return "fp32"
-        if rows <= 64:
-            return f"{family}_decode"
-        return f"{family}_experts" if tower == "expert" else f"{family}_large"
+        capability = divmod(int(self.arch.removeprefix("sm_")), 10)
+        with patch.object(configs, "_capability", lambda device: capability):
+            return configs.select_config(torch.device("cuda"), dtype, *rest)
 
     def kernels(self):
         return {recorded.kernel.__name__ for recorded, _ in self.launches}
@@ -87,6 +85,15 @@ def test_towers(chip, rows, dtype, tower, options):
 def test_ranks(chip, rank, rows):
     chip.options = {"late": True}
     check(Case(ids(rows), **SMALL | {"R": rank}), "fused", "triton", BF16)
+
+
+@pytest.mark.parametrize("rank", [24, 128])
+def test_short_segments(chip, rank):
+    chip.options = {"late": True}
+    check(Case(ids(70, 12), **SMALL | {"R": rank, "E": 12}), "expert", "triton", BF16)
+    rows = {recorded.meta["BLOCK_E"] for recorded, _ in chip.launches if "BLOCK_E" in recorded.meta}
+    stages = chip.launches[0][0].meta["num_stages"]
+    assert rows == {16} and stages == configs.CONFIGS[f"{chip.arch.replace('_', '')}_short"].gate_up.stages
 
 
 def test_exact_fp32(chip, monkeypatch):
