@@ -199,14 +199,14 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
 
 
 def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) -> SwiGLUWeights:
-    """Gradients of the expert weights, zeros for experts that are absent."""
+    """Gradients of the expert weights, zeros for experts that are absent: every element is written once."""
     gemm, hidden = call.config.weight_grad, x.shape[1]
-    grads = SwiGLUWeights(*(torch.zeros_like(weight) for weight in call.experts))
-    tiles = 2 * _most_segments(call) * cdiv(hidden, gemm.block_n)
+    grads = SwiGLUWeights(*(torch.empty_like(weight) for weight in call.experts))
+    tiles = 2 * (_most_segments(call) + 1) * cdiv(hidden, gemm.block_n)
     run_kernel(
         expert_weight_grad_kernel, _grid("expert", x, tiles, gemm),
         x, d_y, d_expert.a, d_expert.u, d_expert.h, *grads,
-        call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count,
+        call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count, len(grads.gate),
         H=hidden, RANK=call.rank, RANK_PAD=_rank_pad(call.rank),
         BLOCK_N=gemm.block_n, BLOCK_K=gemm.block_k, PRECISION=_precision(x),
         num_warps=gemm.warps, num_stages=gemm.stages,
