@@ -15,8 +15,8 @@ import pytest
 
 from qar_kernels.inspect import NO_PRODUCTS
 from qar_kernels.triton import shipped, tiles
-from qar_kernels.triton.configs import CONFIGS
-from qar_kernels.triton.machine_code import is_serialised, resident, specialisation
+from qar_kernels.triton.configs import CONFIGS, FAMILIES
+from qar_kernels.triton.machine_code import ARCHITECTURES, is_serialised, resident, specialisation
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 ARCHS = sorted(SHARED_LIMIT)
@@ -123,6 +123,10 @@ def test_adapters_meet_a_split_and_an_undivided_k_loop():
 )
 def test_blocks_that_a_multiprocessor_holds(registers, warps, shared, expected):
     assert resident("sm_90", registers, warps, shared) == expected
+
+
+def test_every_card_that_takes_the_kernels_can_be_compiled_for():
+    assert {f"sm_{major}{minor}" for major, minor in FAMILIES} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
