@@ -1,8 +1,10 @@
 """PTX of every kernel for sm_80 and sm_90, executed, against float64: outputs and every gradient by name."""
 
+import operator
 import re
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from helpers import TOWERS, Case, check, run
@@ -17,7 +19,7 @@ if launch.INTERPRETED:
 
 import adamw_helpers
 import lora_helpers
-from emulator import EmulationError, emulate
+from emulator import EmulationError, arithmetic, emulate
 
 from qar_models import optim
 
@@ -148,6 +150,24 @@ def test_no_byte_is_moved_twice_by_an_instruction(chip, rows, tower):
         tensors, shared = machine.tensors, machine.shared
         for traffic in (tensors.loads, tensors.stores, shared.traffic):
             assert traffic.taken == traffic.needed, (recorded.kernel.__name__, traffic)
+
+
+def test_an_unknown_form_is_named(chip):
+    chip.options = {"edit": lambda ptx: re.sub(r"setp\.ge\.s32", "setp.hi.s32", ptx)}
+    with pytest.raises(EmulationError, match=r"gate_up_kernel, line \d+: unknown form setp\.hi\.s32 %p\d+"):
+        check(Case(ids(37), **SMALL), "fused", "triton", BF16)
+
+
+@pytest.mark.parametrize("name", ["eq", "ne", "lt", "le", "gt", "ge"])
+def test_comparisons_with_nan(name):
+    a, b = np.array([1, 2, 2, np.nan, 1], np.float32), np.array([2, 1, 2, 1, np.nan], np.float32)
+    ordered, unordered = (arithmetic.comparing(name + end, True)(a, b).tolist() for end in ("", "u"))
+    assert (
+        ordered[:3]
+        == unordered[:3]
+        == [bool(getattr(operator, name)(x, y)) for x, y in ((1, 2), (2, 1), (2, 2))]
+    )
+    assert not any(ordered[3:]) and all(unordered[3:])
 
 
 FAULTS = [
