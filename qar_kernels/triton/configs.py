@@ -17,7 +17,7 @@ import torch
 # pass between L2 cache and multiprocessors for gate/up alone, twice what the larger tile moves. Not measured.
 DECODE_ROWS = 64
 # Up to so many rows a segment, at the most segments there can be, tiles of 64 are mostly empty: one program
-# of gate/up and three of down fit on a multiprocessor, with tiles of 16 three and five (R 64). Not measured.
+# of gate/up and three of down fit on a multiprocessor, with tiles of 16 three and four (R 64). Not measured.
 SHORT_SEGMENT = 16
 
 # Configurations of each compute capability that the kernels were compiled for and fit on.
