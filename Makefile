@@ -26,29 +26,35 @@ $(READY): constraints.txt pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python -m train.demo --config train/configs/demo.yaml
+	$(BIN)/python3 -m train.demo --config train/configs/demo.yaml
 
 # the kernels twice: as compiled for cards, run by an emulator, and (with all else) in Triton's interpreter; a file's
 # tests stay together, for they share what they train or compile
 test: lint
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/compiled -n 2
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	TRITON_INTERPRET=0 $(BIN)/python3 -m pytest tests/compiled -n 2
+	$(BIN)/python3 -m pytest -n 2 --dist loadfile
 
 # most of the time goes into compiling some 400 kernels; PARALLEL= where pytest-xdist is not at hand
 PARALLEL ?= -n 8
-HAS_CARD := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+
+# $(call on_card,COMMAND,WHAT): runs COMMAND where there is a card. Only Python itself can say that there is none: one
+# that is not there, or lacks torch, is an error
+define on_card
+@$(BIN)/python3 -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)'; status=$$?; \
+if [ $$status -eq 0 ]; then $(1); \
+elif [ $$status -eq 3 ]; then echo "no CUDA device on this machine: nothing was $(2)"; \
+else echo "$(BIN)/python3 does not run, or not with torch: nothing was $(2)" >&2; exit 1; fi
+endef
 
 test-gpu: $(READY)
-	@if $(HAS_CARD); then TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu -rs $(PARALLEL); \
-	else echo "no CUDA device on this machine: nothing was tested"; fi
+	$(call on_card,TRITON_INTERPRET=0 $(BIN)/python3 -m pytest tests/gpu -rs $(PARALLEL),tested)
 
 # both write benchmarks/results/MACHINE-DATE.json as they go and begin no cell after the minutes given
 bench: $(READY)
-	$(BIN)/python -m benchmarks all --device cpu --minutes 4
+	$(BIN)/python3 -m benchmarks all --device cpu --minutes 4
 
 bench-gpu: $(READY)
-	@if $(HAS_CARD); then $(BIN)/python -m benchmarks all --device cuda --minutes 8 --resume; \
-	else echo "no CUDA device on this machine: nothing was measured"; fi
+	$(call on_card,$(BIN)/python3 -m benchmarks all --device cuda --minutes 8 --resume,measured)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ def _base_gate_up(x: Tensor, gate: Tensor, up: Tensor) -> Callable[[], object]:
     from qar_kernels.weights import SwiGLUWeights
 
     segments = Segments.from_ids(torch.full((x.shape[0],), -1, device=x.device))
-    config = CONFIGS[select_config(x.device, x.dtype, x.shape[0], "fused")]
+    config = CONFIGS[select_config(x.device, x.dtype, x.shape[0], "fused", 1)]
     plan = tile_plan(segments, config.block_rows, config.block_expert)
     one = x.new_zeros(1, 16, x.shape[1])
     experts = SwiGLUWeights(one, one, one.reshape(1, x.shape[1], 16))

@@ -18,6 +18,13 @@ _MMAP_MAX, _TRIM_THRESHOLD, _MOST = -4, -1, 2**31 - 1
 Call = Callable[[], object]
 
 
+class CaptureError(Exception):
+    """A call could not be captured into a CUDA graph.
+
+    PyTorch 2.11 does not undo its bookkeeping then, and later work of the process ends in internal errors.
+    """
+
+
 class Clock(Protocol):
     """Times single calls."""
 
@@ -50,13 +57,20 @@ class ProcessClock:
 
 
 class CudaClock:
-    """Device time between two events; the L2 cache is overwritten before each call."""
+    """Device time between two events; before each call the L2 cache is filled with something else.
+
+    By reading: lines that were written would be written back while the call runs, at its expense.
+    """
 
     def __init__(self) -> None:
-        self._flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        self._flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
     def prepare(self, call: Call, graph: bool) -> Call:
-        """A replay of the captured call where ``graph``."""
+        """A replay of the captured call where ``graph``.
+
+        Raises:
+            CaptureError: if the call does what no graph can hold.
+        """
         if not graph:
             return call
         stream = torch.cuda.Stream()
@@ -66,14 +80,17 @@ class CudaClock:
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            call()
+        try:
+            with torch.cuda.graph(captured):
+                call()
+        except Exception as error:
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
         return captured.replay
 
     def sample(self, call: Call) -> Callable[[], float]:
         """One call behind a flush; a wait hides the launches of the host, as a busy queue would."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        self._flush.sum()
         if not isinstance(getattr(call, "__self__", None), torch.cuda.CUDAGraph):
             torch.cuda._sleep(_HEAD_START)
         start.record()

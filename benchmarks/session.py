@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks.clocks import Call, clock_of
+from benchmarks.clocks import Call, CaptureError, clock_of
 from benchmarks.footprint import Footprint, footprints
 from benchmarks.machine import describe, versions
 from benchmarks.runner import Step, Timing, interleave
@@ -62,7 +62,8 @@ class Session:
         device: ``"cpu"`` or ``"cuda"``.
         out: the result file.
         minutes: no job is begun after that.
-        resume: keep the rows that ``out`` has already, and do not measure them again.
+        resume: keep the rows that ``out`` has already, and do not measure them again; in a cell without rows,
+            try no provider again that was refused there.
     """
 
     def __init__(self, device: str, out: Path, minutes: float, resume: dict | None = None) -> None:
@@ -70,8 +71,10 @@ class Session:
         self.deadline = time.monotonic() + 60 * minutes
         self.clock = clock_of(device)
         self.result = resume or {"machine": describe(device), "versions": versions(), "rows": []}
-        refused = (row for row in self.result.get("refused", []) if row["provider"] == "*")
-        self._done = {cell_key(row) for row in (*self.result["rows"], *refused)}
+        refused = self.result.get("refused", [])
+        self._refused = {(cell_key(row), row["provider"]) for row in refused}
+        failed = (row for row in refused if row["provider"] == "*")
+        self._done = {cell_key(row) for row in (*self.result["rows"], *failed)}
 
     def calibrate(self, measure: Callable[[], dict[str, float]]) -> None:
         """Record the card's ceilings, once."""
@@ -97,6 +100,12 @@ class Session:
 
         try:
             self._time(job, self._warm(job, refuse), refuse)
+        except CaptureError as error:
+            self._write()
+            raise UserError(
+                f"no graph holds that call ({error}), and work after a broken capture may fail; "
+                "--resume goes on without that provider in this cell"
+            ) from error
         except Exception as error:  # noqa: BLE001 - one cell must not cost the others
             refuse("*", error)
             self._write()
@@ -105,15 +114,20 @@ class Session:
         self._write()
 
     def _warm(self, job: Job, refuse: Refuse) -> dict[str, Step]:
-        """The steps that survive a first call."""
-        steps = job.build(refuse)
+        """The steps that survive a first call, without those that did not survive the cell the last time."""
+        key, steps = cell_key(job.identity), job.build(refuse)
+        steps = {name: step for name, step in steps.items() if (key, name) not in self._refused}
         return {name: step for name, step in steps.items() if attempt(name, refuse, step.call)}
 
     def _time(self, job: Job, steps: dict[str, Step], refuse: Refuse) -> None:
         taken = footprints({name: step.call for name, step in steps.items()}, self.device)
         calls: dict[str, Call] = {}
         for name, step in steps.items():
-            calls |= attempt(name, refuse, partial(self.clock.prepare, step.call, step.graph))
+            try:
+                calls |= attempt(name, refuse, partial(self.clock.prepare, step.call, step.graph))
+            except CaptureError as error:
+                refuse(name, error)
+                raise
         if calls:
             self._add(job, interleave(calls, self.clock, job.budget_s), taken)
 
@@ -131,8 +145,11 @@ class Session:
             _say(f"{_label(row)} {provider:20} {timing.p50:10.4f} ms  {_ratio(row)}")
 
     def _refuse(self, job: Job, provider: str, error: BaseException) -> None:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        self.result.setdefault("refused", []).append({**job.identity, "provider": provider, "reason": reason})
+        key, reason = (cell_key(job.identity), provider), _reason(error)
+        if key not in self._refused:  # else --resume met what stands there already
+            self._refused.add(key)
+            refused = self.result.setdefault("refused", [])
+            refused.append({**job.identity, "provider": provider, "reason": reason})
         _say(f"{_label(job.identity)} {provider:20} NOT TIMED  {reason}")
 
     def _write(self) -> None:
@@ -146,19 +163,28 @@ def require_device(device: str, error: BaseException) -> None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as broken:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"the card takes no work any more ({reason}); --resume goes on behind this cell"
+            f"the card takes no work any more ({_reason(error)}); --resume goes on behind this cell"
         ) from broken
 
 
 def attempt(name: str, refuse: Refuse, build: Callable[[], T]) -> dict[str, T]:
-    """What one provider's ``build`` gives, or nothing: what it raises is reported, the others go on."""
+    """What one provider's ``build`` gives, or nothing: what it raises is reported, the others go on.
+
+    Raises:
+        CaptureError: as it came, for after it the others cannot go on.
+    """
     try:
         return {name: build()}
+    except CaptureError:
+        raise
     except Exception as error:  # noqa: BLE001 - a library's failure may be of any kind
         refuse(name, error)
         return {}
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _label(row: dict) -> str:

@@ -154,7 +154,11 @@ def _distance(got: Tensor, right: Tensor) -> float:
 def rows_of(args: argparse.Namespace, device: str) -> Iterator[dict]:
     """One result per number of rows, tower, kernel and configuration, printed as it is found."""
     clock, deadline = clock_of(device), time.monotonic()
-    work = [(rows, *tower) for rows in args.rows for tower in _towers(rows, args.dtype, device)]
+    work = [
+        (rows, *tower)
+        for rows in args.rows
+        for tower in _towers(rows, min(args.queriers, rows), args.dtype, device)
+    ]
     share = 60 * args.minutes / len(work) / len(args.kernels)
     hidden, inter = MODELS[args.model]
     for rows, tower, config in work:
@@ -169,10 +173,10 @@ def rows_of(args: argparse.Namespace, device: str) -> Iterator[dict]:
                 yield {"config": config, "kernel": kernel, **asdict(cell), **asdict(tried)}
 
 
-def _towers(rows: int, dtype: str, device: str) -> list[tuple[str, str]]:
+def _towers(rows: int, queriers: int, dtype: str, device: str) -> list[tuple[str, str]]:
     """Base with experts, and the experts beside a library's base where they have their own block sizes."""
     kind = torch.device(device), getattr(torch, dtype), rows
-    names = {select_config(*kind, tower): tower for tower in ("expert", "fused")}
+    names = {select_config(*kind, tower, queriers): tower for tower in ("expert", "fused")}
     return [(tower, name) for name, tower in reversed(names.items())]
 
 

@@ -93,7 +93,7 @@ def fused_mlp(
         from qar_kernels.triton import backend as triton_backend
 
         base = SwiGLUWeights(gate, up, down)
-        y = triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute, lora)
+        y = triton_backend.fused_mlp(rows, base, experts, seg, expert_scale, recompute, lora, len(bank.gate))
         return y.reshape(x.shape)
     base = _module(name).swiglu_mlp(rows, gate, up, down, lora)
     expert = _run_experts(name, rows, experts, seg, sparse)
@@ -143,7 +143,9 @@ def dual_mlp(
         from qar_kernels.triton import backend as triton_backend
 
         base = SwiGLUWeights(gate, up, down)
-        general, specific = triton_backend.dual_mlp(rows, specific_rows, base, experts, seg, recompute, lora)
+        general, specific = triton_backend.dual_mlp(
+            rows, specific_rows, base, experts, seg, recompute, lora, len(bank.gate)
+        )
         return general.reshape(x_general.shape), specific.reshape(x_specific.shape)
     general = _module(name).swiglu_mlp(rows, gate, up, down, lora)
     specific = _run_experts(name, specific_rows, experts, seg, sparse)
@@ -199,7 +201,8 @@ def expert_mlp(
     if name == "triton":
         from qar_kernels.triton import backend as triton_backend
 
-        return triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y).reshape(x.shape)
+        y = triton_backend.expert_mlp(rows, experts, seg, expert_scale, base_y, len(bank.gate))
+        return y.reshape(x.shape)
     y = _run_experts(name, rows, experts, seg, sparse)
     if base_y is not None:
         y = torch.add(base_y, y, alpha=expert_scale)

@@ -20,7 +20,7 @@ class TilePlan:
     """Tiles over the sorted rows.
 
     Attributes:
-        rank: ``(T,)`` int64, sorted position of each row: the inverse of ``perm``.
+        inverse_perm: ``(T,)`` int64, sorted position of each row.
         offsets: ``(C + 2,)`` int64, bounds of every segment and of the tail.
         experts: ``(C + 1,)`` int64, expert of every segment, -1 for unused ones and for the tail.
         tile_segment: ``(ceil(T / block_expert) + C + 1,)`` int32, segment of each expert tile.
@@ -31,7 +31,7 @@ class TilePlan:
         last_segment: int32 of that shape, one past the last such segment.
     """
 
-    rank: Tensor
+    inverse_perm: Tensor
     offsets: Tensor
     experts: Tensor
     tile_segment: Tensor
@@ -68,7 +68,7 @@ def _build(segments: Segments, block_rows: int, block_expert: int) -> TilePlan:
     row_start = torch.arange(0, rows, block_rows, device=device)
     row_end = torch.minimum(row_start + block_rows, used)
     return TilePlan(
-        rank=torch.zeros_like(perm).scatter(0, perm, position),
+        inverse_perm=torch.zeros_like(perm).scatter(0, perm, position),
         offsets=bounds,
         experts=torch.cat([experts, experts.new_full((1,), -1)]),
         tile_segment=segment.int(),

@@ -34,14 +34,17 @@ def fused_mlp(
     scale: float,
     recompute: bool,
     lora: LoRA = NO_LORA,
+    owned: int | None = None,
 ) -> Tensor:
     """``base(x) + scale * expert_q(x)``, on the fused path in one gate/up and one down launch.
 
-    ``x`` (T, H) -> (T, H).
+    ``x`` (T, H) -> (T, H). ``owned``: experts of the bank, where ``experts`` are copies of those present:
+    nothing is chosen by how many these are.
     """
-    if _path((x,), base, experts, segments, recompute, lora) == "grouped":
-        return expert_mlp(x, experts, segments, scale, swiglu_mlp(x, *base, lora))
-    return _run("fused", x, base, None, experts, None, segments, scale, recompute, lora)[0]
+    most = _most_segments(segments, experts, owned)
+    if _path((x,), base, experts, most, recompute, lora) == "grouped":
+        return expert_mlp(x, experts, segments, scale, swiglu_mlp(x, *base, lora), owned)
+    return _run("fused", x, base, None, experts, None, segments, most, scale, recompute, lora)[0]
 
 
 def dual_mlp(
@@ -52,18 +55,26 @@ def dual_mlp(
     segments: Segments,
     recompute: bool,
     lora: LoRA = NO_LORA,
+    owned: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``base(x)`` (T, H) and ``expert_q(x_expert)`` (S, H), on the fused path in the same two launches."""
-    if _path((x, x_expert), base, experts, segments, recompute, lora) == "grouped":
-        return swiglu_mlp(x, *base, lora), expert_mlp(x_expert, experts, segments)
-    return _run("dual", x, base, x_expert, experts, None, segments, 1.0, recompute, lora)
+    most = _most_segments(segments, experts, owned)
+    if _path((x, x_expert), base, experts, most, recompute, lora) == "grouped":
+        return swiglu_mlp(x, *base, lora), expert_mlp(x_expert, experts, segments, owned=owned)
+    return _run("dual", x, base, x_expert, experts, None, segments, most, 1.0, recompute, lora)
 
 
 def expert_mlp(
-    x: Tensor, experts: SwiGLUWeights, segments: Segments, scale: float = 1.0, base_y: Tensor | None = None
+    x: Tensor,
+    experts: SwiGLUWeights,
+    segments: Segments,
+    scale: float = 1.0,
+    base_y: Tensor | None = None,
+    owned: int | None = None,
 ) -> Tensor:
     """``scale * expert_q(x)``, added to ``base_y`` (S, H) where given. ``x`` (S, H) -> (S, H)."""
-    return _run("expert", None, (), x, experts, base_y, segments, scale, False)[1]
+    most = _most_segments(segments, experts, owned)
+    return _run("expert", None, (), x, experts, base_y, segments, most, scale, False)[1]
 
 
 def plan_tensors(plan: TilePlan) -> list[Tensor]:
@@ -71,11 +82,15 @@ def plan_tensors(plan: TilePlan) -> list[Tensor]:
     return [getattr(plan, field) for field in _PLAN_FIELDS]
 
 
+def _most_segments(segments: Segments, experts: SwiGLUWeights, owned: int | None) -> int:
+    return min(segments.experts.shape[0], experts.gate.shape[0] if owned is None else owned)
+
+
 def _path(
     rows: tuple[Tensor, ...],
     base: SwiGLUWeights,
     experts: SwiGLUWeights,
-    segments: Segments,
+    segments: int,
     recompute: bool,
     lora: LoRA,
 ) -> str:
@@ -87,13 +102,12 @@ def _path(
     # two paths draw differently, so dropout counts as training.
     differentiates = torch.is_grad_enabled() or lora.drops
     intermediate, hidden = base[0].shape
-    num_experts, rank, _ = experts[0].shape
     shape = dispatch.Shape(
         rows=rows[0].shape[0],
-        segments=min(segments.experts.shape[0], num_experts),
+        segments=segments,
         hidden=hidden,
         intermediate=intermediate,
-        rank=rank,
+        rank=experts[0].shape[1],
         dtype=str(rows[0].dtype).removeprefix("torch."),
         training=differentiates and any(t.requires_grad for t in trainable),
         adapted=len(lora.factors) > 0,  # PyTorch 2.11 does not trace bool() of a tuple
@@ -109,13 +123,14 @@ def _run(
     experts: SwiGLUWeights,
     base_y: Tensor | None,
     segments: Segments,
+    most_segments: int,
     scale: float,
     recompute: bool,
     lora: LoRA = NO_LORA,
 ) -> tuple[Tensor, Tensor]:
     rows = x_expert if x is None else x
     _check_runnable(rows)
-    name = select_config(rows.device, rows.dtype, rows.shape[0], tower)
+    name = select_config(rows.device, rows.dtype, rows.shape[0], tower, most_segments)
     config = CONFIGS[name]
     plan = tile_plan(segments, config.block_rows, config.block_expert)
     x, x_expert, base_y = (_dense(tensor) for tensor in (x, x_expert, base_y))

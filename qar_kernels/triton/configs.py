@@ -16,7 +16,9 @@ import torch
 # A tile of 64 x 64 reads every operand twice as often as one of 128 x 128: at 8B size and 256 rows 1.4 GB
 # pass between L2 cache and multiprocessors for gate/up alone, twice what the larger tile moves. Not measured.
 DECODE_ROWS = 64
-
+# Up to so many rows a segment, at the most segments there can be, tiles of 64 are mostly empty: one program
+# of gate/up and three of down fit on a multiprocessor, with tiles of 16 three and four (R 64). Not measured.
+SHORT_SEGMENT = 16
 
 # Configurations of each compute capability that the kernels were compiled for and fit on.
 FAMILIES = {(8, 0): "sm80", (8, 6): "sm80", (8, 9): "sm80", (9, 0): "sm90", (10, 0): "sm90", (12, 0): "sm80"}
@@ -24,12 +26,20 @@ FAMILIES = {(8, 0): "sm80", (8, 6): "sm80", (8, 9): "sm80", (9, 0): "sm90", (10,
 
 @dataclass(frozen=True)
 class Gemm:
-    """One GEMM kernel: columns per tile, depth per step, warps and pipeline stages."""
+    """One GEMM kernel: columns per tile, depth per step, warps and pipeline stages.
+
+    Attributes:
+        tight_stages: stages where ranks leave less room than usual, see ``launch``; default the same.
+        programs: persistent programs for each multiprocessor, as many as fit on it; tiles of segments alone
+            have a number of their own.
+    """
 
     block_n: int
     block_k: int
     warps: int
     stages: int
+    tight_stages: int | None = None
+    programs: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,11 @@ CONFIGS = {
         block_rows=128,
         block_expert=64,
         group=8,
-        gate_up=Gemm(128, 64, warps=8, stages=3),
-        down=Gemm(256, 64, warps=8, stages=3),
+        # one program a multiprocessor whatever the stages, for registers: so as many as fit (192 KiB of 227)
+        gate_up=Gemm(128, 64, warps=8, stages=4, tight_stages=3),
+        down=Gemm(256, 64, warps=8, stages=4, tight_stages=3),
         d_hidden=Gemm(128, 64, warps=8, stages=4),
-        d_x=Gemm(256, 64, warps=8, stages=3),
+        d_x=Gemm(256, 64, warps=8, stages=4, tight_stages=3),
         weight_grad=Gemm(64, 64, warps=4, stages=3),
         tma=True,
         max_splits=8,
@@ -74,10 +85,12 @@ CONFIGS = {
         block_rows=64,
         block_expert=16,
         group=4,
-        gate_up=Gemm(64, 128, warps=4, stages=3),
-        down=Gemm(64, 128, warps=4, stages=4),
-        d_hidden=Gemm(64, 128, warps=4, stages=4),
-        d_x=Gemm(64, 128, warps=4, stages=3),
+        # at Llama-3-8B's width gate_up and d_hidden have 224 tiles for 132 multiprocessors, down and d_x 192:
+        # with two programs on each all run at a time, with one there are two rounds, the second half empty
+        gate_up=Gemm(64, 64, warps=4, stages=4, tight_stages=3, programs=2),
+        down=Gemm(64, 128, warps=4, stages=3, programs=2),
+        d_hidden=Gemm(64, 128, warps=4, stages=3, programs=2),
+        d_x=Gemm(64, 128, warps=4, stages=3, programs=2),
         weight_grad=Gemm(64, 32, warps=4, stages=3),
         tma=True,
         max_splits=8,
@@ -91,6 +104,16 @@ CONFIGS = {
         d_hidden=Gemm(64, 128, warps=8, stages=4),
         d_x=Gemm(128, 64, warps=4, stages=2),
         weight_grad=Gemm(64, 64, warps=4, stages=3),
+    ),
+    "sm90_short": LaunchConfig(
+        block_rows=128,
+        block_expert=16,
+        group=8,
+        gate_up=Gemm(64, 128, warps=4, stages=3),
+        down=Gemm(128, 64, warps=8, stages=2),
+        d_hidden=Gemm(64, 128, warps=4, stages=4),
+        d_x=Gemm(64, 64, warps=4, stages=2),
+        weight_grad=Gemm(64, 32, warps=4, stages=3),
     ),
     "sm80_large": LaunchConfig(
         block_rows=128,
@@ -107,9 +130,10 @@ CONFIGS = {
         block_rows=64,
         block_expert=16,
         group=4,
-        gate_up=Gemm(64, 64, warps=4, stages=3),  # with 4, R 128 needs 102 KiB; 8.6, 8.9 and 12.0 have 99
-        down=Gemm(64, 64, warps=4, stages=4),
-        d_hidden=Gemm(64, 64, warps=4, stages=4),
+        # with 4 stages R 128 needs 102 KiB in gate_up; 8.6, 8.9 and 12.0 have 99
+        gate_up=Gemm(64, 64, warps=4, stages=3, programs=2),
+        down=Gemm(64, 64, warps=4, stages=4, programs=2),
+        d_hidden=Gemm(64, 64, warps=4, stages=4, programs=2),
         d_x=Gemm(64, 64, warps=8, stages=3),
         weight_grad=Gemm(64, 32, warps=4, stages=3),
         max_splits=8,
@@ -123,6 +147,16 @@ CONFIGS = {
         d_hidden=Gemm(64, 64, warps=8, stages=3),
         d_x=Gemm(64, 64, warps=4, stages=2),
         weight_grad=Gemm(64, 64, warps=8, stages=3),
+    ),
+    "sm80_short": LaunchConfig(
+        block_rows=128,
+        block_expert=16,
+        group=8,
+        gate_up=Gemm(64, 64, warps=4, stages=3),
+        down=Gemm(64, 64, warps=4, stages=2),
+        d_hidden=Gemm(64, 64, warps=4, stages=4),
+        d_x=Gemm(128, 64, warps=4, stages=2),
+        weight_grad=Gemm(64, 32, warps=4, stages=3),
     ),
     "fp32": LaunchConfig(
         block_rows=64,
@@ -148,8 +182,11 @@ CONFIGS = {
 }
 
 
-def select_config(device: torch.device, dtype: torch.dtype, rows: int, tower: str) -> str:
-    """Name of the configuration for a device, dtype, rows and tower; "tiny" on a CPU (interpreter)."""
+def select_config(device: torch.device, dtype: torch.dtype, rows: int, tower: str, segments: int) -> str:
+    """Name of the configuration for a device, dtype, rows and tower; "tiny" on a CPU (interpreter).
+
+    ``segments``: the most that there can be, as the host knows it without looking at the ids.
+    """
     if device.type != "cuda":
         return "tiny"
     if dtype == torch.float32:
@@ -157,7 +194,9 @@ def select_config(device: torch.device, dtype: torch.dtype, rows: int, tower: st
     family = FAMILIES.get(_capability(device), "sm80")
     if rows <= DECODE_ROWS:
         return f"{family}_decode"
-    return f"{family}_experts" if tower == "expert" else f"{family}_large"
+    if tower != "expert":
+        return f"{family}_large"
+    return f"{family}_short" if rows <= SHORT_SEGMENT * segments else f"{family}_experts"
 
 
 @torch.compiler.assume_constant_result

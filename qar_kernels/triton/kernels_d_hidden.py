@@ -92,7 +92,7 @@ def _swiglu_backward_columns(
 
 @triton.jit
 def _base_d_hidden_tile(
-    d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, rank_ptr, d_low_ptr, down_a_ptr,
+    d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, inverse_perm_ptr, d_low_ptr, down_a_ptr,
     dropped_h_ptr, mask_ptr, tile, T,
     H: tl.constexpr, INTER: tl.constexpr, LORA_RANK: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -116,7 +116,7 @@ def _base_d_hidden_tile(
     inside = rows < T
     target = rows
     if SORT:
-        target = tl.load(rank_ptr + rows, mask=inside, other=0)
+        target = tl.load(inverse_perm_ptr + rows, mask=inside, other=0)
     # In one piece the derivative needs six (BLOCK_M, BLOCK_N) tiles in registers: 390 spills at 128x128.
     left, right = split_columns(d_h, BLOCK_M, BLOCK_N)
     _swiglu_backward_columns(
@@ -149,7 +149,7 @@ def d_hidden_kernel(
     expert_d_u_ptr,  # (S, R) out, sorted
     expert_h_ptr,  # (S, R) out, sorted: scale * silu(a) * u
     perm_ptr,  # (S,)
-    rank_ptr,  # (S,)
+    inverse_perm_ptr,  # (S,)
     offsets_ptr,  # (C + 2,)
     experts_ptr,  # (C + 1,)
     tile_segment_ptr,  # (num expert tiles,)
@@ -196,7 +196,7 @@ def d_hidden_kernel(
             )  # fmt: skip
         elif TOWER != "expert":
             _base_d_hidden_tile(
-                d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, rank_ptr, d_low_ptr, down_a_ptr,
+                d_y, down, a_ptr, u_ptr, d_a_ptr, d_u_ptr, h_ptr, inverse_perm_ptr, d_low_ptr, down_a_ptr,
                 dropped_h_ptr, mask_ptr, tile - expert_tiles, T,
                 H, INTER, LORA_RANK, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
                 TOWER == "fused", KEEP_H, TMA, PRECISION,

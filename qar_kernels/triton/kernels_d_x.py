@@ -17,6 +17,7 @@ from qar_kernels.triton.tiles import (
     load_rows,
     num_slots,
     segment_stages,
+    slot_at,
     split_depth,
     store_rows,
 )
@@ -96,7 +97,7 @@ def _row_tile_d_x(
     """BLOCK_M rows, BLOCK_N columns, one slot: a part of K, or (fused) the experts, or all of it."""
     row_tiles = tl.cdiv(T, BLOCK_M)
     columns = tl.cdiv(H, BLOCK_N)
-    slot = tile // (row_tiles * columns)
+    slot = slot_at(tile // (row_tiles * columns), SPLITS, FUSED)
     row_tile, col_tile = grouped_order(tile % (row_tiles * columns), row_tiles, columns, GROUP)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     col = col_tile * BLOCK_N
@@ -112,7 +113,7 @@ def _row_tile_d_x(
             first = tl.load(first_segment_ptr + row_tile)
             last = tl.load(last_segment_ptr + row_tile)
             bits: tl.constexpr = expert_gate_ptr.dtype.element_ty.primitive_bitwidth
-            for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD, BLOCK_N, bits)):
+            for segment in tl.range(first, last, num_stages=segment_stages(RANK_PAD, BLOCK_N, bits, 2)):
                 acc = _segment_d_x(
                     acc, expert_d_a_ptr, expert_d_u_ptr, expert_gate_ptr, expert_up_ptr,
                     offsets_ptr, experts_ptr, segment, rows, col,

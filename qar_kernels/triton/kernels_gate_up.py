@@ -74,7 +74,7 @@ def _store_swiglu_columns(
 
 @triton.jit
 def _base_gate_up_tile(
-    x, gate, up, h_ptr, a_ptr, u_ptr, rank_ptr, gate_low_ptr, gate_b_ptr, up_low_ptr, up_b_ptr,
+    x, gate, up, h_ptr, a_ptr, u_ptr, inverse_perm_ptr, gate_low_ptr, gate_b_ptr, up_low_ptr, up_b_ptr,
     dropped_h_ptr, mask_ptr, tile, T,
     H: tl.constexpr, INTER: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -105,7 +105,7 @@ def _base_gate_up_tile(
     inside = rows < T
     target = rows
     if SORT:
-        target = tl.load(rank_ptr + rows, mask=inside, other=0)
+        target = tl.load(inverse_perm_ptr + rows, mask=inside, other=0)
     # In one piece a, u and h do not fit beside each other at 128x128 (up to 10 spills).
     a_left, a_right = split_columns(a, BLOCK_M, BLOCK_N)
     u_left, u_right = split_columns(u, BLOCK_M, BLOCK_N)
@@ -137,7 +137,7 @@ def gate_up_kernel(
     expert_a_ptr,  # (S, R) out where SAVE, sorted
     expert_u_ptr,  # (S, R) out where SAVE, sorted
     perm_ptr,  # (S,) row of each sorted position
-    rank_ptr,  # (S,) sorted position of each row
+    inverse_perm_ptr,  # (S,) sorted position of each row
     offsets_ptr,  # (C + 2,) segment bounds; segment C is the tail of rows without an expert
     experts_ptr,  # (C + 1,) expert of each segment, -1 for none
     tile_segment_ptr,  # (num expert tiles,)
@@ -188,7 +188,8 @@ def gate_up_kernel(
             )  # fmt: skip
         elif TOWER != "expert":
             _base_gate_up_tile(
-                x, gate, up, h_ptr, a_ptr, u_ptr, rank_ptr, gate_low_ptr, gate_b_ptr, up_low_ptr, up_b_ptr,
+                x, gate, up, h_ptr, a_ptr, u_ptr, inverse_perm_ptr,
+                gate_low_ptr, gate_b_ptr, up_low_ptr, up_b_ptr,
                 dropped_h_ptr, mask_ptr, tile - expert_tiles, T,
                 H, INTER, GATE_RANK, UP_RANK, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
                 TOWER == "fused", SAVE, TMA, PRECISION,

@@ -30,11 +30,14 @@ from qar_kernels.weights import SwiGLUWeights
 # In the interpreter a program is a Python loop: two are enough to see tiles change hands.
 _INTERPRETER_PROGRAMS = 2
 # Tiles of segments are small and mostly wait for memory: several run on a multiprocessor at once, and the
-# hardware schedules more as they end. Not one program per tile: the host's bound on tiles can be far too
-# high.
+# hardware schedules more as they end. Not one program per tile: the host only knows a bound on tiles, and a
+# program without one costs its start all the same.
 _SEGMENT_PROGRAMS = 32
 _RECORDED_PROGRAMS = 132  # of an H100 or H200, where launches are recorded instead of run
-
+# Where ranks leave less room: above the first an adapter's one step takes up to 64 KB beside the pipeline
+# (262,208 bytes with four stages of the large gate/up), above the second an expert's share of d_x takes
+# registers (4 to 6 spills in the dual tower with four stages and Triton 3.9).
+_LOW_RANK, _HIGH_RANK = 16, 64
 
 # Whether the kernels were decorated under TRITON_INTERPRET=1.
 INTERPRETED = not isinstance(gate_up_kernel, triton.JITFunction)
@@ -93,20 +96,21 @@ def gate_up(call: Call, x: Tensor, x_expert: Tensor, save: bool) -> tuple[Hidden
     """Pre-activations (empty unless ``save``) and hidden units of the base and of the experts."""
     gemm, tma = call.config.gate_up, _use_tma(call, x, *call.base)
     rows, lora = 0 if call.tower == "expert" else x.shape[0], call.lora
+    gate_rank, up_rank = lora.gate_b.shape[1], lora.up_b.shape[1]
     base = _new_hidden(x, rows, call.intermediate, save, lora.drops)
     expert = _new_hidden(x_expert, x_expert.shape[0], call.rank, save)
-    tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, x.shape[0], call.intermediate, gemm)
+    tiles = _segment_tiles(call) + _base_tiles(call, rows, call.intermediate, gemm)
     run_kernel(
-        gate_up_kernel, _grid(call.tower, x, tiles),
+        gate_up_kernel, _grid(call.tower, x, tiles, gemm),
         _operand(x, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_n, gemm.block_k),
         _operand(call.base.up, tma, gemm.block_n, gemm.block_k),
         base.h, base.a, base.u,
         x_expert, call.experts.gate, call.experts.up, expert.h, expert.a, expert.u,
-        call.perm, call.plan.rank, *_expert_tiles(call.plan),
+        call.perm, call.plan.inverse_perm, *_expert_tiles(call.plan),
         lora.gate_low, lora.gate_b, lora.up_low, lora.up_b, base.dropped_h, lora.mask, call.scale, x.shape[0],
-        **_shape(call, x), **_blocks(call, gemm), TOWER=call.tower, SAVE=save, TMA=tma,
-        GATE_RANK=lora.gate_b.shape[1], UP_RANK=lora.up_b.shape[1], DROPOUT=lora.drops,
+        **_shape(call, x), **_blocks(call, gemm, max(gate_rank, up_rank) > _LOW_RANK),
+        TOWER=call.tower, SAVE=save, TMA=tma, GATE_RANK=gate_rank, UP_RANK=up_rank, DROPOUT=lora.drops,
     )  # fmt: skip
     return base, expert
 
@@ -119,20 +123,20 @@ def down(
     ``low`` (T, r): product of the base's down adapter with its input, in the order of ``h``.
     """
     gemm, tma = call.config.down, _use_tma(call, h, call.base.down)
-    rows, hidden = h.shape[0], like.shape[1]
+    rows, hidden, lora_rank = h.shape[0], like.shape[1], call.lora.down_b.shape[1]
     y = like.new_empty(rows, hidden)
     expert_y = like.new_empty(0 if call.tower == "fused" else call.perm.shape[0], hidden)
     splits = _splits(call, like, hidden, gemm)
     parts = split_k.partial_sums(y, splits, call.tower)
     run_kernel(
-        down_kernel, _grid(call.tower, like, _row_tiles(call, rows, hidden, gemm) * len(parts)),
+        down_kernel, _grid(call.tower, like, _row_tiles(call, rows, hidden, gemm) * len(parts), gemm),
         _operand(h, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_n, gemm.block_k),
         parts, expert_h, call.experts.down, expert_y, expert_y if base_y is None else base_y,
         call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment,
         call.lora.down_b if low is None else low, call.lora.down_b, rows,
-        **_shape(call, like), **_blocks(call, gemm), SPLITS=splits, TOWER=call.tower,
-        LORA_RANK=call.lora.down_b.shape[1], ADD=base_y is not None, TMA=tma,
+        **_shape(call, like), **_blocks(call, gemm, lora_rank > _LOW_RANK), SPLITS=splits, TOWER=call.tower,
+        LORA_RANK=lora_rank, ADD=base_y is not None, TMA=tma,
     )  # fmt: skip
     if splits > 1:
         split_k.reduce(parts, y, call.perm, call.tower)
@@ -148,23 +152,23 @@ def d_hidden(
     ``d_low`` (T, r): gradient of the product of the base's down adapter with its input.
     """
     gemm, tma = call.config.d_hidden, _use_tma(call, d_y, call.base.down)
-    rows = 0 if call.tower == "expert" else d_y.shape[0]
+    rows, lora_rank = 0 if call.tower == "expert" else d_y.shape[0], call.lora.down_b.shape[1]
     d_a = d_y.new_empty(rows, call.intermediate)
     h = d_y.new_empty(rows if keep_h else 0, call.intermediate)
     d_base = Hidden(d_a, torch.empty_like(d_a), h, torch.empty_like(d_a) if call.lora.drops else h)
     d_expert = _new_hidden(d_y_expert, d_y_expert.shape[0], call.rank, save=True)
-    tiles = call.plan.tile_segment.shape[0] + _base_tiles(call, rows, call.intermediate, gemm)
+    tiles = _segment_tiles(call) + _base_tiles(call, rows, call.intermediate, gemm)
     run_kernel(
-        d_hidden_kernel, _grid(call.tower, d_y, tiles),
+        d_hidden_kernel, _grid(call.tower, d_y, tiles, gemm),
         _operand(d_y, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.down, tma, gemm.block_k, gemm.block_n),
         base.a, base.u, d_base.a, d_base.u, d_base.h,
         d_y_expert, call.experts.down, expert.a, expert.u, d_expert.a, d_expert.u, d_expert.h,
-        call.perm, call.plan.rank, *_expert_tiles(call.plan),
+        call.perm, call.plan.inverse_perm, *_expert_tiles(call.plan),
         call.lora.down_a if d_low is None else d_low, call.lora.down_a, d_base.dropped_h, call.lora.mask,
         call.scale, rows,
-        **_shape(call, d_y), **_blocks(call, gemm), TOWER=call.tower, KEEP_H=keep_h, TMA=tma,
-        LORA_RANK=call.lora.down_b.shape[1], DROPOUT=call.lora.drops,
+        **_shape(call, d_y), **_blocks(call, gemm, lora_rank > _LOW_RANK),
+        TOWER=call.tower, KEEP_H=keep_h, TMA=tma, LORA_RANK=lora_rank, DROPOUT=call.lora.drops,
     )  # fmt: skip
     return d_base, d_expert
 
@@ -179,14 +183,15 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
     splits = _splits(call, like, hidden, gemm)
     parts = split_k.partial_sums(d_x, splits, call.tower)
     run_kernel(
-        d_x_kernel, _grid(call.tower, like, _row_tiles(call, rows, hidden, gemm) * len(parts)),
+        d_x_kernel, _grid(call.tower, like, _row_tiles(call, rows, hidden, gemm) * len(parts), gemm),
         _operand(d_base.a, tma, call.config.block_rows, gemm.block_k),
         _operand(d_base.u, tma, call.config.block_rows, gemm.block_k),
         _operand(call.base.gate, tma, gemm.block_k, gemm.block_n),
         _operand(call.base.up, tma, gemm.block_k, gemm.block_n),
         parts, d_expert.a, d_expert.u, call.experts.gate, call.experts.up, d_x_expert,
         call.perm, *_expert_tiles(call.plan), call.plan.first_segment, call.plan.last_segment, rows,
-        **_shape(call, like), **_blocks(call, gemm), SPLITS=splits, TOWER=call.tower, TMA=tma,
+        **_shape(call, like), **_blocks(call, gemm, call.rank > _HIGH_RANK),
+        SPLITS=splits, TOWER=call.tower, TMA=tma,
     )  # fmt: skip
     if splits > 1:
         split_k.reduce(parts, d_x, call.perm, call.tower)
@@ -194,14 +199,14 @@ def d_input(call: Call, d_base: Hidden, d_expert: Hidden, like: Tensor) -> tuple
 
 
 def expert_weight_grads(call: Call, x: Tensor, d_y: Tensor, d_expert: Hidden) -> SwiGLUWeights:
-    """Gradients of the expert weights, zeros for experts that are absent."""
+    """Gradients of the expert weights, zeros for experts that are absent: every element is written once."""
     gemm, hidden = call.config.weight_grad, x.shape[1]
-    grads = SwiGLUWeights(*(torch.zeros_like(weight) for weight in call.experts))
-    tiles = 2 * (call.plan.experts.shape[0] - 1) * cdiv(hidden, gemm.block_n)
+    grads = SwiGLUWeights(*(torch.empty_like(weight) for weight in call.experts))
+    tiles = 2 * (_most_segments(call) + 1) * cdiv(hidden, gemm.block_n)
     run_kernel(
-        expert_weight_grad_kernel, _grid("expert", x, tiles),
+        expert_weight_grad_kernel, _grid("expert", x, tiles, gemm),
         x, d_y, d_expert.a, d_expert.u, d_expert.h, *grads,
-        call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count,
+        call.perm, call.plan.offsets, call.plan.experts, call.plan.segment_count, len(grads.gate),
         H=hidden, RANK=call.rank, RANK_PAD=_rank_pad(call.rank),
         BLOCK_N=gemm.block_n, BLOCK_K=gemm.block_k, PRECISION=_precision(x),
         num_warps=gemm.warps, num_stages=gemm.stages,
@@ -223,7 +228,8 @@ def _shape(call: Call, x: Tensor) -> dict[str, int | str]:
     }
 
 
-def _blocks(call: Call, gemm: Gemm) -> dict[str, int]:
+def _blocks(call: Call, gemm: Gemm, tight: bool) -> dict[str, int]:
+    stages = gemm.tight_stages if tight and gemm.tight_stages else gemm.stages
     return {
         "BLOCK_M": call.config.block_rows,
         "BLOCK_N": gemm.block_n,
@@ -231,7 +237,7 @@ def _blocks(call: Call, gemm: Gemm) -> dict[str, int]:
         "BLOCK_E": call.config.block_expert,
         "GROUP": call.config.group,
         "num_warps": gemm.warps,
-        "num_stages": gemm.stages,
+        "num_stages": stages,
     }
 
 
@@ -251,18 +257,30 @@ def _new_hidden(like: Tensor, rows: int, width: int, save: bool, drops: bool = F
     return Hidden(a, u, h, torch.empty_like(h) if drops else h)
 
 
+def _most_segments(call: Call) -> int:
+    """A bound on the segments in use. Ids per row make the capacity T, however few experts there are."""
+    return min(call.plan.experts.shape[0] - 1, call.experts.gate.shape[0])
+
+
+def _segment_tiles(call: Call) -> int:
+    """A bound on the tiles of segments, the tail's included: all rows in whole tiles, and one that is partly
+    filled for each segment and the tail.
+    """
+    return cdiv(call.perm.shape[0], call.config.block_expert) + _most_segments(call) + 1
+
+
 def _base_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
     return cdiv(rows, call.config.block_rows) * cdiv(columns, gemm.block_n)
 
 
 def _row_tiles(call: Call, rows: int, columns: int, gemm: Gemm) -> int:
-    grouped = 0 if call.tower == "fused" else call.plan.tile_segment.shape[0]
+    grouped = 0 if call.tower == "fused" else _segment_tiles(call)
     return grouped * cdiv(columns, gemm.block_n) + _base_tiles(call, rows, columns, gemm)
 
 
-def _grid(tower: str, x: Tensor, tiles: int) -> tuple[int]:
+def _grid(tower: str, x: Tensor, tiles: int, gemm: Gemm) -> tuple[int]:
     many = tower == "expert" and x.device.type != "cpu"
-    return (min(tiles, (_SEGMENT_PROGRAMS if many else 1) * _multiprocessors(x)),)
+    return (min(tiles, (_SEGMENT_PROGRAMS if many else gemm.programs) * _multiprocessors(x)),)
 
 
 def _multiprocessors(x: Tensor) -> int:

@@ -20,14 +20,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qar_kernels.triton.runner import Recorded
 
-# Largest shared memory of one block in KiB: CUDA C++ Programming Guide, "Compute Capabilities".
-_SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
-SHARED_LIMIT = {arch: kib * 1024 for arch, kib in _SHARED_KIB.items()}
-ARCHITECTURES = {arch: int(arch.removeprefix("sm_")) for arch in _SHARED_KIB}
-# Of a multiprocessor, from the same table: shared memory in KiB (a block takes one more than it asks for) and
-# threads. Registers are handed out to warps, 256 at a time.
-_TOTAL_SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
-_THREADS = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
+# Shared memory in KiB, of one block and of a multiprocessor (a block takes one more than it asks for), and
+# threads of a multiprocessor: CUDA C++ Programming Guide, "Compute Capabilities".
+_LIMITS = {
+    "sm_80": (163, 164, 2048),
+    "sm_86": (99, 100, 1536),
+    "sm_89": (99, 100, 1536),
+    "sm_90": (227, 228, 2048),
+    "sm_100": (227, 228, 2048),
+    "sm_120": (99, 100, 1536),
+}
+SHARED_LIMIT = {arch: 1024 * block for arch, (block, _, _) in _LIMITS.items()}
+ARCHITECTURES = {arch: int(arch.removeprefix("sm_")) for arch in _LIMITS}
+# Registers are handed out to warps, 256 at a time.
 _REGISTERS, _BLOCKS, _WARP = 65536, 32, 32  # blocks: 16 to 32, never the limit
 
 
@@ -110,11 +115,12 @@ def read(compiled: triton.compiler.CompiledKernel) -> MachineCode:
 def resident(arch: str, registers: int, warps: int, shared_bytes: int) -> int:
     """Blocks that a multiprocessor holds at a time; 0 where not even one fits."""
     of_a_warp = -(-registers * _WARP // 256) * 256
+    _, shared_kib, threads = _LIMITS[arch]
     return min(
         _BLOCKS,
-        _THREADS[arch] // (_WARP * warps),
+        threads // (_WARP * warps),
         _REGISTERS // (of_a_warp * warps),
-        _TOTAL_SHARED_KIB[arch] * 1024 // (shared_bytes + 1024),
+        shared_kib * 1024 // (shared_bytes + 1024),
     )
 
 

@@ -128,7 +128,8 @@ def _row_orders(call: Call) -> tuple[Callable[[Tensor], Tensor], Callable[[Tenso
     """From the batch's order of rows to the hidden units', and back."""
     if call.tower != "fused":
         return (lambda rows: rows), (lambda rows: rows)
-    return (lambda rows: rows.index_select(0, call.perm)), (lambda rows: rows.index_select(0, call.plan.rank))
+    inverse = call.plan.inverse_perm
+    return (lambda rows: rows.index_select(0, call.perm)), (lambda rows: rows.index_select(0, inverse))
 
 
 def _own(grad: Tensor) -> Tensor:

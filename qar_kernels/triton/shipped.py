@@ -61,7 +61,7 @@ def matrix(arch: str, shapes: Sequence[str] = tuple(SHAPES)) -> Iterator[Case]:
     """Every case of ``arch``; exact fp32, which no model is served in, at one shape and three ranks."""
     for config in (name for name in CONFIGS if name.startswith(_family(arch))):
         # the large configuration has the expert tower where nothing below the experts is trained
-        towers = ("expert",) if config.endswith("_experts") else TOWERS
+        towers = ("expert",) if config.endswith(("_experts", "_short")) else TOWERS
         for kind in product(shapes, RANKS, ("bf16", "fp16"), towers):
             yield Case(config, *kind)
         if "fused" in towers:
@@ -73,15 +73,19 @@ def matrix(arch: str, shapes: Sequence[str] = tuple(SHAPES)) -> Iterator[Case]:
 
 def representative(arch: str) -> Iterator[Case]:
     """Few cases that meet every configuration, tower, shape and dtype, and ranks from 8 to 128."""
-    large, decode, experts = (f"{_family(arch)}_{size}" for size in ("large", "decode", "experts"))
+    large, decode, experts, short = (
+        f"{_family(arch)}_{size}" for size in ("large", "decode", "experts", "short")
+    )
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused")
     yield Case(large, "Llama-3-8B", 64, "bf16", "fused", lora_rank=16)
+    yield Case(large, "Qwen2.5-7B", 64, "bf16", "fused", lora_rank=64)
     yield Case(large, "Qwen2.5-7B", 128, "fp16", "dual")
     yield Case(decode, "Qwen2.5-7B", 32, "bf16", "fused")
     yield Case(decode, "Qwen2.5-7B", 32, "bf16", "fused", lora_rank=64)
     yield Case(decode, "Llama-3-8B", 8, "fp16", "dual")
     yield Case(decode, "Qwen2.5-7B", 128, "bf16", "expert")
     yield Case(experts, "Llama-3-8B", 64, "bf16", "expert")
+    yield Case(short, "Llama-3-8B", 64, "bf16", "expert")
     yield Case("fp32", "Llama-3-8B", 16, "fp32", "fused")
     yield Case("fp32", "Llama-3-8B", 64, "fp32", "expert")  # what fp32 runs beside a library's base
 

@@ -16,13 +16,13 @@ from qar_kernels.triton.tiles import num_slots
 _COLUMNS = 1024
 
 
-def count(tiles: int, programs: int, max_splits: int) -> int:
-    """Parts of the K loop: the least power of two that gives three quarters of the programs a tile.
+def count(tiles: int, multiprocessors: int, max_splits: int) -> int:
+    """Parts of the K loop: the least power of two that gives three quarters of the multiprocessors a tile.
 
     It depends on shapes and the device only, never on the ids: a row's order of summation is always the same.
     """
     splits = 1
-    while 2 * splits <= max_splits and 4 * splits * tiles < 3 * programs:
+    while 2 * splits <= max_splits and 4 * splits * tiles < 3 * multiprocessors:
         splits *= 2
     return splits
 

@@ -88,15 +88,18 @@ def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.constexpr_function
-def segment_stages(rank_pad, block_n, bits):
+def segment_stages(rank_pad, block_n, bits, projections):
     """Pipeline stages of the loop over segments, where an expert's tile is found through two other loads.
 
     At R 128 two stages would need 393 KB of shared memory, and so would eight with tiles above 8 KB. Eight
-    ask for four experts' tiles at once: a decode step is short, and each would be waited for alone.
+    ask for four experts' tiles at once: a decode step is short, and each would be waited for alone. Of two
+    projections three at once, else (131 KB at R 64) no second program would fit on a multiprocessor.
     """
     if rank_pad > 64:
         return 1
-    return 8 if rank_pad * block_n * bits <= 8 * 8192 else 2
+    if rank_pad * block_n * bits > 8 * 8192:
+        return 2
+    return 8 if projections == 1 else 6
 
 
 @triton.constexpr_function
@@ -115,6 +118,19 @@ def split_depth(depth, splits, block_k):
 def num_slots(splits, tower):
     """Partial sums per output element: one per part of K and, fused, one for the experts."""
     return splits + 1 if splits > 1 and tower == "fused" else splits
+
+
+@triton.jit
+def slot_at(position, SPLITS: tl.constexpr, FUSED: tl.constexpr):
+    """The slot whose tiles come at that position of the tile list: the experts' first, then the parts of K.
+
+    The experts' tiles are chains of loads that wait for each other, and nothing hides a list's last tiles.
+    Slots are added up in their own order, whatever the list's.
+    """
+    if FUSED and SPLITS > 1:
+        return tl.where(position == 0, SPLITS, position - 1)
+    else:
+        return position
 
 
 @triton.jit

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 import os
+from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from benchmarks import __main__ as command
 from benchmarks import footprint, kernels, libraries
 from benchmarks.__main__ import main
 from benchmarks.calibrate import _base_gate_up
+from benchmarks.clocks import CaptureError, CudaClock, ProcessClock
 from benchmarks.inputs import Inputs
 from benchmarks.machine import describe
 from benchmarks.providers import PROVIDERS, Trial, provider
+from benchmarks.runner import Step
 from benchmarks.schema import load
 from benchmarks.session import Job, Session
 from benchmarks.shapes import Cell, matrix
@@ -176,6 +180,71 @@ def test_measured_rows_are_kept_and_resumed(monkeypatch, tmp_path):
     again.run([job])
     assert again.result["rows"] == rows
     assert Session("cpu", out, minutes=0).run([job]) == [job]
+
+
+class BreaksCaptures(ProcessClock):
+    """As PyTorch 2.11 does: one capture that fails, and the process is of no more use."""
+
+    def __init__(self):
+        self.broken = False
+
+    def prepare(self, call, graph):
+        assert not self.broken
+        if graph:
+            self.broken = True
+            raise CaptureError("RuntimeError: operation not permitted when stream is capturing")
+        return call
+
+
+def test_a_broken_capture_ends_the_process_and_resume_goes_on_without(tmp_path):
+    calls = []
+    steps = {
+        "base": Step(lambda: calls.append("base")),
+        "peft_mixed": Step(lambda: None, graph=True),
+        "ours": Step(lambda: calls.append("ours")),
+    }
+
+    def run(cell, resume=None):
+        session = Session("cpu", tmp_path / "result.json", 1, resume)
+        session.clock = BreaksCaptures()
+        return session.run([Job(0, "fused_mlp", False, cell, lambda refuse: dict(steps), budget_s=0.0)])
+
+    with pytest.raises(UserError, match=r"not permitted when stream is capturing.*--resume"):
+        run(CELL)
+    left = load(tmp_path / "result.json")
+    assert left["rows"] == [] and left["refused"][0]["provider"] == "peft_mixed"
+    for _ in range(2):
+        assert run(CELL, load(tmp_path / "result.json")) == []
+        done = load(tmp_path / "result.json")
+        assert [row["provider"] for row in done["rows"]] == ["base", "ours"]
+        assert done["refused"] == left["refused"]
+    with pytest.raises(UserError):  # in other cells it is tried
+        run(dataclasses.replace(CELL, Q=1), load(tmp_path / "result.json"))
+
+
+def test_only_a_capture_that_fails_is_a_broken_one(monkeypatch):
+    """Not the warm-up before it, after which all goes on."""
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    clock = CudaClock.__new__(CudaClock)
+    calls = []
+
+    def fails_at(count):
+        def call():
+            calls.append(1)
+            if len(calls) == count:
+                raise RuntimeError("not permitted")
+
+        calls.clear()
+        return call
+
+    with pytest.raises(RuntimeError, match=r"^not permitted"):
+        clock.prepare(fails_at(1), graph=True)
+    with pytest.raises(CaptureError, match=r"^RuntimeError: not permitted"):
+        clock.prepare(fails_at(4), graph=True)
+    assert clock.prepare(fails_at(5), graph=True) is torch.cuda.CUDAGraph().replay
 
 
 def test_results_of_another_machine_are_neither_resumed_nor_overwritten(monkeypatch, tmp_path):

@@ -72,8 +72,9 @@ def test_every_kernel_gives_the_same_under_other_block_sizes(kernel, tower):
 def test_both_towers_are_tuned_where_their_configurations_differ(monkeypatch):
     monkeypatch.setattr(configs, "_capability", lambda device: (9, 0))
     both = [("fused", "sm90_large"), ("expert", "sm90_experts")]
-    assert tune._towers(4096, "bfloat16", "cuda") == both
-    assert tune._towers(16, "bfloat16", "cuda") == [("fused", "sm90_decode")]
+    assert tune._towers(4096, 64, "bfloat16", "cuda") == both
+    assert tune._towers(256, 64, "bfloat16", "cuda")[1] == ("expert", "sm90_short")
+    assert tune._towers(16, 16, "bfloat16", "cuda") == [("fused", "sm90_decode")]
 
 
 def test_without_a_card_one_line_says_so():

@@ -1,12 +1,15 @@
 """PTX of every kernel for sm_80 and sm_90, executed, against float64: outputs and every gradient by name."""
 
+import operator
 import re
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from helpers import TOWERS, Case, check, run
 
-from qar_kernels.triton import backend, launch
+from qar_kernels.triton import backend, configs, launch
 from qar_kernels.triton.runner import launching_by
 
 if launch.INTERPRETED:
@@ -16,7 +19,7 @@ if launch.INTERPRETED:
 
 import adamw_helpers
 import lora_helpers
-from emulator import EmulationError, emulate
+from emulator import EmulationError, arithmetic, emulate
 
 from qar_models import optim
 
@@ -34,14 +37,11 @@ class Chip:
         machine = emulate(recorded, self.arch, **self.options)
         self.launches.append((recorded, machine))
 
-    def config(self, device, dtype, rows, tower):
+    def config(self, device, dtype, *rest):
         """What a card of this architecture would select."""
-        family = self.arch.replace("_", "")
-        if dtype == FP32:
-            return "fp32"
-        if rows <= 64:
-            return f"{family}_decode"
-        return f"{family}_experts" if tower == "expert" else f"{family}_large"
+        capability = divmod(int(self.arch.removeprefix("sm_")), 10)
+        with patch.object(configs, "_capability", lambda device: capability):
+            return configs.select_config(torch.device("cuda"), dtype, *rest)
 
     def kernels(self):
         return {recorded.kernel.__name__ for recorded, _ in self.launches}
@@ -87,6 +87,15 @@ def test_towers(chip, rows, dtype, tower, options):
 def test_ranks(chip, rank, rows):
     chip.options = {"late": True}
     check(Case(ids(rows), **SMALL | {"R": rank}), "fused", "triton", BF16)
+
+
+@pytest.mark.parametrize("rank", [24, 128])
+def test_short_segments(chip, rank):
+    chip.options = {"late": True}
+    check(Case(ids(70, 12), **SMALL | {"R": rank, "E": 12}), "expert", "triton", BF16)
+    rows = {recorded.meta["BLOCK_E"] for recorded, _ in chip.launches if "BLOCK_E" in recorded.meta}
+    stages = chip.launches[0][0].meta["num_stages"]
+    assert rows == {16} and stages == configs.CONFIGS[f"{chip.arch.replace('_', '')}_short"].gate_up.stages
 
 
 def test_exact_fp32(chip, monkeypatch):
@@ -141,6 +150,24 @@ def test_no_byte_is_moved_twice_by_an_instruction(chip, rows, tower):
         tensors, shared = machine.tensors, machine.shared
         for traffic in (tensors.loads, tensors.stores, shared.traffic):
             assert traffic.taken == traffic.needed, (recorded.kernel.__name__, traffic)
+
+
+def test_an_unknown_form_is_named(chip):
+    chip.options = {"edit": lambda ptx: re.sub(r"setp\.ge\.s32", "setp.hi.s32", ptx)}
+    with pytest.raises(EmulationError, match=r"gate_up_kernel, line \d+: unknown form setp\.hi\.s32 %p\d+"):
+        check(Case(ids(37), **SMALL), "fused", "triton", BF16)
+
+
+@pytest.mark.parametrize("name", ["eq", "ne", "lt", "le", "gt", "ge"])
+def test_comparisons_with_nan(name):
+    a, b = np.array([1, 2, 2, np.nan, 1], np.float32), np.array([2, 1, 2, 1, np.nan], np.float32)
+    ordered, unordered = (arithmetic.comparing(name + end, True)(a, b).tolist() for end in ("", "u"))
+    assert (
+        ordered[:3]
+        == unordered[:3]
+        == [bool(getattr(operator, name)(x, y)) for x, y in ((1, 2), (2, 1), (2, 2))]
+    )
+    assert not any(ordered[3:]) and all(unordered[3:])
 
 
 FAULTS = [

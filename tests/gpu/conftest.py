@@ -8,3 +8,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+
+
+def pytest_collection_modifyitems(items):
+    """What compute-sanitizer watches takes longest and says least about a first run: last."""
+    items.sort(key=lambda item: item.get_closest_marker("sanitizer") is not None)

@@ -15,8 +15,8 @@ import pytest
 
 from qar_kernels.inspect import NO_PRODUCTS
 from qar_kernels.triton import shipped, tiles
-from qar_kernels.triton.configs import CONFIGS
-from qar_kernels.triton.machine_code import is_serialised, resident, specialisation
+from qar_kernels.triton.configs import CONFIGS, FAMILIES
+from qar_kernels.triton.machine_code import ARCHITECTURES, is_serialised, resident, specialisation
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 ARCHS = sorted(SHARED_LIMIT)
@@ -125,14 +125,33 @@ def test_blocks_that_a_multiprocessor_holds(registers, warps, shared, expected):
     assert resident("sm_90", registers, warps, shared) == expected
 
 
+def test_every_card_that_takes_the_kernels_can_be_compiled_for():
+    assert {f"sm_{major}{minor}" for major, minor in FAMILIES} == set(ARCHITECTURES)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("rank", shipped.RANKS)
 def test_stages_of_segments_fit_beside_each_other(config, rank):
     """Half as many tiles as stages are there at a time, of one projection in down, of two in d_x."""
     bits = 32 if config == "fp32" else 16
     for gemm, projections in ((CONFIGS[config].down, 1), (CONFIGS[config].d_x, 2)):
-        stages = tiles.segment_stages(max(16, rank), gemm.block_n, bits)
+        stages = tiles.segment_stages(max(16, rank), gemm.block_n, bits, projections)
         assert projections * stages // 2 * max(16, rank) * gemm.block_n * bits // 8 <= 64 * 1024
+
+
+@pytest.mark.parametrize(("lora_rank", "stages"), [(0, 4), (16, 4), (17, 3), (64, 3)])
+def test_a_large_adapter_takes_a_stage_of_its_own_kernels_alone(lora_rank, stages):
+    case = shipped.Case("sm90_large", "Llama-3-8B", 64, "bf16", "fused", lora_rank)
+    found = {launch.kernel.__name__: launch.meta["num_stages"] for launch in shipped.training_step(case)}
+    assert found["gate_up_kernel"] == found["down_kernel"] == stages
+    assert found["d_hidden_kernel"] == found["d_x_kernel"] == 4
+
+
+@pytest.mark.parametrize(("rank", "stages"), [(64, 4), (128, 3)])
+def test_a_large_expert_takes_a_stage_of_the_input_gradient(rank, stages):
+    case = shipped.Case("sm90_large", "Llama-3-8B", rank, "bf16", "dual")
+    found = {launch.kernel.__name__: launch.meta["num_stages"] for launch in shipped.training_step(case)}
+    assert found["d_x_kernel"] == stages and found["down_kernel"] == 4
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -140,12 +159,27 @@ def test_every_kernel_fits_on_a_multiprocessor(arch):
     assert all(row["resident"] >= 1 for row in rows(arch))
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_programs_that_share_a_multiprocessor_fit_on_it(arch):
+    """And K is split by multiprocessors: how many programs each has changes no sum."""
+    for row in rows(arch):
+        gemm = getattr(CONFIGS[row["config"]], row["kernel"].removesuffix("_kernel"), None)
+        if gemm is not None and row["tower"] != "expert":  # which has as many as fit, see above
+            assert row["resident"] >= gemm.programs, row
+    case = shipped.Case(f"{arch.replace('_', '')}_decode", "Llama-3-8B", 64, "bf16", "fused")
+    launches = {launch.kernel.__name__: launch for launch in shipped.training_step(case)}
+    assert launches["gate_up_kernel"].grid == launches["d_hidden_kernel"].grid == (4 + 4 + 1 + 224,)
+    assert launches["down_kernel"].grid == (3 * 64,) and launches["down_kernel"].meta["SPLITS"] == 2
+
+
 def test_tiles_of_segments_have_many_programs_but_not_one_a_tile():
-    """The host's bound is a segment a row: a kernel that launched as many programs would mostly end them."""
+    """Many tiles share a program, and no program is started for segments that four experts cannot fill."""
     case = shipped.Case("sm90_experts", "Llama-3-8B", 64, "bf16", "expert")
     grids = {launch.kernel.__name__: launch.grid[0] for launch in shipped.training_step(case)}
     for name in ("down_kernel", "d_x_kernel", "expert_weight_grad_kernel"):
         assert 132 < grids[name] <= 32 * 132
+    assert grids["gate_up_kernel"] == grids["d_hidden_kernel"] == 1024 // 64 + 4 + 1
+    assert grids["expert_weight_grad_kernel"] == 2 * (4 + 1) * 4096 // 64
     fused = replace(case, config="sm90_large", tower="fused")
     assert max(launch.grid[0] for launch in shipped.training_step(fused)[:2]) == 132
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qar_kernels import Adapter, LoRA, Segments, dispatch, fused_mlp
+from qar_kernels import Adapter, LoRA, Segments, dispatch, expert_mlp, fused_mlp
 from qar_kernels.dispatch import Shape, choose_path, default_path
 from qar_kernels.dispatch_steps import look_up, measured_steps
-from qar_kernels.triton import configs
+from qar_kernels.triton import backend, configs
 
 CARD = "card"
 SHAPE = Shape(4096, 64, 4096, 14336, 64, "bfloat16", training=False)
@@ -171,6 +171,37 @@ def test_auto_takes_the_kernels_where_they_were_compiled_for(monkeypatch, capabi
     with nullcontext() if expected else pytest.warns(UserWarning, match=r"none of NVIDIA's .* 8.9, 9.0"):
         assert configs.has_kernels(torch.device("cuda:0")) is expected
     configs._has_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("rows", "segments", "tower", "config"),
+    [
+        (64, 64, "expert", "decode"),
+        (256, 64, "expert", "short"),
+        (4096, 256, "expert", "short"),
+        (4096, 255, "expert", "experts"),
+        (256, 64, "fused", "large"),
+    ],
+)
+def test_blocks_follow_the_rows_of_a_segment(monkeypatch, rows, segments, tower, config):
+    monkeypatch.setattr(configs, "_capability", lambda device: (9, 0))
+    name = configs.select_config(torch.device("cuda"), torch.bfloat16, rows, tower, segments)
+    assert name == f"sm90_{config}"
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_how_many_experts_are_present_decides_nothing(monkeypatch, sparse):
+    """Else bits would depend on the company: for row-sparse gradients kernels get copies of those present."""
+    asked = []
+    select, choose = backend.select_config, choose_path
+    monkeypatch.setattr(backend, "select_config", lambda *a: asked.append(a[-1]) or select(*a))
+    monkeypatch.setattr(dispatch, "choose_path", lambda *a: asked.append(a[-1].segments) or choose(*a))
+    x, *weights = operands(Case([0, 1, 1, -1, 1], E=4))
+    for ids in ([0, 1, 1, -1, 1], [0, 1, 2, 3, -1], [-1] * 5):
+        seg = Segments.from_ids(ids)
+        fused_mlp(x, *weights, seg, backend="triton", sparse_gradients=sparse)
+        expert_mlp(x, *weights[3:], seg, backend="triton", sparse_gradients=sparse)
+    assert set(asked) == {4} and len(asked) == 9
 
 
 def test_a_cpu_is_not_warned_of(recwarn):

@@ -28,7 +28,7 @@ def test_rows_are_grouped_stably(ids):
 def test_tiles_cover_every_row_once(ids, block_expert, block_rows):
     seg = Segments.from_ids(ids)
     plan = tile_plan(seg, block_rows, block_expert)
-    assert plan.rank[seg.perm].tolist() == list(range(len(ids)))
+    assert plan.inverse_perm[seg.perm].tolist() == list(range(len(ids)))
     with_experts, everything = plan.tile_count.tolist()
     owned = []
     for tile in range(everything):
@@ -40,6 +40,7 @@ def test_tiles_cover_every_row_once(ids, block_expert, block_rows):
         assert {ids[row] for row in seg.perm[list(rows)].tolist()} == {int(plan.experts[segment])}
         owned += rows
     assert sorted(owned) == list(range(len(ids)))
+    assert everything <= -(-len(ids) // block_expert) + min(len(ids), 7) + 1  # what a launch's grid relies on
     assert int(plan.segment_count) == len(set(ids) - {-1})
 
 
@@ -86,7 +87,7 @@ def test_layers_of_a_compiled_program_share_a_plan(training):
     @torch.compile(fullgraph=True, backend=keep)
     def layers(ids):
         seg = Segments.from_ids(ids)
-        return [tile_plan(seg, 16, 16).rank + layer for layer in range(4)]
+        return [tile_plan(seg, 16, 16).inverse_perm + layer for layer in range(4)]
 
     with torch.set_grad_enabled(training):
         layers(torch.tensor([1, 0, 1]))

@@ -117,11 +117,11 @@ def test_split_k(use_config, slots_used, tower, tma):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "programs", "splits"),
+    ("tiles", "multiprocessors", "splits"),
     [(64, 132, 2), (32, 132, 4), (98, 132, 2), (99, 132, 1), (132, 132, 1), (1, 132, 8), (9, 2, 1)],
 )
-def test_number_of_splits(tiles, programs, splits):
-    assert split_k.count(tiles, programs, max_splits=8) == splits
+def test_number_of_splits(tiles, multiprocessors, splits):
+    assert split_k.count(tiles, multiprocessors, max_splits=8) == splits
 
 
 @settings(max_examples=8, deadline=None)

@@ -16,6 +16,7 @@ _COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal,
 }  # fmt: skip
+_OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -116,8 +117,21 @@ def shift(machine: Machine, op: Instruction) -> Step:
 
 @instruction("setp")
 def compare(machine: Machine, op: Instruction) -> Step:
-    _, comparison, kind = op.opcode.split(".")
-    return _step(machine, op, _COMPARE[comparison], "pred", kind, kind)
+    """Of NaN an ordered comparison is false, an unordered one (``ltu``) true; ``nan``: whether one is."""
+    _, comparison, kind = (part for part in op.opcode.split(".") if part != "ftz")
+    return _step(machine, op, comparing(comparison, TYPES[kind] == np.float32), "pred", kind, kind)
+
+
+def comparing(comparison: str, floats: bool) -> Callable:
+    """NumPy's comparisons of floats are ordered, but for "not equal"."""
+    if comparison in ("num", "nan"):
+        return lambda a, b: (np.isnan(a) | np.isnan(b)) == (comparison == "nan")
+    if floats and comparison == "ne":
+        return lambda a, b: np.not_equal(a, b) & (a == a) & (b == b)
+    if comparison in _COMPARE:
+        return _COMPARE[comparison]
+    opposite = _OPPOSITE[comparison.removesuffix("u")]
+    return lambda a, b: ~comparing(opposite, floats)(a, b)
 
 
 @instruction("selp")

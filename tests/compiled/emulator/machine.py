@@ -117,8 +117,14 @@ class Machine:
         parts = op.opcode.split(".")
         for length in range(len(parts), 0, -1):
             if prepare := HANDLERS.get(".".join(parts[:length])):
-                return prepare(self, op)
-        raise EmulationError(f"{self.program.name}, line {op.line}: unknown instruction {op.opcode}")
+                break
+        else:
+            raise EmulationError(f"{self.program.name}, line {op.line}: unknown instruction {op.opcode}")
+        try:
+            return prepare(self, op)
+        except (KeyError, ValueError, AttributeError) as error:  # a variant that the function does not know
+            text = f"{op.opcode} {', '.join(op.operands)}"
+            raise EmulationError(f"{self.program.name}, line {op.line}: unknown form {text}") from error
 
     def _run_block(self) -> None:
         """Teams in turns, each as far as it gets, the last one first."""
