@@ -66,6 +66,9 @@ def problems(result: object) -> Iterator[str]:
         return
     if unknown := set(result) - {"machine", "versions", "rows", "refused"}:
         yield f"unknown keys {sorted(unknown)}"
+    if wrong := [part for part in ("machine", "versions") if not isinstance(result[part], dict)]:
+        yield f"{wrong[0]}: got {type(result[wrong[0]]).__name__}, expected an object"
+        return
     yield from _machine_problems(result)
     rows = result["rows"]
     if not rows and not result.get("refused") and "calibration" not in result["machine"]:

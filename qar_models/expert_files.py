@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from qar_models.base_identity import Base
 from qar_models.config import few
 
 INDEX, LOCK = "index.json", ".lock"
+_PATIENCE = 10, 600  # seconds until the wait for a lock is logged, and until it ends
+logger = logging.get_logger(__name__)
 _EXPERT = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.\d+)?")  # also half written
 
 
@@ -74,13 +77,35 @@ def save(model: nn.Module, folder: str | os.PathLike[str], queriers: Mapping[str
 @contextmanager
 def _changing(folder: Path) -> Iterator[dict[str, Any]]:
     """Wait for one's turn. The index may be changed, and the files that it does not name go."""
-    with FileLock(folder / LOCK):
+    with _locked(folder):
         index = _read_index(folder) if (folder / INDEX).exists() else {}
         try:
             yield index
             _write(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
         finally:
             _remove_unnamed(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Whoever may write into the folder may lock it."""
+    path = folder / LOCK
+    lock = FileLock(path, mode=folder.stat().st_mode & 0o666)
+    until_logged, until_given_up = _PATIENCE
+    try:
+        try:
+            lock.acquire(timeout=until_logged)
+        except Timeout:
+            logger.warning(f"{path}: waiting for another process that is saving experts")
+            lock.acquire(timeout=until_given_up)
+    except Timeout as error:
+        raise TimeoutError(
+            f"{path}: still locked after {sum(_PATIENCE)} s; delete it if no process is saving experts"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def delete_experts(folder: str | os.PathLike[str], queriers: str | Sequence[str]) -> None:

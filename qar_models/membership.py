@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -58,9 +57,9 @@ class MembershipMixin:
                 module.qar = qar
 
     @property
-    def queriers(self) -> Mapping[str, int]:
-        """Querier name -> id, read-only; empty if no names were given."""
-        return MappingProxyType(self.qar.ids_by_name)
+    def queriers(self) -> dict[str, int]:
+        """Querier name -> id, a copy; empty if no names were given."""
+        return dict(self.qar.ids_by_name)
 
     def name_queriers(self, names: Sequence[str]) -> None:
         """Give every querier a (new) name, in order of id.
@@ -94,8 +93,8 @@ class MembershipMixin:
         names = _as_list(names)
         self._check_idle()
         self._check_named()
-        queriers, repeated = self.queriers, {name for name, count in Counter(names).items() if count > 1}
-        taken = sorted(repeated | (queriers.keys() & names))
+        repeated = {name for name, count in Counter(names).items() if count > 1}
+        taken = sorted(repeated | (self.qar.ids_by_name.keys() & names))
         if taken or not names:
             raise ValueError(f"names: got {few(taken or names)}, expected new names, each once")
         if init not in ("zero", "mean"):
@@ -103,7 +102,7 @@ class MembershipMixin:
         source = None if like is None else self._ids([like])[0]
         std, count = self.config.initializer_range, len(names)
         self._replace_rows(
-            (*queriers, *names),
+            (*self.qar.ids_by_name, *names),
             lambda experts, name: _append(experts, name, count, std, init, source),
             lambda old, dim: torch.cat((old, _zeros(old, dim, count)), dim),
         )
@@ -121,7 +120,7 @@ class MembershipMixin:
         kept = [index for index in range(self.qar.num_queriers) if index not in removed]
         if not kept:
             raise ValueError("names: got all queriers, expected at least one to stay")
-        remaining = list(self.queriers)
+        remaining = list(self.qar.ids_by_name)
         self._replace_rows(
             tuple(remaining[index] for index in kept),
             lambda experts, name: _take(getattr(experts, name), 0, kept),
@@ -186,17 +185,17 @@ class MembershipMixin:
         self._check_own_experts()
         self._check_idle()
         loaded = expert_files.load(self, folder, None if queriers is None else _as_list(queriers), check_base)
-        new = [name for name in loaded if name not in self.queriers]
+        new = [name for name in loaded if name not in self.qar.ids_by_name]
         if new:
             self.add_queriers(new)
         with torch.no_grad():
             for name, tensors in loaded.items():
-                for key, row in expert_files.rows(self, self.queriers[name]).items():
+                for key, row in expert_files.rows(self, self.qar.ids_by_name[name]).items():
                     row.copy_(tensors[key])
 
     def _ids(self, names: list[str]) -> list[int]:
         self._check_named()
-        queriers = self.queriers
+        queriers = self.qar.ids_by_name
         unknown = [name for name in names if name not in queriers]
         if unknown or not names or len(set(names)) != len(names):
             raise ValueError(

@@ -94,6 +94,8 @@ def test_a_run_that_was_stopped_early_can_be_resumed():
         (lambda r: r["machine"].pop("cores"), "machine: missing cores"),
         (lambda r: r["versions"].clear(), "versions: missing torch"),
         (lambda r: r.update(more=1), "unknown keys"),
+        (lambda r: r.update(machine=None), "machine: got NoneType, expected an object"),
+        (lambda r: r.update(versions=[]), "versions: got list, expected an object"),
         (lambda r: r.update(rows=[]) or r["machine"].pop("calibration"), "rows: got none"),
         (lambda r: r.update(refused=[{"op": "x"}]), r"refused\[0\]: missing"),
     ],

@@ -166,6 +166,8 @@ def test_bold_emphasis_is_a_direction(tmp_path):
     assert [turn.text for turn in scene.turns] == ["a b ***so*** c _d_ and ***e***", "f"]
     with pytest.raises(UserError, match=r"show\.md:1: broken speaker"):
         read_transcript(write(tmp_path, "***A:***\na\n", "show.md"))
+    with pytest.raises(UserError, match=r"show\.md:2: broken speaker"):
+        read_transcript(write(tmp_path, "**A:** a\n***B: where were you***\n", "show.md"))
 
 
 def test_comments_are_not_spoken(tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
     NAMES,
@@ -20,7 +21,7 @@ from tiny_models import (
     train,
 )
 
-from qar_models import delete_experts, merge_shared
+from qar_models import delete_experts, expert_files, merge_shared
 from qar_models.base_identity import weight_sample
 
 
@@ -120,6 +121,10 @@ def test_a_base_with_more_tokens_is_the_same(tmp_path):
     model.load_experts(tmp_path)
     model.lm_head.weight.data.neg_()
     with pytest.raises(ValueError, match=r"other values in lm_head\.weight"):
+        model.load_experts(tmp_path)
+    model = named_model()
+    model.model.embed_tokens.weight.data[64:] += 1  # far behind the tokens that every vocabulary begins with
+    with pytest.raises(ValueError, match=r"other values in model\.embed_tokens\.weight"):
         model.load_experts(tmp_path)
 
 
@@ -248,6 +253,17 @@ def test_several_processes_save_into_one_folder(tmp_path):
     assert set(index["queriers"]) == set(MANY)
     assert {path.name for path in tmp_path.glob("*.safetensors")} == set(index["queriers"].values())
     aware_model(num_queriers=1, querier_names=["Stuart"]).load_experts(tmp_path)
+
+
+def test_waiting_for_a_turn_is_said_and_ends(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(expert_files, "_PATIENCE", (0.01, 0.01))
+    tmp_path.chmod(0o777)
+    with FileLock(tmp_path / ".lock"), pytest.raises(TimeoutError, match=r"\.lock: still locked after"):
+        named_model().save_experts(tmp_path)
+    assert "waiting for another process" in caplog.text
+    (tmp_path / ".lock").unlink()
+    named_model().save_experts(tmp_path)
+    assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o666  # whoever may write here may lock
 
 
 def test_an_expert_is_read_while_another_process_replaces_it(tmp_path):

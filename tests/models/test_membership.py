@@ -39,8 +39,10 @@ def test_names():
 def test_names_are_looked_up_in_one_table():
     model = named_model()
     assert model.qar.ids_by_name is model.qar.ids_by_name
-    with pytest.raises(TypeError):
-        model.queriers["guest"] = -1
+    mine = model.queriers
+    assert json.loads(json.dumps(mine)) == pickle.loads(pickle.dumps(mine)) == copy.deepcopy(mine) == mine
+    mine["guest"] = -1
+    assert "guest" not in model.queriers
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     assert json.loads(json.dumps(model.qar.to_dict()))["querier_names"] == list(NAMES)
     model.qar = dataclasses.replace(model.qar, querier_names=NAMES[::-1])

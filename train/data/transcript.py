@@ -35,9 +35,9 @@ MARKED_SPEECH = re.compile(rf"(?:[>+-]|\*(?=\s)|\d+[.)])\s*{SPEECH.pattern}")
 RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}")
 DIRECTION = re.compile(
     r"\*(?![*\s])(?:[^*]|\*\*[^*]+\*\*)+\*|_(?![_\s])(?:[^_]|(?<=\w)_(?=\w))+_"
-    r"|([*_])\1\1[^*_\s](?:[^*_]*[^*_\s:：])?\1{3}"  # with a colon it is a speaker that is broken
+    r"|([*_])\1\1[^*_\s:：](?:[^*_:：]*[^*_\s:：])?\1{3}"  # with a colon it is a speaker that is broken
 )
-COMMENT = re.compile(r"([ \t]*)<!--.*?-->([ \t]*)", re.DOTALL)
+COMMENT = re.compile(r"(?<![ \t])([ \t]*)<!--.*?-->([ \t]*)", re.DOTALL)
 UNDERLINE = re.compile(r"=+|-{3,}")
 LINE_END = re.compile(r"\r\n?")
 """Of Windows, and of old Macs."""
