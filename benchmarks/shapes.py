@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MODELS = {
-    "Llama-3-8B": (4096, 14336),
-    "Qwen2.5-7B": (3584, 18944),
-    "Qwen2.5-0.5B": (896, 4864),
-    "SmolLM2-135M": (576, 1536),
-}
+from qar_kernels.model_shapes import MODEL_SHAPES
+
+MODELS = {name: MODEL_SHAPES[name] for name in ("Llama-3-8B", "Qwen2.5-7B", "Qwen2.5-0.5B", "SmolLM2-135M")}
 # The matrix of the GPU suite (design: T x Q at R 64 for the first model; ranks and models around it).
 ROWS = (1, 16, 64, 256, 4096, 16384)
 QUERIERS = (1, 8, 16, 64, 256)

@@ -19,6 +19,7 @@ from itertools import chain
 from multiprocessing import get_context
 
 from qar_kernels import roofline
+from qar_kernels.model_shapes import MODEL_SHAPES
 from qar_kernels.triton import shipped
 from qar_kernels.triton.machine_code import (
     ARCHITECTURES,
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="sm_90")
     parser.add_argument("--all", action="store_true", help="every shipped configuration, shape, rank, dtype")
     parser.add_argument("--config", help="of these only one configuration, such as sm90_decode")
-    parser.add_argument("--shape", choices=sorted(shipped.ALL_SHAPES), help="the H and I of a model")
+    parser.add_argument("--shape", choices=sorted(MODEL_SHAPES), help="the H and I of a model")
     parser.add_argument("--rank", type=int, choices=shipped.RANKS)
     parser.add_argument("--lora-rank", type=int, choices=(0, *shipped.LORA_RANKS), help="0: no adapters")
     parser.add_argument("--dtype", choices=sorted(shipped.DTYPES))

@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from qar_kernels.model_shapes import MODEL_SHAPES
 from qar_kernels.segments import Segments
 from qar_kernels.tile_plan import tile_plan
 from qar_kernels.triton import base_mlp, launch
@@ -22,20 +23,8 @@ from qar_kernels.triton.lora import LoraOperands, draw_mask
 from qar_kernels.triton.runner import Recorded, recording
 from qar_kernels.weights import SwiGLUWeights
 
-# H and I: of the two models at which everything is compiled, and of others that can be asked for
-SHAPES = {"Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
-OTHER_SHAPES = {
-    "Llama-3-70B": (8192, 28672),
-    "Llama-3.2-1B": (2048, 8192),
-    "Llama-3.2-3B": (3072, 8192),
-    "Qwen2.5-0.5B": (896, 4864),
-    "Qwen2.5-1.5B": (1536, 8960),
-    "Qwen2.5-72B": (8192, 29568),
-    "Qwen3-4B": (2560, 9728),
-    "SmolLM2-135M": (576, 1536),
-    "SmolLM2-360M": (960, 2560),
-}
-ALL_SHAPES = {**SHAPES, **OTHER_SHAPES}
+# At these everything is compiled; at the others what is asked for.
+SHAPES = {name: MODEL_SHAPES[name] for name in ("Llama-3-8B", "Qwen2.5-7B")}
 RANKS = (8, 16, 32, 64, 128)
 TOWERS = ("fused", "dual", "expert")
 LORA_RANKS = (16, 64)  # of adapters on all three base projections, with dropout
@@ -121,7 +110,7 @@ def _launches(
             launch.down(call, base.h, expert.h, x, None, low)
             if case.tower == "expert":
                 launch.down(call, base.h, expert.h, x, x)
-                _base_mlp(x.new_empty(rows, ALL_SHAPES[case.shape][1]))
+                _base_mlp(x.new_empty(rows, MODEL_SHAPES[case.shape][1]))
             for kept in keep_h:
                 grads = launch.d_hidden(call, x, x, base, expert, kept, low)
             launch.d_input(call, *grads, x)
@@ -129,7 +118,7 @@ def _launches(
             _optimizer_step(call.experts.gate)
         if case.lora_rank:
             draw_mask(
-                torch.empty(1, dtype=torch.int64, device="meta"), x.shape[0], ALL_SHAPES[case.shape][1], 0.1
+                torch.empty(1, dtype=torch.int64, device="meta"), x.shape[0], MODEL_SHAPES[case.shape][1], 0.1
             )
     return recorded
 
@@ -151,7 +140,7 @@ def _optimizer_step(bank: Tensor) -> None:
 
 def _call(case: Case, rows: int) -> tuple[Call, Tensor]:
     """A batch of ``rows`` rows and four experts."""
-    hidden, inter = ALL_SHAPES[case.shape]
+    hidden, inter = MODEL_SHAPES[case.shape]
     experts = 4
 
     def empty(*size: int) -> Tensor:

@@ -16,6 +16,7 @@ import adamw_helpers
 import lora_helpers
 from helpers import TOWERS, Case, check, run
 
+from benchmarks.shapes import MODELS
 from qar_kernels import Segments, fused_mlp, reference
 from qar_kernels.triton import launch
 from qar_models import optim
@@ -52,11 +53,11 @@ def test_against_float64(monkeypatch, rows, tower, dtype, rank):
     check(Case(ids(rows, 9), H=hidden, I=inter, R=rank, E=9), tower, "triton", dtype, device=DEVICE)
 
 
-MODELS = [(4096, 14336), (3584, 18944), (896, 4864), (576, 1536)] if CARD else [(64, 96)]
+SHAPES = list(MODELS.values()) if CARD else [(64, 96)]
 
 
 @pytest.mark.parametrize("rows", [7, 513] if CARD else [7])
-@pytest.mark.parametrize(("hidden", "inter"), MODELS)
+@pytest.mark.parametrize(("hidden", "inter"), SHAPES)
 def test_model_shapes(hidden, inter, rows):
     """At 7 rows the K loops are split."""
     check(Case(ids(rows, 7), H=hidden, I=inter, R=64, E=7), "fused", "triton", HALF, device=DEVICE)
