@@ -72,7 +72,7 @@ class MembershipMixin:
             raise TypeError(f"names: got {names!r}, expected a sequence of names")
         if len(names) != self.qar.num_queriers:
             raise ValueError(f"names: got {len(names)} names, expected {self.qar.num_queriers}")
-        self._set_names(tuple(names))
+        self.qar = dataclasses.replace(self.qar, querier_names=tuple(names))
 
     def add_queriers(
         self, names: Names, init: Literal["zero", "mean"] = "zero", like: str | None = None
@@ -265,9 +265,6 @@ class MembershipMixin:
         if self.contrast is not None:
             self.contrast.num_queriers = len(names)
         self.qar = qar
-
-    def _set_names(self, names: tuple[str, ...]) -> None:
-        self.qar = dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names)
 
 
 def _as_list(names: Names) -> list[str]:

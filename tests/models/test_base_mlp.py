@@ -1,17 +1,14 @@
 """Which base MLPs the fused operations take over: those whose arithmetic is known; the others say why not."""
 
-import logging
-
 import pytest
 import torch
-from tiny_models import QUERIER_IDS, left_padded_batch, plain_model, qar_config
+from tiny_models import QUERIER_IDS, left_padded_batch, plain_model, qar_config, reasons
 from transformers import BitNetConfig, FalconH1Config, SeedOssConfig
 from transformers.models.bitnet.modeling_bitnet import BitNetMLP
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
-from transformers.utils import logging as hf_logging
 
 from qar_models import apply_qar, base_mlp
 from qar_models.base_mlp import fusable
@@ -25,15 +22,7 @@ OTHERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def log(caplog):
-    hf_logging.warning_once.cache_clear()
-    caplog.set_level(logging.WARNING)
-    return caplog
-
-
-def reasons(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "qar_models.base_mlp"]
+pytestmark = pytest.mark.usefixtures("log")
 
 
 def with_mlps(kind, config):

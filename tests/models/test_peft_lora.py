@@ -1,6 +1,5 @@
 """PEFT's LoRA on the base MLP stays in the fused operation and computes what PEFT's own modules do."""
 
-import logging
 from contextlib import contextmanager
 
 import pytest
@@ -15,10 +14,10 @@ from tiny_models import (
     plain_model,
     qar_config,
     randomize_experts,
+    reasons,
     training_batch,
 )
 from torch import nn
-from transformers.utils import logging as hf_logging
 
 from qar_models import apply_qar, base_mlp, experts, modeling
 from qar_models.packing import PACKED_ATTENTION
@@ -27,15 +26,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 OPERATION = {"residual": "fused_mlp", "replace": "dual_mlp"}
 
 
-@pytest.fixture(autouse=True)
-def log(caplog):
-    hf_logging.warning_once.cache_clear()
-    caplog.set_level(logging.WARNING)
-    return caplog
-
-
-def reasons(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "qar_models.base_mlp"]
+pytestmark = pytest.mark.usefixtures("log")
 
 
 def adapted(tower="residual", dtype=torch.float32, config=None, expert_gradients="dense", **lora):

@@ -156,3 +156,8 @@ def batch_of(*queriers, seed=0):
     batch["input_ids"] = torch.randint(1, 90, batch["input_ids"].shape, generator=draw)
     batch["labels"] = torch.where(batch["labels"] == -100, -100, batch["input_ids"])
     return batch | {"querier_ids": torch.tensor(queriers)}
+
+
+def reasons(caplog):
+    """Why base MLPs ran in their own modules, as the log says."""
+    return [r.getMessage() for r in caplog.records if r.name == "qar_models.base_mlp"]
