@@ -1,21 +1,24 @@
-"""Segments as a CPU processes them: groups of equally long segments that share batched products.
+"""The rows of a batch as a CPU processes them: groups of equally long segments that share batched products.
 
-The host reads them, because it loops over them. T rows, C segment capacity.
+A segment is the rows of one expert. Grouped in plain Python: a call into PyTorch costs as much as hundreds of
+rows here, and several times as much when the layer before has filled the caches. T rows.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
+class Group(NamedTuple):
     """``count`` segments of equal length, rows ``start`` to ``stop`` of the grouped order.
 
     ``experts`` are their ids, ``slots`` their positions among the present experts in ascending order: a slice
@@ -39,90 +42,107 @@ class RowGroups:
         groups: in the grouped order.
         whole: the group that contains all rows, None if there is none.
         lengths: the number of rows of each group, then of the rows without an expert.
-        present: ``(n,)`` experts that have rows, ascending.
-        max_id: the largest id among them, -1 without any.
+        experts: those that have rows, ascending.
+        device: that of the batch.
     """
 
     order: Tensor | None
     groups: tuple[Group, ...]
     whole: Group | None
     lengths: tuple[int, ...]
-    present: Tensor
-    max_id: int
+    experts: tuple[int, ...]
+    device: torch.device
 
     @property
     def used(self) -> int:
         """Rows that have an expert."""
         return self.groups[-1].stop if self.groups else 0
 
+    @property
+    def max_id(self) -> int:
+        """The largest id, -1 without any."""
+        return self.experts[-1] if self.experts else -1
+
+    @cached_property
+    def present(self) -> Tensor:
+        """:attr:`experts` as ``(n,)`` int64."""
+        return torch.tensor(self.experts, dtype=torch.int64, device=self.device)
+
 
 class _Segment(NamedTuple):
+    length: int
+    first_row: int
+    """Segments in this order need no reordering of rows, where each was one sequence."""
+    rows: list[int]
     expert: int
     slot: int
     """Its position among the present experts."""
-    at: int
-    """Its start in ``perm``."""
-    length: int
-    first_row: int
-    """Its first row in the batch: segments in this order need no reordering of rows."""
 
 
-def group_rows(perm: Tensor, offsets: Tensor, experts: Tensor, most: int) -> RowGroups:
-    """Group the segments of :class:`qar_kernels.Segments`; this reads them on the host.
+def group_rows(row_expert: Tensor, most: int) -> RowGroups:
+    """Group the rows of a batch; this reads their experts on the host.
 
     Args:
-        perm: ``(T,)``, row numbers sorted by expert.
-        offsets: ``(C + 1,)``, bounds of the segments in ``perm``.
-        experts: ``(C,)``, expert of each segment, -1 where unused.
+        row_expert: ``(T,)`` int64, the expert of each row, negative for none.
         most: segments whose weights may be copied together. With 1 every segment is a group of its own, and
             no result depends on another segment.
     """
-    segments = _segments(perm, offsets, experts)
-    present = torch.tensor([segment.expert for segment in segments], dtype=torch.int64, device=perm.device)
-    used = sum(segment.length for segment in segments)
-    segments.sort(key=lambda segment: (segment.length if most > 1 else 0, segment.first_row))
-    order = torch.cat([*(perm[s.at : s.at + s.length] for s in segments), perm[used:]])
-    if torch.equal(order, torch.arange(order.shape[0], device=order.device)):
-        order = None
-    groups, start = [], 0
-    for length, equal in groupby(segments, key=lambda segment: segment.length):
-        for together in _together(list(equal), most):
-            stop = start + len(together) * length
-            ids, slots = [s.expert for s in together], [s.slot for s in together]
-            groups.append(Group(start, stop, len(ids), _index(ids, perm.device), _index(slots, perm.device)))
-            start = stop
-    whole = groups[0] if len(groups) == 1 and used == perm.shape[0] else None
-    lengths = *(group.stop - group.start for group in groups), perm.shape[0] - used
-    max_id = max((segment.expert for segment in segments), default=-1)
-    return RowGroups(order, tuple(groups), whole, lengths, present, max_id)
+    device = row_expert.device
+    rows, without = _rows_of(row_expert.tolist())
+    experts = tuple(sorted(rows))
+    segments = [_Segment(len(rows[e]), rows[e][0], rows[e], e, slot) for slot, e in enumerate(experts)]
+    segments.sort(key=None if most > 1 else itemgetter(1))  # by length, then by first row
+    runs = [run for _, equal in groupby(segments, key=itemgetter(0)) for run in _together(list(equal), most)]
+    groups = tuple(_groups(runs, device))
+    whole = groups[0] if len(groups) == 1 and not without else None
+    lengths = *(group.stop - group.start for group in groups), len(without)
+    order = _order([*(segment.rows for segment in segments), without], device)
+    return RowGroups(order, groups, whole, lengths, experts, device)
 
 
-def _segments(perm: Tensor, offsets: Tensor, experts: Tensor) -> list[_Segment]:
-    bounds, ids = offsets.tolist(), experts.tolist()
-    first_rows = perm[offsets[:-1].clamp(max=max(perm.shape[0] - 1, 0))].tolist() if perm.shape[0] else ids
-    return [
-        _Segment(expert, slot, at, end - at, first)
-        for slot, (expert, at, end, first) in enumerate(
-            zip(ids, bounds[:-1], bounds[1:], first_rows, strict=True)
-        )
-        if expert >= 0
-    ]
+def _rows_of(row_expert: list[int]) -> tuple[dict[int, list[int]], list[int]]:
+    """Row numbers, ascending: of each expert, and of none."""
+    rows: dict[int, list[int]] = defaultdict(list)
+    for row, expert in enumerate(row_expert):
+        rows[expert].append(row)
+    nobody = [expert for expert in rows if expert < 0]
+    return rows, sorted(chain.from_iterable(rows.pop(expert) for expert in nobody))
+
+
+def _order(parts: list[list[int]], device: torch.device) -> Tensor | None:
+    """The rows of all ``parts``, None if they are 0, 1, 2 and so on."""
+    rows = list(chain.from_iterable(parts))
+    return None if rows == list(range(len(rows))) else torch.tensor(rows, device=device)
 
 
 def _together(segments: list[_Segment], most: int) -> Iterator[list[_Segment]]:
     """Cut ``segments``: consecutive experts need no copy, so all at once; others ``most`` at a time."""
-    if most > 1 and _are_consecutive([segment.expert for segment in segments]):
+    if len(segments) == 1 or (most > 1 and _are_consecutive([segment.expert for segment in segments])):
         yield segments
         return
     for at in range(0, len(segments), most):
         yield segments[at : at + most]
 
 
-def _index(numbers: list[int], device: torch.device) -> slice | Tensor:
-    """An index for these rows: a slice, which copies nothing, if they are consecutive."""
-    if _are_consecutive(numbers):
-        return slice(numbers[0], numbers[-1] + 1)
-    return torch.tensor(numbers, device=device)
+def _groups(runs: list[list[_Segment]], device: torch.device) -> Iterator[Group]:
+    """A group for each of ``runs``: segments of equal length that share products."""
+    experts = _indices([[segment.expert for segment in run] for run in runs], device)
+    slots = _indices([[segment.slot for segment in run] for run in runs], device)
+    start = 0
+    for run, *index in zip(runs, experts, slots, strict=True):
+        stop = start + len(run) * run[0].length
+        yield Group(start, stop, len(run), *index)
+        start = stop
+
+
+def _indices(runs: list[list[int]], device: torch.device) -> list[slice | Tensor]:
+    """An index for each of ``runs``: a slice, which copies nothing, if its numbers are consecutive."""
+    slices = [slice(run[0], run[-1] + 1) if _are_consecutive(run) else None for run in runs]
+    if None not in slices:
+        return slices
+    numbers = torch.tensor(list(chain.from_iterable(runs)), device=device)
+    parts = numbers.split_with_sizes([len(run) for run in runs])
+    return [part if index is None else index for index, part in zip(slices, parts, strict=True)]
 
 
 def _are_consecutive(numbers: list[int]) -> bool:

@@ -66,15 +66,15 @@ class Products(Protocol):
         """
 
 
-def make_products(perm: Tensor, offsets: Tensor, experts: Tensor, weight: Tensor) -> Products:
+def make_products(row_expert: Tensor, weight: Tensor) -> Products:
     """The products of a batch with experts of the shape of ``weight`` (E, R, H).
 
-    The first three are those of :class:`qar_kernels.Segments`; they are read on the host.
+    ``row_expert`` (T,) is read on the host: the expert of each row, negative for none.
 
     Raises:
         ValueError: if there is no such expert.
     """
-    groups = group_rows(perm, offsets, experts, _most_together(weight))
+    groups = group_rows(row_expert, _most_together(weight))
     if groups.max_id >= weight.shape[0]:
         raise ValueError(f"seg: got expert id {groups.max_id}, expected ids below {weight.shape[0]} experts")
     if groups.whole is None:
@@ -231,6 +231,6 @@ def _weights(weight: Tensor, group: Group) -> Tensor:
 
 def _gradient(like: Tensor, groups: RowGroups, shape: torch.Size, sparse: bool) -> Tensor:
     """The buffer for the experts' gradients, zeroed if some experts are absent."""
-    count = groups.present.shape[0]
+    count = len(groups.experts)
     # If every row gets written, nothing needs zeroing: filling is half the cost of a small batch.
     return like.new_empty(count, *shape[1:]) if sparse or count == shape[0] else like.new_zeros(shape)

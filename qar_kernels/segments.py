@@ -2,7 +2,8 @@
 
 T rows (flattened tokens), C segment capacity (an upper bound on the number of experts present).
 Everything is a tensor of fixed shape on the ids' device: no value is read back to the host, so the
-same code runs eagerly, under ``torch.compile`` and inside a CUDA graph.
+same code runs eagerly, under ``torch.compile`` and inside a CUDA graph. On a CPU the rows are sorted when
+somebody asks: the torch backend groups them by itself (:mod:`qar_kernels.row_groups`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from qar_kernels.host import is_capturing, is_readable
 
 _LAST = torch.iinfo(torch.int64).max
+_SORTED = "sorted rows"
 IdsLike = Tensor | Sequence[int]
 Value = TypeVar("Value")
 
@@ -39,26 +41,53 @@ def _outside_inference_mode() -> AbstractContextManager:
     return torch.inference_mode(False) if leaves else nullcontext()
 
 
+class SortedRows(NamedTuple):
+    """See the properties of :class:`Segments` of the same names."""
+
+    perm: Tensor
+    offsets: Tensor
+    experts: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """Rows grouped by expert.
 
     Attributes:
         row_expert: ``(T,)`` int64, expert of each row in the batch's own order, -1 for none.
-        perm: ``(T,)`` int64, row numbers sorted by expert (stable); rows without an expert come last.
-        offsets: ``(C + 1,)`` int64, segment ``s`` owns ``perm[offsets[s]:offsets[s + 1]]``; unused
-            segments at the end are empty.
-        experts: ``(C,)`` int64, the expert of each segment, -1 where unused.
+        capacity: C.
         max_id: largest expert id, or None where it is only known on an accelerator.
     """
 
     row_expert: Tensor
-    perm: Tensor
-    offsets: Tensor
-    experts: Tensor
+    capacity: int
     max_id: int | None = None
+    _memo: dict[object, Any] = field(default_factory=dict, repr=False)
     _mode: str = field(default_factory=_execution_mode, init=False, repr=False)
-    _memo: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not is_readable(self.row_expert):
+            _ = self.sorted_rows  # a CUDA graph captured later finds them
+
+    @property
+    def sorted_rows(self) -> SortedRows:
+        """:attr:`perm`, :attr:`offsets` and :attr:`experts`, made once per batch."""
+        return self.memo(_SORTED, lambda: _sort(self.row_expert, self.capacity))
+
+    @property
+    def perm(self) -> Tensor:
+        """``(T,)`` int64, row numbers sorted by expert (stable); rows without an expert come last."""
+        return self.sorted_rows.perm
+
+    @property
+    def offsets(self) -> Tensor:
+        """``(C + 1,)`` int64: segment ``s`` owns ``perm[offsets[s]:offsets[s + 1]]``; unused ones last."""
+        return self.sorted_rows.offsets
+
+    @property
+    def experts(self) -> Tensor:
+        """``(C,)`` int64, the expert of each segment, -1 where unused."""
+        return self.sorted_rows.experts
 
     @property
     def num_rows(self) -> int:
@@ -72,9 +101,9 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         """The same on another device."""
-        tensors = (self.row_expert, self.perm, self.offsets, self.experts)
         with _outside_inference_mode():
-            return Segments(*(tensor.to(device) for tensor in tensors), self.max_id)
+            rows = SortedRows(*(tensor.to(device) for tensor in self.sorted_rows))
+            return Segments(self.row_expert.to(device), self.capacity, self.max_id, {_SORTED: rows})
 
     def memo(self, key: object, make: Callable[[], Value]) -> Value:
         """``make()``, computed once per batch and shared by all layers; backends keep theirs here.
@@ -119,11 +148,13 @@ class Segments:
         return ids, replace(renumbered, max_id=ids.shape[0] - 1)
 
     def _renumbered(self) -> tuple[Tensor, Segments]:
-        used = self.experts >= 0
-        slot = torch.searchsorted(torch.where(used, self.experts, _LAST), self.row_expert)
+        perm, offsets, experts = self.sorted_rows
+        used = experts >= 0
+        slot = torch.searchsorted(torch.where(used, experts, _LAST), self.row_expert)
         row_slot = torch.where(self.row_expert >= 0, slot, -1)
-        slots = torch.where(used, torch.arange(used.shape[0], device=self.device), -1)
-        return self.experts.clamp(min=0), Segments(row_slot, self.perm, self.offsets, slots)
+        slots = torch.where(used, torch.arange(self.capacity, device=self.device), -1)
+        rows = SortedRows(perm, offsets, slots)
+        return experts.clamp(min=0), Segments(row_slot, self.capacity, _memo={_SORTED: rows})
 
     def require_ids_below(self, num_experts: int) -> None:
         """Raise ``ValueError`` for an expert id that is too large; an accelerator asserts it by itself."""
@@ -150,7 +181,8 @@ class Segments:
             ValueError: if they are not one-dimensional or (checked on the CPU) below -1.
         """
         ids, max_id = _checked_ids(expert_ids)
-        return cls._group(ids, capacity=ids.shape[0], max_id=max_id)
+        with _outside_inference_mode():
+            return cls(ids.clone(), ids.shape[0], max_id)  # a copy: the caller may overwrite the ids
 
     @classmethod
     def from_sequences(cls, expert_ids: IdsLike, seq_len: int) -> Segments:
@@ -167,7 +199,8 @@ class Segments:
         """
         _check_count(seq_len, "seq_len")
         ids, max_id = _checked_ids(expert_ids)
-        return cls._group(ids.repeat_interleave(seq_len), capacity=ids.shape[0], max_id=max_id)
+        with _outside_inference_mode():
+            return cls(ids.repeat_interleave(seq_len), ids.shape[0], max_id)
 
     @classmethod
     def from_cu_seqlens(
@@ -195,26 +228,20 @@ class Segments:
         total = int(bounds[-1]) if num_rows is None else num_rows
         rows = torch.arange(total, device=ids.device)
         sequence = torch.searchsorted(bounds[1:].contiguous(), rows, right=True)
-        return cls._group(ids[sequence], capacity=ids.shape[0], max_id=max_id)
-
-    @classmethod
-    def _group(cls, row_expert: Tensor, capacity: int, max_id: int | None) -> Segments:
         with _outside_inference_mode():
-            return cls._sorted(
-                row_expert.clone(), capacity, max_id
-            )  # a copy: the caller may overwrite the ids
+            return cls(ids[sequence], ids.shape[0], max_id)
 
-    @classmethod
-    def _sorted(cls, row_expert: Tensor, capacity: int, max_id: int | None) -> Segments:
-        key, perm = torch.where(row_expert < 0, _LAST, row_expert).sort(stable=True)
-        starts = torch.ones_like(key, dtype=torch.bool)
-        starts[1:] = key[1:] != key[:-1]
-        # Rows without an expert sort behind every segment, so a segment's offset never counts them.
-        segment_of = torch.where(key == _LAST, capacity, starts.cumsum(0) - 1)
-        offsets = torch.searchsorted(segment_of, torch.arange(capacity + 1, device=key.device))
-        used = offsets[1:] > offsets[:-1]
-        first = key[offsets[:-1].clamp(max=max(key.shape[0] - 1, 0))] if key.shape[0] else offsets[:-1]
-        return cls(row_expert, perm, offsets, torch.where(used, first, -1), max_id)
+
+def _sort(row_expert: Tensor, capacity: int) -> SortedRows:
+    key, perm = torch.where(row_expert < 0, _LAST, row_expert).sort(stable=True)
+    starts = torch.ones_like(key, dtype=torch.bool)
+    starts[1:] = key[1:] != key[:-1]
+    # Rows without an expert sort behind every segment, so a segment's offset never counts them.
+    segment_of = torch.where(key == _LAST, capacity, starts.cumsum(0) - 1)
+    offsets = torch.searchsorted(segment_of, torch.arange(capacity + 1, device=key.device))
+    used = offsets[1:] > offsets[:-1]
+    first = key[offsets[:-1].clamp(max=max(key.shape[0] - 1, 0))] if key.shape[0] else offsets[:-1]
+    return SortedRows(perm, offsets, torch.where(used, first, -1))
 
 
 def _check_count(rows: int, name: str) -> None:

@@ -6,7 +6,7 @@ every segment runs dense matrix products (:mod:`qar_kernels.row_products`).
 With one thread, and R and H multiples of 8, a segment's bits depend on its own rows alone; with more threads,
 how a product or a buffer is split may depend on the rest of the batch.
 
-Registered as custom operators because the loop over segments reads the segment bounds on the host:
+Registered as custom operators because the loop over segments reads the rows' experts on the host:
 ``torch.compile`` then sees one opaque node instead of a graph break.
 """
 
@@ -48,7 +48,7 @@ def expert_mlp(
     # A registered operator costs about 60 us a call, as much as the whole work at T = 8, H = 512:
     # eager tensors do without.
     if not is_eager(x):
-        return torch.ops.qar.expert_mlp(x, *weights, segments.perm, segments.offsets, segments.experts)[0]
+        return torch.ops.qar.expert_mlp(x, *weights, segments.row_expert)[0]
     products = products_of(segments, expert_gate)
     if torch.is_grad_enabled() and _need_gradients(x, *weights):
         return _ExpertMLP.apply(x, *weights, products, sparse_gradients)
@@ -60,10 +60,7 @@ def products_of(segments: Segments, weight: Tensor) -> Products:
 
     Its groups are read on the host once per batch, see :meth:`Segments.memo`.
     """
-    return segments.memo(
-        (weight.shape, weight.dtype),
-        lambda: make_products(segments.perm, segments.offsets, segments.experts, weight),
-    )
+    return segments.memo((weight.shape, weight.dtype), lambda: make_products(segments.row_expert, weight))
 
 
 def _need_gradients(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -87,17 +84,15 @@ def _forward(
 
 @torch.library.custom_op("qar::expert_mlp", mutates_args=())
 def _expert_mlp(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, perm: Tensor, offsets: Tensor, experts: Tensor
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, row_expert: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    products = make_products(perm, offsets, experts, gate)
+    products = make_products(row_expert, gate)
     y, *pre = _forward(x, *map(products.select_weights, (gate, up, down)), products)
     return y, *(rows.view(x.shape[0], -1) for rows in pre)
 
 
 @_expert_mlp.register_fake
-def _(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, perm: Tensor, offsets: Tensor, experts: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, row_expert: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pre = x.new_empty(x.shape[0], gate.shape[1])
     return torch.empty_like(x), pre, torch.empty_like(pre)
 
@@ -150,13 +145,11 @@ def _expert_mlp_backward(
     down: Tensor,
     gate_pre: Tensor,
     up_pre: Tensor,
-    perm: Tensor,
-    offsets: Tensor,
-    experts: Tensor,
+    row_expert: Tensor,
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    products = make_products(perm, offsets, experts, gate)
+    products = make_products(row_expert, gate)
     taken, pre = map(products.select_weights, (gate, up, down)), map(products.as_grouped, (gate_pre, up_pre))
     grads = _grads(d_y, x, *taken, *pre, products, (gate.shape, down.shape), needs_x, needs_weights)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
@@ -171,9 +164,7 @@ def _(
     down: Tensor,
     gate_pre: Tensor,
     up_pre: Tensor,
-    perm: Tensor,
-    offsets: Tensor,
-    experts: Tensor,
+    row_expert: Tensor,
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,11 +175,11 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    x, gate, up, down, *segments = inputs
+    x, gate, up, down, row_expert = inputs
     _, gate_pre, up_pre = output
     ctx.mark_non_differentiable(gate_pre, up_pre)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, gate, up, down, gate_pre, up_pre, *segments)
+    ctx.save_for_backward(x, gate, up, down, gate_pre, up_pre, row_expert)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor, *_unused: Tensor) -> tuple:
@@ -197,7 +188,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, d_y: Tensor, *_unused: T
         d_y.contiguous(), *ctx.saved_tensors, needs_x, any(needs_weight)
     )
     wanted = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:4], strict=True))
-    return *wanted, None, None, None
+    return *wanted, None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
