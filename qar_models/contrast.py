@@ -101,10 +101,10 @@ class QuerierContrast(nn.Module):
         self._check(querier_states, response_mask, querier_ids, cluster_ids, cu_seq_lens)
         device = querier_states.device
         querier_ids, cluster_ids = (ids.to(device, torch.int64) for ids in (querier_ids, cluster_ids))
-        mask = response_mask.to(querier_states)
-        weighted = self.norm_role_proj(querier_states) * mask.unsqueeze(-1)
-        summed, count = (_sum_sequences(values, cu_seq_lens) for values in (weighted, mask.unsqueeze(-1)))
-        pooled = summed / count.clamp(min=1)
+        mask = response_mask.to(querier_states).unsqueeze(-1)
+        weighted = self.norm_role_proj(querier_states) * mask
+        summed, count = (_sum_sequences(values, cu_seq_lens) for values in (weighted, mask))
+        pooled = (summed / count.clamp(min=1)).to(weighted.dtype)
         views = self._project(pooled, cluster_ids)
         # cosines are divided by the temperature: bf16 would leave the logits two digits
         views = views.to(torch.promote_types(views.dtype, torch.float32))
@@ -228,11 +228,15 @@ def _cosines(views: Tensor, prototypes: Tensor, cluster_ids: Tensor) -> Tensor:
 
 
 def _sum_sequences(values: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
-    """Over each sequence's tokens: ``(B, S, H)`` -> ``(B, H)``, or packed ``(1, S, H)`` -> ``(N, H)``."""
+    """Over each sequence's tokens: ``(B, S, H)`` -> ``(B, H)``, or packed ``(1, S, H)`` -> ``(N, H)``.
+
+    In fp32 or better: bf16 counts no further than 256, and segment_reduce adds up in the dtype it is given.
+    """
+    dtype = torch.promote_types(values.dtype, torch.float32)
     if cu_seq_lens is None:
-        return values.sum(1)
+        return values.sum(1, dtype=dtype)
     # unless unsafe, segment_reduce checks the bounds on the host, which waits for the device
-    return torch.segment_reduce(values[0], "sum", offsets=cu_seq_lens.long(), unsafe=True)
+    return torch.segment_reduce(values[0].to(dtype), "sum", offsets=cu_seq_lens.long(), unsafe=True)
 
 
 def _check_range(name: str, ids: Tensor, lowest: int, highest: int) -> None:

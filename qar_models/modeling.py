@@ -248,7 +248,7 @@ class QARModelMixin:
             last_hidden_state = self.norm(states, now=True)
         else:
             # without any layer of experts the towers never part
-            general, states = (states, states) if len(states) == batch_size else split(states)
+            general, states = (states, states) if states.shape[0] == batch_size else split(states)
             last_hidden_state = (self.norm(general, now=True) + self.norm_specific(states)) / 2
         hidden_states = out.hidden_states
         if hidden_states is not None:

@@ -47,6 +47,8 @@ def make_towers(
         ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return TowerBatch(_segments(ids, seq_len), batch_size)
     ids = _checked_ids(querier_ids, qar, shapes)
+    if ids.is_meta and device.type != "meta":
+        raise ValueError(f"querier_ids: got device meta, which has no values, expected {device}")
     may_be_unknown = not _are_known(ids)
     ids = ids.to(device)
     if not trained_ids:

@@ -145,6 +145,22 @@ def pooled_states(contrast, batch):
     return (normed * mask).sum(1) / mask.sum(1)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_long_answer_is_averaged_in_bf16(packed):
+    """Packed rows were summed, and counted, in bf16: 256 + 1 is 256 there."""
+    torch.manual_seed(0)
+    states, mask = 1 + torch.randn(2, 700, HIDDEN).bfloat16(), torch.ones(2, 700, dtype=torch.int64)
+    ids = {"querier_ids": torch.tensor([0, 2]), "cluster_ids": torch.tensor([0, 1])}
+    exact, rounded = new_contrast().bfloat16().float(), new_contrast().bfloat16()
+    exact(states.float(), mask, **ids)
+    if packed:
+        bounds = torch.tensor([0, 700, 1400])
+        rounded(states.view(1, 1400, -1), mask.view(1, -1), **ids, cu_seq_lens=bounds)
+    else:
+        rounded(states, mask, **ids)
+    torch.testing.assert_close(rounded.totals, exact.totals, rtol=0.05, atol=0.05)
+
+
 def test_a_first_batch_has_no_prototypes_and_no_loss():
     contrast, batch = new_contrast(), fixed_batch([0, 1])
     loss = contrast(**batch)

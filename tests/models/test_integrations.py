@@ -125,6 +125,20 @@ def test_a_traced_model_refuses_ids_too(tower, policy, lowest, how):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("tower", TOWERS)
+def test_an_exported_model_takes_batches_of_any_size(tower):
+    model, batch = aware_model(tower=tower), left_padded_batch(padding=0)
+    inputs = {**batch, "querier_ids": QUERIER_IDS, "use_cache": False}
+    size = torch.export.Dim("batch", min=2, max=16)
+    shapes = {name: None if value is False else {0: size} for name, value in inputs.items()}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
+    twice = {name: torch.cat((value, value)) for name, value in inputs.items() if value is not False}
+    twice["use_cache"] = False
+    with torch.no_grad():
+        torch.testing.assert_close(exported(**twice).logits, model(**twice).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("tower", TOWERS)
 def test_compiled_training_step_at_changing_lengths(tower):
     model = aware_model(tower=tower, num_clusters=2, projection_dim=8).train()
     batch = training_batch()

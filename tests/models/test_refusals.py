@@ -27,6 +27,7 @@ def model():
         (["anna", "bo", "cy"], TypeError, r"querier_ids: got \['anna', 'bo', 'cy'\], expected integers"),
         (torch.tensor([0, 5, 2]), ValueError, "querier_ids: got 5, expected ids from -1 to 4"),
         (torch.tensor([0, -2, 2]), ValueError, "querier_ids: got -2, expected ids from -1 to 4"),
+        (torch.zeros(3, dtype=torch.long, device="meta"), ValueError, "querier_ids: got device meta"),
     ],
 )
 def test_querier_ids(model, querier_ids, error, message):
