@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
@@ -63,6 +63,9 @@ class QARConfig:
             ``experts="shared+per_querier"``) or ``"error"`` (a ``ValueError``). Default: ``"none"`` for
             ``"residual"``, ``"error"`` for ``"replace"``.
         querier_names: names in order of id, all different and none empty, saved with the model.
+        querier_experts: the expert of each querier, in order of id: those with the same number share one, but
+            stay different queriers to the contrastive loss. Numbers from 0 on, none left out. Default: an
+            expert each.
         num_clusters: query clusters of the contrastive loss; 0 turns the loss off.
         memory_size: projections remembered per view, cluster and querier (K). Memory is allocated for all
             queriers, :attr:`contrastive_memory_bytes`: 21 GB for 1000 queriers, 10 clusters, K = P = 512.
@@ -90,6 +93,7 @@ class QARConfig:
     first_expert_layer: int = 0
     unknown_querier: UnknownPolicy | None = None
     querier_names: tuple[str, ...] | None = None
+    querier_experts: tuple[int, ...] | None = None
     num_clusters: int = 0
     memory_size: int = 512
     projection_dim: int = 512
@@ -118,6 +122,8 @@ class QARConfig:
             if not all(name.strip() for name in names):
                 raise ValueError("querier_names: got an empty name, expected names that can be read")
             object.__setattr__(self, "querier_names", names)
+        if self.querier_experts is not None:
+            self._check_experts()
         self._check_combinations()
 
     def _check_choice(self, name: str, choices: Any) -> None:
@@ -144,6 +150,22 @@ class QARConfig:
             raise ValueError(f"contrastive_weight: got {self.contrastive_weight}, expected at least 0")
         if self.temperature <= 0:
             raise ValueError(f"temperature: got {self.temperature}, expected a positive number")
+
+    def _check_experts(self) -> None:
+        if self.experts == "shared":
+            raise ValueError("querier_experts: got some with experts='shared', where all queriers share one")
+        experts = tuple(self.querier_experts)
+        if not all(isinstance(expert, Integral) and not isinstance(expert, bool) for expert in experts):
+            raise TypeError(f"querier_experts: got {few(experts)}, expected integers")
+        if len(experts) != self.num_queriers or set(experts) != set(range(len(set(experts)))):
+            raise ValueError(
+                f"querier_experts: got {few(experts)}, expected {self.num_queriers} numbers, one for each "
+                "querier, from 0 on and none left out"
+            )
+        each = experts == tuple(range(self.num_queriers))
+        object.__setattr__(
+            self, "querier_experts", None if each else tuple(int(expert) for expert in experts)
+        )
 
     def _check_combinations(self) -> None:
         if self.unknown_querier == "none" and self.tower == "replace":
@@ -187,7 +209,16 @@ class QARConfig:
     @property
     def num_experts(self) -> int:
         """Experts in each layer's bank (E), without the extra one of ``"shared+per_querier"``."""
-        return 1 if self.experts == "shared" else self.num_queriers
+        if self.experts == "shared":
+            return 1
+        return self.num_queriers if self.querier_experts is None else max(self.querier_experts) + 1
+
+    def experts_of(self, querier_ids: Iterable[int]) -> list[int]:
+        """The experts of these queriers, each once, in order of their first querier."""
+        experts = self.querier_experts
+        return list(
+            dict.fromkeys(querier if experts is None else experts[querier] for querier in querier_ids)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``config.json``."""

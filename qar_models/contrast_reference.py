@@ -21,9 +21,8 @@ class ReferenceContrast(QuerierContrast):
     """All classes compete: also the two phantom ones, and queriers whose memory is still empty."""
 
     def __init__(self, qar: QARConfig, hidden_size: int, norm: nn.Module) -> None:
-        classes = dataclasses.replace(
-            qar, num_queriers=qar.num_queriers + PHANTOM_CLASSES, querier_names=None
-        )
+        count = qar.num_queriers + PHANTOM_CLASSES
+        classes = dataclasses.replace(qar, num_queriers=count, querier_names=None, querier_experts=None)
         super().__init__(classes, hidden_size, norm)
         self.num_queriers = qar.num_queriers
 

@@ -75,7 +75,11 @@ class MembershipMixin:
         self.qar = dataclasses.replace(self.qar, querier_names=tuple(names))
 
     def add_queriers(
-        self, names: Names, init: Literal["zero", "mean"] = "zero", like: str | None = None
+        self,
+        names: Names,
+        init: Literal["zero", "mean"] = "zero",
+        like: str | None = None,
+        share: str | None = None,
     ) -> None:
         """Append queriers; they get the next ids.
 
@@ -83,12 +87,13 @@ class MembershipMixin:
             names: one name or several, all new.
             init: ``"zero"`` (the expert gives zeros, but can learn) or ``"mean"`` (the mean of all experts).
             like: start as copies of this querier's expert instead.
+            share: no new experts: this querier's is theirs, too (:attr:`QARConfig.querier_experts`).
 
         Raises:
             TypeError: for names that are no strings.
-            ValueError: for names that exist, occur twice or are empty, an unknown ``init`` or ``like``, a
-                model whose queriers have no names or are fixed (a reference checkpoint's), or while
-                ``train_only`` is on.
+            ValueError: for names that exist, occur twice or are empty, an unknown ``init``, ``like`` or
+                ``share``, a model whose queriers have no names or are fixed (a reference checkpoint's), or
+                while ``train_only`` is on.
         """
         names = _as_list(names)
         self._check_idle()
@@ -99,11 +104,15 @@ class MembershipMixin:
             raise ValueError(f"names: got {few(taken or names)}, expected new names, each once")
         if init not in ("zero", "mean"):
             raise ValueError(f"init: got {init!r}, expected 'zero' or 'mean'")
-        source = None if like is None else self._ids([like])[0]
-        std, count = self.config.initializer_range, len(names)
+        if share is not None:
+            self._check_own_experts()
+        source, shared = (None if name is None else self._experts([name]) for name in (like, share))
+        std, count, owned = self.config.initializer_range, len(names), self.qar.num_experts
+        experts_of = shared * count if shared else range(owned, owned + count)
         self._replace_rows(
             (*self.qar.ids_by_name, *names),
-            lambda experts, name: _append(experts, name, count, std, init, source),
+            (*self._expert_of_each(), *experts_of),
+            lambda experts, name: _append(experts, name, 0 if shared else count, std, init, source),
             lambda old, dim: torch.cat((old, _zeros(old, dim, count)), dim),
         )
 
@@ -120,15 +129,20 @@ class MembershipMixin:
         kept = [index for index in range(self.qar.num_queriers) if index not in removed]
         if not kept:
             raise ValueError("names: got all queriers, expected at least one to stay")
-        remaining = list(self.qar.ids_by_name)
+        names, experts_of = list(self.qar.ids_by_name), self._expert_of_each()
+        rows = sorted({experts_of[index] for index in kept})  # the experts that somebody still has
+        moved = {row: place for place, row in enumerate(rows)}
         self._replace_rows(
-            tuple(remaining[index] for index in kept),
-            lambda experts, name: _take(getattr(experts, name), 0, kept),
+            tuple(names[index] for index in kept),
+            tuple(moved[experts_of[index]] for index in kept),
+            lambda experts, name: _take(getattr(experts, name), 0, rows),
             lambda old, dim: _take(old, dim, kept),
         )
 
     def train_only(self, names: Names | None) -> None:
         """Train these queriers' experts and nothing else; ``None`` ends it and unfreezes what it froze.
+
+        Whoever shares one of these experts gets what is learnt.
 
         Until then the trained parameters are ``experts.trained.*``. The model still answers everybody, and
         saved models hold the trained values in the usual place.
@@ -136,8 +150,8 @@ class MembershipMixin:
         Raises:
             ValueError: for unknown names, or with ``experts="shared"``.
         """
-        ids = [] if names is None else self._ids(_as_list(names))
         self._check_own_experts()
+        ids = [] if names is None else self._experts(_as_list(names))
         if not self.model.trained_ids:
             self._trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         banks = list(self._banks())
@@ -165,12 +179,16 @@ class MembershipMixin:
         """
         self._check_own_experts()
         names = list(self.queriers) if queriers is None else _as_list(queriers)
-        expert_files.save(self, folder, dict(zip(names, self._ids(names), strict=True)))
+        experts = self._expert_of_each()
+        expert_files.save(self, folder, {n: experts[i] for n, i in zip(names, self._ids(names), strict=True)})
 
     def load_experts(
         self, folder: str | PathLike[str], queriers: Names | None = None, *, check_base: bool = True
     ) -> None:
         """Read experts that :meth:`save_experts` wrote; new names are added, known ones replaced.
+
+        A new name gets an expert of its own. An expert that several share is replaced if all of them are read
+        and have the same.
 
         Args:
             folder: what :meth:`save_experts` was given.
@@ -179,19 +197,44 @@ class MembershipMixin:
                 know that this base model is theirs, with adapters or the shared expert merged, or quantised.
 
         Raises:
-            ValueError: if ``folder`` lacks a name, a file is damaged, or the base model is another one. The
-                model is then unchanged.
+            ValueError: if ``folder`` lacks a name, a file is damaged, the base model is another one, or
+                queriers who share an expert would get different ones. The model is then unchanged.
         """
         self._check_own_experts()
         self._check_idle()
         loaded = expert_files.load(self, folder, None if queriers is None else _as_list(queriers), check_base)
+        self._check_sharers_agree(loaded)
         new = [name for name in loaded if name not in self.qar.ids_by_name]
         if new:
             self.add_queriers(new)
+        experts = self._expert_of_each()
         with torch.no_grad():
             for name, tensors in loaded.items():
-                for key, row in expert_files.rows(self, self.qar.ids_by_name[name]).items():
+                for key, row in expert_files.rows(self, experts[self.qar.ids_by_name[name]]).items():
                     row.copy_(tensors[key])
+
+    def _check_sharers_agree(self, loaded: dict[str, dict[str, Tensor]]) -> None:
+        """Raise if an expert in ``loaded`` would become that of somebody who does not have it there."""
+        if self.qar.querier_experts is None:
+            return
+        sharers: dict[int, list[str]] = {}
+        for name, expert in zip(self.qar.ids_by_name, self.qar.querier_experts, strict=True):
+            sharers.setdefault(expert, []).append(name)
+        for names in sharers.values():
+            read = [loaded[name] for name in names if name in loaded]
+            same = all(torch.equal(read[0][key], other[key]) for other in read[1:] for key in other)
+            if read and (len(read) < len(names) or not same):
+                raise ValueError(
+                    f"queriers: got experts for some of {few(names)}, or different ones, expected the same "
+                    "for all of them: they share an expert"
+                )
+
+    def _expert_of_each(self) -> tuple[int, ...]:
+        """The expert of every querier, in order of id."""
+        return self.qar.querier_experts or tuple(range(self.qar.num_queriers))
+
+    def _experts(self, names: list[str]) -> list[int]:
+        return self.qar.experts_of(self._ids(names))
 
     def _ids(self, names: list[str]) -> list[int]:
         self._check_named()
@@ -240,6 +283,7 @@ class MembershipMixin:
     def _replace_rows(
         self,
         names: tuple[str, ...],
+        experts_of: tuple[int, ...],
         bank: Callable[[Experts, str], Tensor],
         memory: Callable[[Tensor, int], Tensor],
     ) -> None:
@@ -247,10 +291,14 @@ class MembershipMixin:
 
         Args:
             names: of the queriers from then on.
+            experts_of: the expert of each of them.
             bank: gives a bank's new ``gate``, ``up`` or ``down``, by name.
             memory: gives a new tensor of the contrastive memory, whose queriers are the given dimension.
         """
-        qar = dataclasses.replace(self.qar, num_queriers=len(names), querier_names=names)
+        experts_of = None if self.qar.experts == "shared" else experts_of
+        qar = dataclasses.replace(
+            self.qar, num_queriers=len(names), querier_names=names, querier_experts=experts_of
+        )
         new: list[tuple[nn.Module, str, Tensor]] = []
         with torch.no_grad():
             for experts in self._banks():
@@ -285,7 +333,9 @@ def _zeros(old: Tensor, dim: int, count: int) -> Tensor:
     return old.new_zeros(shape)
 
 
-def _append(experts: Experts, name: str, count: int, std: float, init: str, source: int | None) -> Tensor:
+def _append(
+    experts: Experts, name: str, count: int, std: float, init: str, source: list[int] | None
+) -> Tensor:
     """The weight ``name`` of a bank with the experts of ``count`` new queriers behind the others."""
     old = getattr(experts, name)
     rows = _zeros(old, 0, count)

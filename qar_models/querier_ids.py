@@ -32,7 +32,7 @@ def make_towers(
 
     Args:
         querier_ids: ``(B,)`` or ``(B, S)`` integers, -1 for unknown; may be None with shared experts.
-        trained_ids: queriers whose experts train alone, outside the bank.
+        trained_ids: the experts that train alone, outside the bank.
         cu_seq_lens: ``(N + 1,)`` bounds of N packed windows, B being 1; ``querier_ids`` is then ``(N,)`` or
             ``(1, S)``.
 
@@ -50,7 +50,7 @@ def make_towers(
     if ids.is_meta and device.type != "meta":
         raise ValueError(f"querier_ids: got device meta, which has no values, expected {device}")
     may_be_unknown = not _are_known(ids)
-    ids = ids.to(device)
+    ids = _experts_of(ids.to(device), qar)
     if not trained_ids:
         return TowerBatch(_segments(ids, seq_len, cu_seq_lens), batch_size, may_be_unknown=may_be_unknown)
     matches = ids.unsqueeze(-1) == torch.tensor(trained_ids, device=device)
@@ -59,6 +59,13 @@ def make_towers(
     others = torch.where(trained, -1, ids)
     segments, own = (_segments(found, seq_len, cu_seq_lens) for found in (others, position))
     return TowerBatch(segments, batch_size, own, may_be_unknown)
+
+
+def _experts_of(querier_ids: Tensor, qar: QARConfig) -> Tensor:
+    """The expert of each querier, -1 for an unknown one."""
+    if qar.querier_experts is None:
+        return querier_ids
+    return torch.tensor((*qar.querier_experts, -1), device=querier_ids.device)[querier_ids]  # -1 is the last
 
 
 # identifies the block of assume_ids_unchanged that is active, if one is

@@ -58,6 +58,8 @@ class TrainConfig:
             Llama, Mistral, Qwen2 or Qwen3.
         method: ``qar``, or ``ft`` for LoRA without experts under the same budget.
         tower, experts, expert_rank, unknown_querier: see :class:`qar_models.QARConfig`.
+        share_experts: querier -> whose expert they use instead of one of their own, for people with few
+            dialogues; both are names in the data.
         expert_gradients: ``sparse`` for hundreds of queriers or more with experts of their own.
         contrastive_weight: λ; 0 turns the contrastive loss off.
         memory_size, projection_dim: of the contrastive loss.
@@ -102,6 +104,7 @@ class TrainConfig:
     experts: ExpertKind = "shared+per_querier"
     expert_rank: int = 16
     unknown_querier: UnknownPolicy | None = None
+    share_experts: dict[str, str] | None = None
     expert_gradients: GradientLayout = "dense"
     contrastive_weight: float = 0.0
     memory_size: int = 512
@@ -146,7 +149,10 @@ class TrainConfig:
                 if not holds(getattr(self, name)):
                     raise UserError(f"{name}: got {getattr(self, name)}, expected {expected}")
         try:
-            self.qar_config(("anybody",), num_clusters=1, first_expert_layer=0)
+            sharing = [name for pair in (self.share_experts or {}).items() for name in pair]
+            self.qar_config(
+                tuple(dict.fromkeys(sharing)) or ("anybody",), num_clusters=1, first_expert_layer=0
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
         if self.validation and self.epochs < 1:
@@ -188,6 +194,7 @@ class TrainConfig:
         return QARConfig(
             num_queriers=len(queriers),
             querier_names=queriers,
+            querier_experts=self._experts_of(queriers) if aware else None,
             expert_rank=self.expert_rank,
             tower=self.tower if aware else "residual",
             experts=self.experts if aware else "shared",
@@ -199,6 +206,18 @@ class TrainConfig:
             memory_size=self.memory_size,
             projection_dim=self.projection_dim,
         )
+
+    def _experts_of(self, queriers: tuple[str, ...]) -> tuple[int, ...] | None:
+        if not self.share_experts:
+            return None
+        owners = [self.share_experts.get(querier, querier) for querier in queriers]
+        wrong = [name for name in (*self.share_experts, *self.share_experts.values()) if name not in queriers]
+        wrong += [owner for owner in owners if owner in self.share_experts]
+        if wrong:
+            expected = f"queriers ({', '.join(queriers)}) to use the expert of queriers who keep their own"
+            raise UserError(f"share_experts: got '{wrong[0]}', expected {expected}")
+        owned = {owner: expert for expert, owner in enumerate(dict.fromkeys(owners))}
+        return tuple(owned[owner] for owner in owners)
 
     def changed(self) -> dict[str, Any]:
         """The values that differ from the defaults, for JSON."""

@@ -40,6 +40,22 @@ def test_texts_are_taken_as_they_stand(tmp_path, monkeypatch):
         load_config(path, ["batch_size=two"])
 
 
+def test_queriers_share_experts(tmp_path):
+    path = write(tmp_path, "data: d\noutput_dir: o\nshare_experts: {Raj: Amy, Leo: Ann}\n")
+    config = load_config(path)
+    qar = config.qar_config(("Amy", "Ann", "Leo", "Raj", "Zoe"), 0, 0)
+    assert qar.querier_experts == (0, 1, 1, 0, 2)
+    assert config.replace(method="ft").qar_config(("Amy", "Raj"), 0, 0).querier_experts is None
+    with pytest.raises(UserError, match=r"share_experts: got 'Leo', expected queriers \(Amy, Ann, Raj\)"):
+        config.qar_config(("Amy", "Ann", "Raj"), 0, 0)
+    for wrong, named in (
+        ("share_experts={Raj: Amy, Amy: Leo}", "got 'Amy'"),
+        ("experts=shared", "all queriers share one"),
+    ):
+        with pytest.raises(UserError, match=named):
+            load_config(path, [wrong])
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
