@@ -58,6 +58,21 @@ def test_newcomer_learns_and_nobody_else_changes(config, tiny_data, tmp_path):
     assert taught < mean
 
 
+def test_a_run_whose_queriers_share_an_expert(config, tiny_data, tmp_path):
+    first, second, third = tiny_data.queriers
+    source = finetune(config.replace(epochs=1, share_experts={second: first}))
+    trained = load_trained(source)
+    assert trained.model.qar.querier_experts == (0, 0, 1)
+    ids = torch.arange(12).repeat(3, 1)
+    logits = trained.model(ids, querier_ids=torch.tensor([0, 1, 2])).logits
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+    write_mqdialog(_with_newcomer(tiny_data), tmp_path / "new", "planted")
+    extended = load_trained(onboard(source, tmp_path / "new", NEWCOMER, tmp_path / "extended", epochs=1))
+    assert extended.queriers == (first, second, third, NEWCOMER)
+    assert extended.model.qar.querier_experts == (0, 0, 1, 2)
+    assert torch.equal(extended.model(ids, querier_ids=torch.tensor([0, 1, 2])).logits, logits)
+
+
 def test_refusals_name_what_is_wrong(config, tiny_data, tmp_path):
     source = finetune(config)
     with pytest.raises(UserError, match="trained: is a trained model already; --force replaces it"):
