@@ -25,7 +25,7 @@ def check_tensors(**arguments: object) -> None:
 def check_numbers(**arguments: object) -> None:
     """Raise unless every argument is a number."""
     for name, value in arguments.items():
-        if not isinstance(value, (float, int, Real)):
+        if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
 
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from qar_kernels.dispatch_steps import Steps, look_up, measured_steps
+from qar_kernels.dispatch_steps import Steps, faster_path, measured_steps
 from qar_kernels.dispatch_table import MEASUREMENTS
 from qar_kernels.distributed import num_ranks
 
@@ -75,19 +75,18 @@ def choose_path(device: torch.device, shape: Shape) -> str:
 
 
 def _measured(device: str, shape: Shape) -> str | None:
-    sizes = shape.hidden, shape.intermediate, shape.rank
-    steps = _steps(device, *sizes, shape.dtype, shape.training, shape.adapted)
-    return look_up(look_up(steps, shape.segments), shape.rows)
+    steps = _steps(device, shape.dtype, shape.training, shape.adapted)
+    return faster_path(steps, shape.hidden, shape.intermediate, shape.rank, shape.segments, shape.rows)
 
 
-# T and Q are compared with a few constants: under ``torch.compile`` each comparison is a guard.
+# sizes are compared with a few constants: under ``torch.compile`` each comparison is a guard
 @torch.compiler.assume_constant_result
-def _steps(*kind: int | str | bool) -> Steps | None:
+def _steps(*kind: str | bool) -> tuple[tuple[int, int, Steps], ...]:
     return _cached_steps(*kind)
 
 
 @lru_cache(maxsize=1024)
-def _cached_steps(*kind: int | str | bool) -> Steps | None:
+def _cached_steps(*kind: str | bool) -> tuple[tuple[int, int, Steps], ...]:
     return measured_steps(MEASUREMENTS, *kind)
 
 

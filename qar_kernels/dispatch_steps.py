@@ -28,26 +28,39 @@ def look_up(steps: Steps | None, size: int) -> Any:
 
 
 def measured_steps(
-    table: list[dict],
-    device: str,
+    table: list[dict], device: str, dtype: str, training: bool, adapted: bool
+) -> tuple[tuple[int, int, Steps], ...]:
+    """H, I and the steps over R, then Q, then T, of all cells of one kind; see :func:`faster_path`.
+
+    A cell counts if its device, dtype and pass are the same, and if it has adapters exactly when ``adapted``.
+    """
+    kind = device, dtype, "fwd+bwd" if training else "fwd"
+    keys = ("device", "dtype", "pass")
+    cells = [cell for cell in table if tuple(cell[key] for key in keys) == kind and ("A" in cell) == adapted]
+    return tuple(
+        (hidden, inter, _nearest({r: _by_segments(some) for r, some in _partition(by_inter, "R")}, _REACH))
+        for hidden, by_hidden in _partition(cells, "H")
+        for inter, by_inter in _partition(by_hidden, "I")
+    )
+
+
+def faster_path(
+    measured: tuple[tuple[int, int, Steps], ...],
     hidden: int,
     intermediate: int,
     rank: int,
-    dtype: str,
-    training: bool,
-    adapted: bool,
-) -> Steps | None:
-    """``look_up(look_up(steps, Q), T)`` is the faster path, or None if nothing near was measured.
+    segments: int,
+    rows: int,
+) -> str | None:
+    """The path that was faster, or None if nothing near was measured.
 
-    A cell counts if its device, H, I, dtype and pass are the same, and if it has adapters exactly when
-    ``adapted``. Among these the nearest R decides, then the nearest Q, both within a factor of two, then the
-    nearest T within one of four.
+    H and I must be a cell's. Among these the nearest R decides, then the nearest Q, both within a factor of
+    two, then the nearest T within one of four. Only comparisons: ``torch.compile`` may pass symbols.
     """
-    kind = (device, hidden, intermediate, dtype, "fwd+bwd" if training else "fwd")
-    keys = ("device", "H", "I", "dtype", "pass")
-    cells = [cell for cell in table if tuple(cell[key] for key in keys) == kind and ("A" in cell) == adapted]
-    by_rank = {r: _by_segments(some) for r, some in _partition(cells, "R")}
-    return look_up(_nearest(by_rank, _REACH), rank)
+    for cell_hidden, cell_intermediate, by_rank in measured:
+        if hidden == cell_hidden and intermediate == cell_intermediate:
+            return look_up(look_up(look_up(by_rank, rank), segments), rows)
+    return None
 
 
 def _by_segments(cells: list[dict]) -> Steps:

@@ -152,7 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tower", choices=shipped.TOWERS)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    parser.add_argument("--roofline", action="store_true", help="floor times instead of compiling")
+    parser.add_argument(
+        "--roofline",
+        action="store_true",
+        help="floor times instead of compiling; takes --shape, --rank and --json",
+    )
     return parser
 
 
@@ -161,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.roofline:
-        sys.stdout.write(roofline.report(shipped.SHAPES, args.rank or 64, args.json) + "\n")
+        shapes = {args.shape: MODEL_SHAPES[args.shape]} if args.shape else shipped.SHAPES
+        sys.stdout.write(roofline.report(shapes, args.rank or 64, args.json) + "\n")
         return 0
     cases, complete = _selected(args)
     if not cases:

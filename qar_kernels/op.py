@@ -97,7 +97,7 @@ def fused_mlp(
         return y.reshape(x.shape)
     base = _module(name).swiglu_mlp(rows, gate, up, down, lora)
     expert = _run_experts(name, rows, experts, seg, sparse)
-    y = torch.add(base, expert, alpha=expert_scale)
+    y = torch_backend.add_scaled(base, expert, expert_scale)
     return y if x.dim() == 2 else y.reshape(x.shape)
 
 
@@ -205,7 +205,7 @@ def expert_mlp(
         return y.reshape(x.shape)
     y = _run_experts(name, rows, experts, seg, sparse)
     if base_y is not None:
-        y = torch.add(base_y, y, alpha=expert_scale)
+        y = torch_backend.add_scaled(base_y, y, expert_scale)
     elif expert_scale != 1:
         y = y * expert_scale
     return y if x.dim() == 2 else y.reshape(x.shape)

@@ -15,6 +15,7 @@ from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qar_kernels.host import is_capturing, is_readable
@@ -66,7 +67,7 @@ class Segments:
     _mode: str = field(default_factory=_execution_mode, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not is_readable(self.row_expert):
+        if not (is_readable(self.row_expert) or torch.compiler.is_compiling()):
             _ = self.sorted_rows  # a CUDA graph captured later finds them
 
     @property
@@ -157,17 +158,21 @@ class Segments:
         return experts.clamp(min=0), Segments(row_slot, self.capacity, _memo={_SORTED: rows})
 
     def require_ids_below(self, num_experts: int) -> None:
-        """Raise ``ValueError`` for an expert id that is too large; an accelerator asserts it by itself."""
+        """Raise ``ValueError`` for an expert id that is too large.
+
+        Where the host does not know the ids, the device asserts that they are -1 or more, and small enough.
+        """
         if self.max_id is not None:
             if self.max_id >= num_experts:
                 raise ValueError(
                     f"seg: got expert id {self.max_id}, expected ids below {num_experts} experts"
                 )
-        elif self.device.type != "cpu":
+        elif not is_readable(self.row_expert):
             self.memo(("ids below", num_experts), lambda: self._assert_ids_below(num_experts))
 
     def _assert_ids_below(self, num_experts: int) -> None:
-        torch._assert_async((self.experts < num_experts).all(), "seg: expert id out of range")
+        allowed = (self.row_expert >= -1) & (self.row_expert < num_experts)
+        torch._assert_async(allowed.all(), "seg: expert id out of range")
 
     @classmethod
     def from_ids(cls, expert_ids: IdsLike) -> Segments:
@@ -225,6 +230,8 @@ class Segments:
         ids, max_id = _checked_ids(expert_ids)
         bounds = _integers(cu_seqlens, "cu_seqlens").to(ids.device)
         _check_bounds(bounds, ids.shape[0], num_rows)
+        if bounds.is_meta and num_rows is None:
+            raise ValueError("num_rows: missing, expected the number of rows, which meta tensors cannot tell")
         total = int(bounds[-1]) if num_rows is None else num_rows
         rows = torch.arange(total, device=ids.device)
         sequence = torch.searchsorted(bounds[1:].contiguous(), rows, right=True)
@@ -234,8 +241,7 @@ class Segments:
 
 def _sort(row_expert: Tensor, capacity: int) -> SortedRows:
     key, perm = torch.where(row_expert < 0, _LAST, row_expert).sort(stable=True)
-    starts = torch.ones_like(key, dtype=torch.bool)
-    starts[1:] = key[1:] != key[:-1]
+    starts = key != F.pad(key, (1, -1), value=-1)  # no slice of T - 1, which would be a guard of its own
     # Rows without an expert sort behind every segment, so a segment's offset never counts them.
     segment_of = torch.where(key == _LAST, capacity, starts.cumsum(0) - 1)
     offsets = torch.searchsorted(segment_of, torch.arange(capacity + 1, device=key.device))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qar_kernels import autocast
 from qar_kernels.autograd import refuse_second_order
 from qar_kernels.lora import NO_LORA, LoRA, project
 from qar_kernels.row_products import Products, make_products
@@ -30,6 +31,14 @@ def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, lora: LoRA = N
     """The base MLP: ``x`` (T, H), ``gate``/``up`` (I, H), ``down`` (H, I) -> (T, H)."""
     hidden = F.silu(project(x, gate, lora.gate)) * project(x, up, lora.up)
     return project(hidden, down, lora.down)
+
+
+def add_scaled(y: Tensor, x: Tensor, scale: float) -> Tensor:
+    """``y + scale * x``, in one pass where PyTorch can be trusted with it.
+
+    Inductor (seen in PyTorch 2.13) drops ``alpha`` where ``y`` or ``x`` comes out of a matrix product.
+    """
+    return y + scale * x if torch.compiler.is_compiling() else torch.add(y, x, alpha=scale)
 
 
 def expert_mlp(
@@ -116,6 +125,11 @@ def _grads(
     ``shapes`` are gate's and down's; the weights themselves are as the products take them. With
     ``h = silu(a) * u``: ``d_u = d_h * silu(a)`` and ``d_a = d_h * u * silu'(a)``.
     """
+    if autocast.is_on(d_y):  # the forward pass has cast all of it already, or has not run under autocast
+        with torch.autocast(d_y.device.type, enabled=False):
+            return _grads(
+                d_y, x, gate, up, down, gate_pre, up_pre, products, shapes, needs_x, needs_weights, sparse
+            )
     d_out = products.to_grouped(d_y)
     d_hidden = products.linear_backward(d_out, down)
     activated = silu(gate_pre)

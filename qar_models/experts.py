@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from qar_kernels import dual_mlp, expert_mlp, fused_mlp
-from qar_kernels.torch_backend import swiglu_mlp
+from qar_kernels.torch_backend import add_scaled, swiglu_mlp
 from qar_models.base_mlp import BaseMLP
 from qar_models.config import QARConfig
 from qar_models.distributed import is_sharded
@@ -84,7 +84,7 @@ class Experts(nn.Module):
             base_y = base.to(x.dtype)
             y = expert_mlp(x, *self.bank, towers.segments, expert_scale=scale, base_y=base_y, **options)
         for extra in self._extras(x, towers):
-            y = torch.add(y, extra, alpha=scale)
+            y = add_scaled(y, extra, scale)
         return y
 
     def _replace(

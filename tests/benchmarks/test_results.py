@@ -13,7 +13,7 @@ from benchmarks import compare, dispatch_cells, report, scale, tables
 from benchmarks.embedding import embed, embedded
 from benchmarks.figures import figures
 from benchmarks.schema import load, problems
-from qar_kernels.dispatch_steps import look_up, measured_steps
+from qar_kernels.dispatch_steps import faster_path, measured_steps
 from train.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,18 +173,18 @@ def test_dispatch_cells_are_what_dispatch_reads(tmp_path):
     namespace = {}
     exec(dispatch_cells.source(cells), namespace)
     assert namespace["MEASUREMENTS"] == cells
-    kind = "A card", 4096, 14336, 64, "bfloat16", True
-    assert look_up(look_up(measured_steps(cells, *kind, False), 8), 300) == "fused"
+    kind, near = ("A card", "bfloat16", True), (8, 300)
+    assert faster_path(measured_steps(cells, *kind, False), 4096, 14336, 64, *near) == "fused"
     adapted = dispatch_cells.dispatch_cells(sound(A=16))
-    assert look_up(look_up(measured_steps(adapted, *kind, True), 8), 300) == "fused"
-    assert measured_steps(adapted, *kind, False) is measured_steps(cells, *kind, True) is None
+    assert faster_path(measured_steps(adapted, *kind, True), 4096, 14336, 64, *near) == "fused"
+    assert measured_steps(adapted, *kind, False) == measured_steps(cells, *kind, True) == ()
     path, table = tmp_path / "result.json", tmp_path / "table.py"
     path.write_text(json.dumps(sound()))
     dispatch_cells.main([str(path), "--out", str(table)])
     assert table.read_text() == dispatch_cells.source(cells)
     for tidy in (["check"], ["format", "--check"]):
         subprocess.run([sys.executable, "-m", "ruff", *tidy, str(table)], check=True, cwd=ROOT)
-    assert measured_steps(cells, "A card", 4096, 14336, 16, "bfloat16", True, False) is None
+    assert faster_path(measured_steps(cells, *kind, False), 4096, 14336, 16, *near) is None
 
 
 def test_report_writes_pages_and_figures(tmp_path, capsys):

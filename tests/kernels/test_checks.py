@@ -125,7 +125,7 @@ def test_the_towers_rows_are_alike(change, error, message, backend):
 
 
 @pytest.mark.parametrize("op", [fused_mlp, expert_mlp])
-@pytest.mark.parametrize("scale", [None, "2", torch.tensor(2.0)])
+@pytest.mark.parametrize("scale", [None, "2", True, torch.tensor(2.0)])
 def test_bad_scale(op, scale):
     with pytest.raises(TypeError, match=r"expert_scale: got \w+, expected a number"):
         call(op, arguments(), expert_scale=scale)

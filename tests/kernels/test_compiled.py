@@ -190,3 +190,5 @@ def test_roofline():
     one_row = next(c for c in cells if (c["chip"], c["shape"], c["T"]) == ("H200", "Llama-3-8B", 1))
     assert one_row["bound_by"] == "bytes"
     assert one_row["bytes"] == pytest.approx(6 * 4096 * (14336 + 64), rel=1e-2)
+    small = subprocess.run([*command, "--shape", "SmolLM2-135M"], capture_output=True, text=True, check=True)
+    assert {cell["shape"] for cell in json.loads(small.stdout)} == {"SmolLM2-135M"}

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from qar_kernels import Adapter, LoRA, Segments, dispatch, expert_mlp, fused_mlp
 from qar_kernels.dispatch import Shape, choose_path, default_path
-from qar_kernels.dispatch_steps import look_up, measured_steps
+from qar_kernels.dispatch_steps import faster_path, measured_steps
 from qar_kernels.triton import backend, configs
 
 CARD = "card"
@@ -36,8 +36,8 @@ def cell(ratio, shape=SHAPE, device=CARD):
 
 
 def measured_path(table, device, shape):
-    kind = (shape.hidden, shape.intermediate, shape.rank, shape.dtype, shape.training, shape.adapted)
-    return look_up(look_up(measured_steps(table, device, *kind), shape.segments), shape.rows)
+    steps = measured_steps(table, device, shape.dtype, shape.training, shape.adapted)
+    return faster_path(steps, shape.hidden, shape.intermediate, shape.rank, shape.segments, shape.rows)
 
 
 sizes = st.sampled_from([1, 2, 16, 100, 256, 4096])
@@ -231,6 +231,21 @@ def test_compiled_programs_take_the_measured_path(monkeypatch):
         many, ids = x[0].expand(rows, -1), torch.arange(rows) % 2
         torch.testing.assert_close(step(many, ids), fused_mlp(many, *weights, Segments.from_ids(ids)))
     assert ["'fused'" in program.code for program in programs.graphs] == [True, True, False]
+
+
+def test_compiled_programs_take_symbols_for_every_size():
+    """H, I and R are symbols where a compiled function sees a second one of each."""
+    torch._dynamo.reset()
+    step = torch.compile(
+        lambda ids, *leaves: fused_mlp(*leaves, Segments.from_ids(ids), backend="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for sizes in ({}, {"R": 8}, {"H": 64, "I": 48}, {"E": 7}):
+        case = Case([0, 1, 1, -1], **sizes)
+        leaves = operands(case, requires_grad=False)
+        expected = fused_mlp(*leaves, Segments.from_ids(case.ids))
+        torch.testing.assert_close(step(torch.tensor(case.ids), *leaves), expected)
 
 
 def test_a_checkpoint_draws_the_same_dropout_on_the_way_there_and_back(monkeypatch):

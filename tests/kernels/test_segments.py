@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from qar_kernels import Segments
 from qar_kernels.tile_plan import tile_plan
 
+META = torch.zeros(2, dtype=torch.int64, device="meta")
 IDS = st.lists(st.integers(-1, 6), min_size=1, max_size=60)
 
 
@@ -129,6 +130,7 @@ def test_empty_sequences_and_batches():
         (lambda: Segments.from_cu_seqlens([0, 1], [0, 3, 2]), ValueError, "non-decreasing"),
         (lambda: Segments.from_cu_seqlens([0], [1, 2]), ValueError, "non-decreasing values from 0"),
         (lambda: Segments.from_cu_seqlens([0], [0, 2], num_rows=3), ValueError, "num_rows: got 3"),
+        (lambda: Segments.from_cu_seqlens(META[:1], META), ValueError, "num_rows: missing"),
     ],
 )
 def test_bad_ids(make, error, message):

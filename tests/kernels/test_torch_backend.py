@@ -1,6 +1,7 @@
 """The torch backend against float64, gradcheck included, and both backends as citizens of torch."""
 
 import functools
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -81,6 +82,57 @@ def test_compile_without_graph_breaks(backend):
             torch.testing.assert_close(g, e, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
+def test_inductor_computes_what_eager_does():
+    """It fuses matrix products and sums by patterns of its own, which have lost a factor."""
+    torch._dynamo.reset()
+    leaves, seg = leaves_and_segments(H=32, I=48)
+
+    def step(*tensors):
+        y = fused_mlp(*tensors, seg, 0.5, backend="torch")
+        base_y = tensors[0] @ tensors[0].T @ tensors[0]
+        return y + expert_mlp(tensors[0], *tensors[4:], seg, expert_scale=0.3, base_y=base_y, backend="torch")
+
+    expected, got = step(*leaves), torch.compile(step, fullgraph=True)(*leaves)
+    torch.testing.assert_close(got, expected)
+    grads = (torch.autograd.grad(y.square().sum(), leaves) for y in (expected, got))
+    for name, eager, compiled in zip(NAMES, *grads, strict=True):
+        torch.testing.assert_close(compiled, eager, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ids_that_a_compiled_function_gets_are_checked(backend):
+    torch._dynamo.reset()
+    leaves, _ = leaves_and_segments(H=32, I=48)
+    step = torch.compile(
+        lambda ids: fused_mlp(*leaves, Segments.from_ids(ids), backend=backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    ids = torch.tensor([0, 1, 1, -1, 3, 0, 2])
+    torch.testing.assert_close(step(ids), fused_mlp(*leaves, Segments.from_ids(ids)))
+    for wrong in (-2, 4):
+        ids[3] = wrong
+        with pytest.raises(RuntimeError, match="seg: expert id out of range"):
+            step(ids)
+
+
+def test_export_for_any_number_of_rows():
+    leaves, _ = leaves_and_segments(H=32, I=48)
+    weights = [leaf.detach() for leaf in leaves[1:]]
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, ids):
+            return fused_mlp(x, *weights, Segments.from_ids(ids), backend="torch")
+
+    rows, ids = torch.export.Dim("rows"), torch.tensor([0, 1, 1, -1, 3, 0, 2])
+    shapes = {"x": {0: rows}, "ids": {0: rows}}
+    program = torch.export.export(Layer(), (leaves[0].detach(), ids), dynamic_shapes=shapes).module()
+    for count in (2, 3, 50):
+        x, some = torch.randn(count, 32), torch.arange(count) % 5 - 1
+        torch.testing.assert_close(program(x, some), Layer()(x, some))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_export(backend):
     leaves, _ = leaves_and_segments(H=32, I=48)
@@ -116,6 +168,25 @@ def test_autocast_casts_like_linear():
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in leaves)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("ids", [(0, 1, 1, -1, 3, 0, 2), (0, 1, 2, 3), (2, 2, 2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backward_pass_under_autocast(ids, backend, compiled):
+    """Of a forward pass that did not run under it, or in a part where it was off."""
+    torch._dynamo.reset()
+    leaves, seg = leaves_and_segments(ids=ids)
+    step = functools.partial(fused_mlp, *leaves, seg, backend=backend)
+    expected = torch.autograd.grad(step().sum(), leaves)
+    if compiled:
+        step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    loss = step().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, leaves)
+    for name, grad, wanted in zip(NAMES, got, expected, strict=True):
+        exact = name.startswith("expert") and not compiled  # of the base PyTorch decides
+        torch.testing.assert_close(grad, wanted, rtol=1e-5 if exact else 0.05, atol=1e-5 if exact else 0.05)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
