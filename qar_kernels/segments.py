@@ -21,7 +21,6 @@ from torch import Tensor
 from qar_kernels.host import is_capturing, is_readable
 
 _LAST = torch.iinfo(torch.int64).max
-_SORTED = "sorted rows"
 IdsLike = Tensor | Sequence[int]
 Value = TypeVar("Value")
 
@@ -63,17 +62,19 @@ class Segments:
     row_expert: Tensor
     capacity: int
     max_id: int | None = None
-    _memo: dict[object, Any] = field(default_factory=dict, repr=False)
+    _sorted: SortedRows | None = field(default=None, repr=False)
     _mode: str = field(default_factory=_execution_mode, init=False, repr=False)
+    _memo: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not (is_readable(self.row_expert) or torch.compiler.is_compiling()):
-            _ = self.sorted_rows  # a CUDA graph captured later finds them
+        # on an accelerator at once: programs that are compiled, and graphs that are captured later, find them
+        if not (self._sorted or is_readable(self.row_expert) or torch.compiler.is_compiling()):
+            object.__setattr__(self, "_sorted", _sort(self.row_expert, self.capacity))
 
     @property
     def sorted_rows(self) -> SortedRows:
         """:attr:`perm`, :attr:`offsets` and :attr:`experts`, made once per batch."""
-        return self.memo(_SORTED, lambda: _sort(self.row_expert, self.capacity))
+        return self._sorted or self.memo("sorted rows", lambda: _sort(self.row_expert, self.capacity))
 
     @property
     def perm(self) -> Tensor:
@@ -104,7 +105,7 @@ class Segments:
         """The same on another device."""
         with _outside_inference_mode():
             rows = SortedRows(*(tensor.to(device) for tensor in self.sorted_rows))
-            return Segments(self.row_expert.to(device), self.capacity, self.max_id, {_SORTED: rows})
+            return Segments(self.row_expert.to(device), self.capacity, self.max_id, rows)
 
     def memo(self, key: object, make: Callable[[], Value]) -> Value:
         """``make()``, computed once per batch and shared by all layers; backends keep theirs here.
@@ -155,7 +156,7 @@ class Segments:
         row_slot = torch.where(self.row_expert >= 0, slot, -1)
         slots = torch.where(used, torch.arange(self.capacity, device=self.device), -1)
         rows = SortedRows(perm, offsets, slots)
-        return experts.clamp(min=0), Segments(row_slot, self.capacity, _memo={_SORTED: rows})
+        return experts.clamp(min=0), Segments(row_slot, self.capacity, _sorted=rows)
 
     def require_ids_below(self, num_experts: int) -> None:
         """Raise ``ValueError`` for an expert id that is too large.

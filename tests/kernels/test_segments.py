@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qar_kernels import Segments
+from qar_kernels import Segments, segments
 from qar_kernels.tile_plan import tile_plan
 
 META = torch.zeros(2, dtype=torch.int64, device="meta")
@@ -96,6 +96,21 @@ def test_layers_of_a_compiled_program_share_a_plan(training):
     sorts = [node for node in graph.nodes if "searchsorted" in str(node.target)]
     once = 1 + 3  # the offsets, and what a plan looks up
     assert len(sorts) == once
+
+
+def test_segments_made_before_are_not_sorted_again_in_a_compiled_program(monkeypatch):
+    """As on an accelerator, where the host reads no ids."""
+    monkeypatch.setattr(segments, "is_readable", lambda tensor: False)
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph.graph)
+        return graph.forward
+
+    made = Segments.from_ids([1, 0, 1])
+    layers = torch.compile(lambda seg: tile_plan(seg, 16, 16).inverse_perm, fullgraph=True, backend=keep)
+    assert layers(made).tolist() == [1, 0, 2]
+    assert not [node for node in graphs[0].nodes if node.target == "sort"]
 
 
 def test_constructors_agree():
