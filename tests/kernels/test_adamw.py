@@ -57,6 +57,16 @@ def test_every_row_trains_as_by_adamw_on_its_own_steps(shape, dtype):
         assert torch.equal(bank, state["master"].half())
 
 
+def test_a_constant_gradient_moves_a_row_by_the_learning_rate_in_every_step():
+    """The bias corrections to the last digits, which a small learning rate hides."""
+    bank = torch.nn.Parameter(torch.zeros(1, 4))
+    optimizer = RowSparseAdamW([bank], lr=1.0, weight_decay=0.0)
+    for step in range(1, 9):
+        bank.grad = sparse(torch.tensor([[0]]), torch.ones(1, 4), bank.shape)
+        optimizer.step()
+        torch.testing.assert_close(bank.detach(), torch.full((1, 4), -float(step)), rtol=3e-6, atol=0)
+
+
 def test_as_the_form_without_a_kernel(monkeypatch):
     banks = [torch.nn.Parameter(torch.linspace(-1, 1, 60).view(5, 3, 4)) for _ in range(2)]
     train(banks[0], maximize=True)

@@ -129,6 +129,12 @@ def test_every_card_that_takes_the_kernels_can_be_compiled_for():
     assert {f"sm_{major}{minor}" for major, minor in FAMILIES} == set(ARCHITECTURES)
 
 
+def test_hoppers_blocks_go_where_their_shared_memory_is():
+    for (major, minor), family in FAMILIES.items():
+        fits = resident(f"sm_{major}{minor}", registers=32, warps=8, shared_bytes=192 * 1024) > 0
+        assert family == ("sm90" if fits else "sm80")
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("rank", shipped.RANKS)
 def test_stages_of_segments_fit_beside_each_other(config, rank):
@@ -145,6 +151,20 @@ def test_a_large_adapter_takes_a_stage_of_its_own_kernels_alone(lora_rank, stage
     found = {launch.kernel.__name__: launch.meta["num_stages"] for launch in shipped.training_step(case)}
     assert found["gate_up_kernel"] == found["down_kernel"] == stages
     assert found["d_hidden_kernel"] == found["d_x_kernel"] == 4
+
+
+@pytest.mark.parametrize("without", ["gate", "up"])
+def test_a_large_adapter_of_one_projection_takes_a_stage_too(without, monkeypatch):
+    adapters, names = shipped._adapters, (f"{without}_low", f"{without}_b")
+
+    def one_less(*sizes):
+        found = adapters(*sizes)
+        return found._replace(**{name: getattr(found, name)[:, :0] for name in names})
+
+    monkeypatch.setattr(shipped, "_adapters", one_less)
+    case = shipped.Case("sm90_large", "Llama-3-8B", 64, "bf16", "fused", lora_rank=64)
+    found = {launch.kernel.__name__: launch.meta["num_stages"] for launch in shipped.training_step(case)}
+    assert found["gate_up_kernel"] == 3
 
 
 @pytest.mark.parametrize(("rank", "stages"), [(64, 4), (128, 3)])

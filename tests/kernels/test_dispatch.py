@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qar_kernels import Adapter, LoRA, Segments, dispatch, expert_mlp, fused_mlp
+from qar_kernels import Adapter, LoRA, Segments, dispatch, dual_mlp, expert_mlp, fused_mlp
 from qar_kernels.dispatch import Shape, choose_path, default_path
 from qar_kernels.dispatch_steps import faster_path, measured_steps
 from qar_kernels.triton import backend, configs
@@ -101,6 +101,12 @@ def test_of_equally_near_cells_the_safe_one_decides(order):
     assert measured_path(table, CARD, SHAPE) == "grouped"
 
 
+@pytest.mark.parametrize("order", [(0.9, 1.1), (1.1, 0.9)])
+def test_of_cells_that_differ_in_other_things_the_safe_one_decides(order):
+    """Such as the number of experts owned, which no choice depends on."""
+    assert measured_path([cell(ratio) for ratio in order], CARD, SHAPE) == "grouped"
+
+
 @pytest.mark.parametrize(
     ("rows", "segments", "path"),
     [(512, 64, "fused"), (513, 1, "grouped"), (256, 256, "grouped"), (1, 1, "fused"), (16, 17, "grouped")],
@@ -147,6 +153,14 @@ def test_what_the_operation_asks_for(monkeypatch, trained):
     seg, lora = Segments.from_ids(case.ids), LoRA(up=Adapter(a, b))
     fused_mlp(*(leaves[n] for n in names), seg, backend="triton", lora=lora)
     assert asked == [Shape(4, 4, case.H, case.I, case.R, "float32", trained != "nothing", adapted=True)]
+
+
+def test_of_two_towers_the_rows_of_the_base_count(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dispatch, "choose_path", lambda device, shape: asked.append(shape.rows) or "fused")
+    x, *weights = operands(Case([0, 1, 1, -1]))
+    dual_mlp(x, x[:3], *weights, Segments.from_ids([0, 1, -1]), backend="triton")
+    assert asked == [4]
 
 
 @pytest.mark.parametrize(("adapted", "path"), [(False, "grouped"), (True, "fused")])

@@ -99,6 +99,7 @@ def test_grouped_path(monkeypatch, tower):
         (("x", *WEIGHTS), 0.3),
         (("x", *WEIGHTS, "gate.a", "down.a", "up.b"), 0.0),
         (("x", *WEIGHTS, "gate.a", "down.a", "up.b"), 0.3),
+        (("x", *WEIGHTS, "down.b"), 0.0),
         (("x", *WEIGHTS[:3], *factor_names(RANKS)), 0.3),
     ],
 )

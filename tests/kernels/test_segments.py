@@ -60,6 +60,7 @@ def test_the_plan_is_made_once():
     seg = Segments.from_ids([0, 1, 1, -1])
     assert tile_plan(seg, 16, 16) is tile_plan(seg, 16, 16)
     assert tile_plan(seg, 16, 16) is not tile_plan(seg, 32, 16)
+    assert tile_plan(seg, 16, 16) is not tile_plan(seg, 16, 32)
 
 
 def test_what_a_capture_computes_serves_it_alone(monkeypatch):

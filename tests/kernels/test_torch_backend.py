@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qar_kernels import Segments, dual_mlp, expert_mlp, fused_mlp
+from qar_kernels.silu import silu, silu_backward
 from qar_kernels.tile_plan import tile_plan
 from qar_kernels.triton import backend as triton_backend
 
@@ -281,6 +282,8 @@ def test_experts_added_to_a_base_that_ran_elsewhere(backend):
         torch.autograd.grad(y, wanted, d_y), torch.autograd.grad(expected, wanted, d_y), strict=True
     ):
         torch.testing.assert_close(got, grad)
+    alone = expert_mlp(leaves[0], *leaves[4:], seg, backend=backend, expert_scale=0.3)
+    torch.testing.assert_close(alone, expected - base_y)
     with pytest.raises(ValueError, match="base_y: got shape"):
         expert_mlp(leaves[0], *leaves[4:], seg, backend=backend, base_y=base_y[1:])
 
@@ -323,6 +326,13 @@ def test_isolation_to_the_bit(seed, dtype, one_thread):
         results.append([y[own], d_x[own], *(grad[3] for grad in d_weights)])
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(others, results[0], strict=True))
+
+
+def test_an_activation_has_the_same_bits_wherever_a_buffer_ends():
+    x, d_y = torch.randn(2, 2048)
+    for first in (lambda size: silu(x[:size]), lambda size: silu_backward(d_y[:size], x[:size])):
+        whole = first(len(x))
+        assert all(torch.equal(first(size), whole[:size]) for size in range(1, 300))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
