@@ -191,7 +191,7 @@ def test_the_loss_is_clipped():
     batch = fixed_batch([0, 1])
     contrast(**batch)
     swapped = {**batch, "querier_ids": torch.tensor([1, 0])}
-    assert contrast.eval()(**swapped) == 10
+    assert contrast.eval()(**swapped) == contrast.train()(**swapped) == 10
 
 
 def test_heads_train():

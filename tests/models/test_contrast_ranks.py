@@ -21,20 +21,19 @@ def batches(rank=None):
 def train_one_rank(rank, rendezvous, folder):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     contrast = new_contrast()
-    for batch in batches(rank):
-        contrast(**batch)
+    losses = torch.stack([contrast(**batch).detach() for batch in batches(rank)])
     dist.barrier()
-    torch.save(dict(contrast.named_buffers()), os.path.join(folder, f"{rank}.pt"))
+    torch.save({"losses": losses, **dict(contrast.named_buffers())}, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
-def test_two_ranks_remember_what_one_rank_does(tmp_path):
+def test_two_ranks_score_and_remember_what_one_rank_does(tmp_path):
     contrast = new_contrast()
-    for batch in batches():
-        contrast(**batch)
+    losses = torch.stack([contrast(**batch).detach() for batch in batches()])
     mp.spawn(train_one_rank, args=(tmp_path / "rendezvous", tmp_path), nprocs=2)
-    for rank in (0, 1):
-        buffers = torch.load(tmp_path / f"{rank}.pt")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close((ranks[0]["losses"] + ranks[1]["losses"]) / 2, losses)
+    for buffers in ranks:
         assert torch.equal(buffers["writes"], contrast.writes)
         for name in ("memory", "totals"):
             expected = dict(contrast.named_buffers())[name]

@@ -65,6 +65,13 @@ def test_experts_fit_their_base_in_every_dtype(saved, loaded, tmp_path):
     named_model().to(loaded).load_experts(tmp_path)
 
 
+def test_weights_too_small_for_float16_are_those_that_it_rounds_them_to(tmp_path):
+    model = named_model()
+    model.model.norm.weight.data.fill_(1e-7)
+    model.save_experts(tmp_path)
+    model.half().load_experts(tmp_path)
+
+
 def slightly_changed(model):
     """As an adapter merged into it would: by a thousandth."""
     with torch.no_grad():

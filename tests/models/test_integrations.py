@@ -267,6 +267,15 @@ def test_hooks_that_are_taken_off_leave_a_fusable_mlp():
         assert fusable(mlp) is not None
 
 
+@pytest.mark.parametrize("when", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_an_mlp_with_hooks_of_any_kind_runs_in_its_own_modules(when):
+    mlp = aware_model().model.layers[0].mlp
+    handle = getattr(mlp.up_proj, f"register_{when}_hook")(lambda *_: None)
+    assert fusable(mlp) is None
+    handle.remove()
+    assert fusable(mlp) is not None
+
+
 def test_saved_folder_is_ready_to_publish(tmp_path):
     model = aware_model(querier_names=("Amy", "Bernadette", "Howard", "Raj", "Emily"))
     model.save_pretrained(tmp_path)

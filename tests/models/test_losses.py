@@ -24,6 +24,8 @@ def test_loss_is_the_mean_over_labelled_tokens(tower):
     expected = F.cross_entropy(out.logits[:, :-1][labels != -100], labels[labels != -100])
     torch.testing.assert_close(out.loss, expected)
     assert torch.equal(out.lm_loss, out.loss) and out.contrastive_loss is None
+    out.loss.mul_(2)  # as trainers scale it
+    torch.testing.assert_close(out.lm_loss, expected)
 
 
 def test_loss_equals_the_base_class():

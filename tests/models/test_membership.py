@@ -89,6 +89,18 @@ def test_how_new_queriers_start():
     assert torch.equal(answers(model, ("Twin",) * 3), answers(model, ("Howard",) * 3))
 
 
+@pytest.mark.parametrize(
+    "change", [lambda model: model.add_queriers("Leonard"), lambda model: model.remove_queriers("Amy")]
+)
+def test_what_is_frozen_stays_frozen(change):
+    model = named_model()
+    for name in ("gate", "up"):
+        getattr(model.model.layers[0].experts, name).requires_grad_(False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    change(model)
+    assert frozen == {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_removing_changes_nobody_elses_answer(tower):
     model = named_model(tower=tower)

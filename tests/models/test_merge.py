@@ -38,6 +38,8 @@ def test_rows_stay_aligned(intermediate, expected):
     sizes = {tuple(layer.mlp.gate_proj.weight.shape) for layer in model.model.layers}
     assert sizes == {(expected, 64)}
     assert model.config.intermediate_size == expected
+    for mlp in (layer.mlp for layer in model.model.layers):
+        assert mlp.intermediate_size == mlp.up_proj.out_features == mlp.down_proj.in_features == expected
 
 
 def test_whom_only_the_shared_expert_answered_it_still_answers():
@@ -53,6 +55,14 @@ def test_experts_of_ones_own_still_train():
     merge_shared(model)
     model(**left_padded_batch(), querier_ids=QUERIER_IDS).logits.square().mean().backward()
     assert model.model.layers[0].experts.gate.grad[3].abs().sum() > 0
+
+
+def test_a_frozen_base_stays_frozen():
+    model = aware_model(experts=SHARED)
+    model.model.layers[0].mlp.requires_grad_(False)
+    merge_shared(model)
+    trains = [{weight.requires_grad for weight in layer.mlp.parameters()} for layer in model.model.layers]
+    assert trains == [{False}, {True}]
 
 
 @pytest.mark.parametrize("settings", [{"experts": "per_querier"}, {"experts": SHARED, "tower": "replace"}])

@@ -130,10 +130,12 @@ def test_a_querier_trains_as_by_adamw_on_their_own_steps():
         RowSparseAdamW([bank], amsgrad=True)
 
 
-def test_repeated_rows_are_added():
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1]])
+def test_repeated_rows_are_added(order):
     bank = torch.nn.Parameter(torch.zeros(4, 2))
     other = torch.nn.Parameter(bank.detach().clone())
-    bank.grad = torch.sparse_coo_tensor([[1, 3, 1]], torch.tensor([[1.0, 2], [3, 4], [5, -3]]), (4, 2))
+    ids, rows = torch.tensor([1, 3, 1]), torch.tensor([[1.0, 2], [3, 4], [5, -3]])
+    bank.grad = torch.sparse_coo_tensor(ids[None, order], rows[order], (4, 2))
     other.grad = torch.sparse_coo_tensor([[1, 3]], torch.tensor([[6.0, -1], [3, 4]]), (4, 2))
     for parameter in (bank, other):
         RowSparseAdamW([parameter]).step()
@@ -307,6 +309,7 @@ def test_compiled():
     compiled(**batch, use_cache=False).loss.backward()
     for name, parameter in model.named_parameters():
         got, want = parameter.grad, expected[name]
+        assert got.is_sparse == want.is_sparse, name
         torch.testing.assert_close(*((got.to_dense(), want.to_dense()) if want.is_sparse else (got, want)))
 
 

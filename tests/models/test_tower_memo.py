@@ -48,6 +48,18 @@ def test_elsewhere_the_same_tensor_shares_its_towers_where_it_stays(qar, monkeyp
         assert towers(memo, qar, ids).segments.row_expert.tolist() == [2, 0]
 
 
+def test_a_captured_graph_groups_its_rows_itself(qar, monkeypatch):
+    """Its replays find other ids in the same tensor."""
+    memo, ids = TowerMemo(), torch.tensor([1, 0])
+    monkeypatch.setattr(querier_ids, "is_readable", lambda ids: False)
+    with querier_ids.assume_ids_unchanged():
+        before = towers(memo, qar, ids)
+        monkeypatch.setattr(querier_ids, "is_capturing", lambda: True)
+        captured = towers(memo, qar, ids)
+        monkeypatch.undo()
+    assert captured is not before
+
+
 def test_threads_do_not_get_each_others_towers(qar):
     memo, start = TowerMemo(), threading.Barrier(4)
 
