@@ -65,7 +65,9 @@ def test_clusters_follow_the_query_and_reduce_with_a_warning(caplog):
     assert cluster_queries(tea + horse, [], 2) == (train, [])
     with caplog.at_level(logging.WARNING):
         few, _ = cluster_queries(["one thing", "other"], [], 5)
+        alike, _ = cluster_queries(["Some tea", " some  TEA ", "rain"], [], 3)
     assert set(few) == {0, 1} and "2 clusters instead of 5" in caplog.text
+    assert alike[0] == alike[1] != alike[2] and "2 clusters instead of 3" in caplog.text
     assert cluster_queries(["?", "?"], ["a"], 3) == ([0, 0], [0])
 
 
@@ -91,6 +93,21 @@ def test_prepare_then_reuse_then_force(transcript):
     prepare(replace(config, seed=5, force=True))
     assert load_mqdialog(folder) != data
     assert load_mqdialog(prepare(replace(config, force=True))) == data
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_clusters": 2},
+        {"encoder": "a-model"},
+        {"queriers": ("Ann", "Bob")},
+        {"thresholds": Thresholds(min_turns=2, min_dialogues=3)},
+    ],
+)
+def test_a_folder_of_other_settings_is_not_reused(transcript, changes):
+    prepare(config_for(transcript))
+    with pytest.raises(UserError, match=f"was prepared with other {next(iter(changes))}; --force"):
+        prepare(config_for(transcript, **changes))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ def test_whole_dialogues_move_and_the_test_split_stays():
         for examples in (data.train, valid)
     )
     assert taken == [max(1, round(0.2 * count)) for count in owned]
+    turned = dataclasses.replace(data, train=data.train[::-1])
+    assert dialogues(split_validation(turned, 0.2)[1]) == dialogues(valid)
 
 
 def test_a_querier_keeps_a_dialogue_and_nonsense_is_refused():

@@ -72,6 +72,12 @@ def test_a_window_is_never_shown_its_own_dialogue(data):
     assert own.count("Bob: Well.") == 3  # all there are
 
 
+def test_equal_names_of_two_queriers_are_two_dialogues(data):
+    train = [window("d1_part0", "Where is the ship?"), window("d1_part1", "Who ate my soup?", querier_id=1)]
+    first, second = few_shot(dataclasses.replace(data, train=train)).train
+    assert "soup" in first.context and "ship" in second.context
+
+
 def test_shots_come_from_the_training_part_of_the_same_responder(data):
     other = [window("d1_part0", "Has the red ship sailed?", "Aye, aye.", responder="Dee")]
     both = merge(

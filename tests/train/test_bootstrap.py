@@ -66,6 +66,8 @@ def test_sign_flips_of_few_groups_by_hand():
     assert sign_flip_p([1.0, 1.0, 1.0, 1.0], "abcd") == pytest.approx(2 / 16, abs=0.015)
     assert sign_flip_p([5.0, 4.0, 3.0, -1.0], "abcd") == pytest.approx(4 / 16, abs=0.015)
     assert sign_flip_p([1.0, -1.0], "ab") == 1.0 and sign_flip_p([0.0, 0.0], "ab") == 1.0
+    # no pattern is nearer to 0 than the observed 0.05, though rounding moves some of them
+    assert sign_flip_p([0.1, 0.1, 0.1, -0.3, 0.05], "abcde") == 1.0
     assert sign_flip_p([1.0, 1.0], ["d", "d"]) is None
 
 

@@ -256,6 +256,18 @@ def test_no_column_is_cut_in_a_pipe(tmp_path, monkeypatch, capsys):
     assert "Prince Henry the Younger 1000 1.000 100.0 100.0 100.0 100.0 100.0" in lines
 
 
+def test_everybody_their_mean_and_those_who_ask_most_come_in_this_order():
+    def scores(examples, nll):
+        return {"examples": examples, **dict.fromkeys(SUMMARY, 0.5), "nll": nll}
+
+    people = {"Ann": scores(1, 4.0), "Bob": scores(3, 2.0)}
+    everybody = scores(4, 2.5) | {"macro": scores(None, 3.0), "per_querier": people}
+    table = command.score_table({"model": "m", "scores": everybody})
+    names, windows, nll = (list(map(str, column.cells)) for column in table.columns[:3])
+    assert names == ["everybody", "mean over queriers", "Bob", "Ann"]
+    assert windows == ["4", "", "3", "1"] and nll == ["2.500", "3.000", "2.000", "4.000"]
+
+
 def test_command_line(config, trained, tmp_path, monkeypatch, capsys):
     ft = finetune(config.replace(method="ft", output_dir=str(tmp_path / "ft")))
     out = tmp_path / "scores.json"

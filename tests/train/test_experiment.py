@@ -7,6 +7,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from train.base_model import load_base, weights_checksum
+from train.config import DTYPES
 from train.data.encode import encode_all
 from train.data.mqdialog import write_mqdialog
 from train.errors import UserError
@@ -96,6 +98,13 @@ def test_what_cannot_go_on_is_refused_before_anything_is_written(plan, config, t
     with pytest.raises(UserError, match=r"ft-seed0.*had other weights"):
         start()
     assert all(path.read_bytes() == content for path, content in written.items())
+
+
+def test_a_base_is_known_in_the_dtype_of_the_run(config):
+    model, _ = load_base(config.model)
+    known = {dtype: windows.base_of(config.model, dtype) for dtype in DTYPES.values()}
+    assert known == {dtype: weights_checksum(model, dtype) for dtype in DTYPES.values()}
+    assert len(set(known.values())) == len(DTYPES)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"key": 1}'])
@@ -319,6 +328,12 @@ def test_a_column_is_shown_where_a_method_has_its_score(request, monkeypatch):
     assert head.endswith("| added later | empty or failed |")
     values = [row.split(" | ")[-2] for row in rows]
     assert values == ["50.0", *(len(others) * [NOT_MEASURED])]
+
+
+def test_failed_replies_are_counted_beside_the_empty_ones(request):
+    committed = json.loads((request.config.rootpath / "docs/results/company.json").read_text())
+    next(iter(committed["methods"].values())).update(empty=2, failed=3)
+    assert markdown(committed).splitlines()[2].endswith("| 5 |")
 
 
 def test_the_readme_shows_the_plays(request):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from rich.console import Console
@@ -80,10 +82,34 @@ def test_every_window_is_scored_as_asked_and_under_another_id(trained, held_out,
     assert all(0 <= record["rougeL"] <= 1 for record in records)
 
 
+def test_models_of_any_seed_answer_the_same_windows(trained, held_out, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        held_out, "answer", lambda model, ids, chosen, most: asked.append((ids, chosen)) or []
+    )
+    for seed in (0, 7):
+        score(dataclasses.replace(trained, config=trained.config.replace(seed=seed)), held_out, 2, 4)
+    own, others = asked[:2]
+    assert asked[2:] == [own, others] and own[1] == others[1] and len(own[1]) == 2
+
+
 def test_experts_are_like_themselves_and_unlike_others(trained, held_out):
     matrix = torch.tensor(querier_similarity(trained.model, held_out))
     torch.testing.assert_close(matrix.diagonal(), torch.ones(3))
     assert matrix.min() < 0.9
+
+
+def test_experts_are_compared_on_the_words_of_windows_not_on_padding(trained, held_out):
+    model, moves = trained.model, []
+    for window in held_out.windows:
+        ids = torch.tensor([window.input_ids]).expand(3, -1)
+        with torch.no_grad():
+            states = model.model(ids, querier_ids=torch.arange(3)).last_hidden_state
+        moves.append((states - states.mean(0)).flatten(1))
+    expected = torch.nn.functional.normalize(torch.cat(moves, 1), dim=1)
+    found = torch.tensor(querier_similarity(model, held_out))
+    assert len({len(window.input_ids) for window in held_out.windows}) > 1
+    torch.testing.assert_close(found, expected @ expected.T, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_are_answered_to_who_asked_and_to_others(trained, held_out, tiny_data):
@@ -115,9 +141,7 @@ def test_answer_knows_its_queriers(trained, tiny_data):
 
 
 def test_windows_of_one_dialogue_are_resampled_together(tiny_data):
-    from dataclasses import replace
-
-    first = replace(tiny_data.train[0], id="scene_1_dialogue_2_part3")
+    first = dataclasses.replace(tiny_data.train[0], id="scene_1_dialogue_2_part3")
     assert first.dialogue == "scene_1_dialogue_2"
 
 

@@ -237,6 +237,9 @@ def test_a_stopped_run_asks_only_what_it_has_no_answer_to(stub, tmp_path, caplog
     other = Endpoint(server.url, "another judge")
     judge_pair(pair(), Cached(other, path))
     assert len(server.requests) == 4
+    elsewhere = stub(prefers("good"))  # of the same name, which may be another model
+    judge_pair(pair(), Cached(endpoint(elsewhere), path))
+    assert len(elsewhere.requests) == 2
 
 
 @pytest.mark.parametrize("said", ["good\u2028A", "\ud83d\nA"])

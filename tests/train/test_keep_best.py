@@ -1,7 +1,9 @@
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +86,23 @@ def test_the_score_is_that_of_the_validation_windows(config, tmp_path, dtype):
     assert len(found) == 2 and found[1] < found[0]
     stored = json.loads((tmp_path / "runs" / "run" / BEST / SCORE).read_text())
     assert stored["nll"] == min(found)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_score_is_a_mean_over_tokens_without_dropout(monkeypatch, training):
+    model, batches = (
+        torch.nn.Dropout(0.5).train(training),
+        {"short": ([4.0], [2]), "long": ([1.0, 1.0], [1, 4])},
+    )
+
+    def reply_nll(model, batch):
+        assert not model.training
+        return tuple(map(torch.tensor, batches[batch]))
+
+    monkeypatch.setattr("train.keep_best.reply_nll", reply_nll)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=nullcontext))
+    assert KeepBest._score(SimpleNamespace(trainer=trainer, loader=batches), model) == pytest.approx(6 / 7)
+    assert model.training == training
 
 
 def test_an_interrupted_epoch_is_not_scored(config, tmp_path, monkeypatch):

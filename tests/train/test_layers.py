@@ -70,6 +70,10 @@ def test_cache_is_used_unless_it_is_damaged_or_the_weights_have_changed(
     assert torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 3
     model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.flip(0)
     assert not torch.equal(lower_states(model, windows, 1, tmp_path)[0], first[0]) and len(ran) == 4
+    lower_states(model, windows, 1, tmp_path)
+    model.config.rms_norm_eps *= 2  # which no weight shows
+    lower_states(model, windows, 1, tmp_path)
+    assert len(ran) == 5
 
 
 def test_a_place_that_cannot_be_written_costs_time_alone(loaded, windows, tmp_path, caplog):

@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 from recast import answered_by
+from safetensors.torch import load_file
 
 from train.data.mqdialog import write_mqdialog
 from train.errors import UserError
 from train.finetune import finetune
 from train.heldout import held_out_windows
 from train.onboard import onboard
-from train.trained import load_trained
+from train.trained import EXPERTS, load_trained
 
 NEWCOMER = "Newcomer"
 
@@ -71,6 +72,17 @@ def test_a_run_whose_queriers_share_an_expert(config, tiny_data, tmp_path):
     assert extended.queriers == (first, second, third, NEWCOMER)
     assert extended.model.qar.querier_experts == (0, 0, 1, 2)
     assert torch.equal(extended.model(ids, querier_ids=torch.tensor([0, 1, 2])).logits, logits)
+
+
+def test_experts_of_others_are_not_rounded_to_the_dtype_of_the_base(config, tiny_data, tmp_path):
+    source = finetune(config.replace(dtype="bfloat16", epochs=1))
+    write_mqdialog(_with_newcomer(tiny_data), tmp_path / "new", "planted")
+    before, after = (
+        load_file(folder / EXPERTS)
+        for folder in (source, onboard(source, tmp_path / "new", NEWCOMER, tmp_path / "out", epochs=0.5))
+    )
+    banks = [name for name in before if name.endswith((".gate", ".up", ".down"))]
+    assert banks and all(torch.equal(after[name][:3], before[name]) for name in banks)
 
 
 def test_refusals_name_what_is_wrong(config, tiny_data, tmp_path):

@@ -14,7 +14,8 @@ from train.experiment.results import finite
 from train.experiment.table import NOT_MEASURED, markdown
 from train.metrics import compare, summarise, swap_summary, wording
 from train.plotting import PALETTE
-from train.report import render, write_html
+from train.report import render, sections, write_html
+from train.report.charts import difference_bars
 from train.report.findings import findings, headline
 
 SECTIONS = (
@@ -162,6 +163,21 @@ def test_scores_are_shown_in_nats_and_points(run, page):
     assert f"QAR {qar['nll']:.3f}, FT" in page
     change = f"{run['results']['paired']['qar_vs_ft']['nll']['diff']:+.3f}".replace("-", "\N{MINUS SIGN}")
     assert f"difference {change} [" in page
+
+
+def test_the_largest_gain_comes_first(run):
+    methods = run["results"]["methods"]
+    nll = {side: {name: own["nll"] for name, own in methods[side]["per_querier"].items()} for side in PALETTE}
+    names = [cells[0][0] for _, cells in sections.per_querier(methods).numbers.rows]
+    assert names == sorted(fake_run.QUERIERS, key=lambda name: nll["qar"][name] - nll["ft"][name])
+
+
+@pytest.mark.parametrize(
+    ("change", "drawn", "other"), [(-0.1, "#123456", "#654321"), (0.1, "#654321", "#123456")]
+)
+def test_a_loss_that_falls_has_the_colour_of_the_better(change, drawn, other):
+    figure = difference_bars(["Amy"], [change], "#123456", "#654321", "")
+    assert drawn in figure and other not in figure
 
 
 @pytest.fixture

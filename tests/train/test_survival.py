@@ -311,6 +311,9 @@ def test_resume_refuses_another_run(config, tiny_data, monkeypatch):
     shutil.rmtree(Path(config.output_dir) / "trained")
     with pytest.raises(UserError, match=r"run\.json: the run was started with expert_rank=4, got 8"):
         finetune(config.replace(expert_rank=8), resume=True)
+    for key, value in {"learning_rate": 0.5, "batch_size": 3, "seed": 7, "max_tokens": 99}.items():
+        with pytest.raises(UserError, match=f"started with {key}="):
+            check_continues(config.replace(**{key: value}), tiny_data)
     other = dataclasses.replace(tiny_data, queriers=tiny_data.queriers[::-1])
     with pytest.raises(UserError, match="started with queriers="):
         check_continues(config, other)
@@ -354,6 +357,28 @@ def test_checkpoints_of_others_are_never_deleted(config):
     finetune(config, resume=True)
     kept = sorted(path.parent.name.rsplit("-", 1)[0] for path in run.glob("*/model.bin"))
     assert kept == ["unsealed-checkpoint-1", "unsealed-checkpoint-700"]
+
+
+def test_files_reach_the_disk_before_the_seal_is_there(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, (tmp_path / SEAL).exists()))
+    )
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(b"whole")
+    seal(tmp_path)
+    assert synced == [((tmp_path / name).stat().st_ino, False) for name in ("one", "two")]
+
+
+def test_the_newest_checkpoint_is_that_of_the_most_steps(tmp_path):
+    for step in (10, 8, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "part").write_bytes(b"whole")
+        seal(tmp_path / f"checkpoint-{step}")
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    make_room(tmp_path, tmp_path / "checkpoint-9")
+    kept = [path.name for path in checkpoints.all_checkpoints(tmp_path)]
+    assert kept == ["checkpoint-8", "checkpoint-9"]
 
 
 def test_seal_tells_an_added_byte(tmp_path):
