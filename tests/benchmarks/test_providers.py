@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 from contextlib import nullcontext
+from functools import partial
 from unittest.mock import MagicMock
 
 import pytest
@@ -18,7 +19,7 @@ from benchmarks.clocks import CaptureError, CudaClock, ProcessClock
 from benchmarks.inputs import Inputs
 from benchmarks.machine import describe
 from benchmarks.providers import PROVIDERS, Trial, provider
-from benchmarks.runner import Step
+from benchmarks.runner import Step, Timing, interleave
 from benchmarks.schema import load
 from benchmarks.session import Job, Session
 from benchmarks.shapes import Cell, matrix
@@ -158,6 +159,30 @@ def test_on_a_card_a_profiler_without_rights_costs_the_count_of_launches_only(mo
     calls = []
     found = footprint.footprints({"ours": lambda: calls.append(1)}, "cuda")
     assert found == {"ours": footprint.Footprint(peak_bytes=64, launches=None)} and calls == [1]
+
+
+def test_memory_is_the_most_held_at_a_time_and_operators_inside_others_are_not_launches():
+    assert footprint._peak([(3, 2), (1, 5), (4, -7), (2, -3), (5, 1)]) == 5
+    assert footprint._peak([(3, -5), (1, 5), (2, 7)]) == 12
+    calls = [("aten::addmm", 2, 8), ("aten::linear", 0, 10), ("mark", 11, 20), ("aten::mul", 12, 13)]
+    assert footprint._outer_operators([(*call, 0) for call in calls]) == 2
+
+
+class TurnClock(ProcessClock):
+    """Every call takes a millisecond."""
+
+    def sample(self, call):
+        call()
+        return lambda: 1.0
+
+
+def test_calls_take_turns_in_an_order_that_is_drawn_anew():
+    order = []
+    timed = interleave({name: partial(order.append, name) for name in "abc"}, TurnClock(), budget_s=0.03)
+    rounds = ["".join(order[start : start + 3]) for start in range(6, len(order), 3)]  # behind two warm-ups
+    assert len(rounds) == 10 and {"".join(sorted(turn)) for turn in rounds} == {"abc"}
+    assert len(set(rounds)) > 2
+    assert timed == dict.fromkeys("abc", Timing(1.0, 1.0, 1.0))
 
 
 def test_the_calibration_launches_what_it_times():
