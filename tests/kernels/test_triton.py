@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,15 @@ def test_fp16(tower):
 def test_descriptors(use_config, tower):
     use_config(replace(CONFIGS["tiny"], tma=True))
     check(Case(ids(37, 4)), tower, "triton", torch.float16)
+
+
+def test_rows_that_a_card_cannot_step_over_have_no_descriptor():
+    call = SimpleNamespace(config=CONFIGS["sm90_large"], tower="fused")
+    rows = torch.zeros(8, 64, dtype=torch.float16)
+    assert launch._use_tma(call, rows)
+    one = rows[:1].expand(8, 64)[:1]  # contiguous, and without a stride
+    for others in (one, rows[:, 1:], torch.zeros(8, 60, dtype=torch.float16), rows[:0]):
+        assert not launch._use_tma(call, rows, others)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "tiny"])
