@@ -177,6 +177,17 @@ def test_unknown_queriers_neither_score_nor_are_remembered():
     assert torch.equal(contrast.memory, before)
 
 
+def test_a_sequence_without_a_reply_neither_scores_nor_is_remembered():
+    contrast = new_contrast()
+    contrast(**fixed_batch([0, 1, 2]))
+    batch, writes = fixed_batch([0, 1, 2], seed=1), contrast.writes.clone()
+    batch["response_mask"][1] = False
+    expected = contrast.eval()(**{name: tensor[[0, 2]] for name, tensor in batch.items()})
+    torch.testing.assert_close(contrast(**batch), expected)
+    contrast.train()(**batch)
+    assert (contrast.writes - writes)[0].tolist() == [1, 0, 1, 0]
+
+
 def test_evaluation_leaves_the_memory_alone():
     contrast, batch = new_contrast(), fixed_batch([0, 1, 2])
     contrast(**batch)
@@ -213,6 +224,8 @@ def test_casting_the_model_rounds_neither_memory_nor_totals(cast):
     before = {name: buffer.clone() for name, buffer in contrast.named_buffers()}
     cast(contrast)
     assert contrast.head_weight.element_size() == 2
+    states = fixed_batch([0, 1]) | {"querier_states": torch.randn(2, 7, HIDDEN).to(contrast.head_weight)}
+    assert contrast.eval()(**states).dtype == torch.float32  # in 16 bits logits would have two digits
     for name, buffer in contrast.named_buffers():
         assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name])
     moved = contrast.to("meta")

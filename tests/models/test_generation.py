@@ -192,6 +192,8 @@ def test_the_cache_by_its_old_and_its_new_name(tower, name):
         rest = read(stack(ids[:, 7:], querier_ids=QUERIER_IDS, **{name: cache}))
         expected = read(stack(ids, querier_ids=QUERIER_IDS))[:, 7:]
         torch.testing.assert_close(rest, expected, rtol=1e-4, atol=1e-4)
+        without = stack(ids[:, 7:], querier_ids=QUERIER_IDS, use_cache=False, **{name: cache})
+        assert getattr(without, CACHE) is None
 
 
 def test_a_cache_by_a_name_that_nobody_reads_is_refused():

@@ -18,6 +18,11 @@ def test_who_was_removed_is_no_longer_on_the_card(tmp_path):
     assert card_of(model, tmp_path) == "mine: Howard"
 
 
+def test_of_several_processes_one_writes_the_card(tmp_path):
+    named_model().save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "README.md").exists()
+
+
 def test_a_card_shows_names_as_they_are(tmp_path):
     model = aware_model(querier_names=["a|b", "c\nd", "`e`", "<f>", "g_h_"])
     assert r"| queriers | a\|b, c d, \`e\`, \<f\>, g\_h\_ |" in card_of(model, tmp_path)

@@ -321,6 +321,14 @@ def test_autocast():
     assert model.model.layers[0].experts.down.grad._values().dtype == torch.float32
 
 
+def test_sharded_experts_are_refused_in_training_alone(monkeypatch):
+    monkeypatch.setattr("qar_models.modeling.is_sharded", lambda weight: True)
+    model, batch = aware_model(expert_gradients="sparse"), batch_of(3, 0, 3)
+    with pytest.raises(NotImplementedError, match="expert_gradients: got 'sparse' with sharded experts"):
+        model.train()(**batch)
+    assert model.eval()(**batch).loss.isfinite()
+
+
 def test_a_shared_expert_alone_has_nothing_sparse():
     with pytest.raises(ValueError, match="expert_gradients: got 'sparse' with experts='shared'"):
         qar_config(experts="shared", expert_gradients="sparse")
