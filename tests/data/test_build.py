@@ -10,7 +10,7 @@ from train.data.build import main
 from train.data.dialogue import Thresholds
 from train.data.mqdialog import load_mqdialog
 from train.data.responders import load_dialogues
-from train.data.speakers import find_speakers, qualified, survey
+from train.data.speakers import Pair, Speaker, find_speakers, qualified, survey
 from train.data.transcript import Scene, Turn, read_transcript
 from train.errors import UserError
 
@@ -53,6 +53,12 @@ def test_survey_counts_whom_everybody_answers():
         qualified(scenes, Thresholds(2, 3))
     with pytest.raises(UserError, match="responder 'X' answers nobody"):
         find_speakers(scenes, ["X"], Thresholds())
+
+
+def test_a_responder_has_a_dialogue_to_hold_out():
+    once, twice = (Pair("Ann", turns=9, dialogues=count, has_enough=True) for count in (1, 2))
+    assert not Speaker("Bob", 9, (once, once)).qualifies and Speaker("Bob", 9, (once, twice)).qualifies
+    assert not Speaker("Bob", 9, (twice,)).qualifies
 
 
 def test_one_responder(command, transcript):

@@ -57,6 +57,11 @@ def test_tfidf_gives_unit_vectors_and_follows_the_training_texts():
         fit_encoder(["", " "])
 
 
+def test_clusters_are_drawn_by_the_seed():
+    drawn = [tuple(cluster_queries(TEA + WAR, [], 3, seed=seed)[0]) for seed in (0, 1, 2, 3, 0)]
+    assert drawn[0] == drawn[4] and len(set(drawn)) > 1
+
+
 def test_tfidf_clusters_a_language_without_spaces():
     train, dev = cluster_queries(CHINESE_TEA + CHINESE_WAR, ["喝茶", "敌军"], 2)
     assert len(set(train[:4])) == len(set(train[4:])) == 1 and train[0] != train[4]

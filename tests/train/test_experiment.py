@@ -141,7 +141,12 @@ def test_a_cell_of_other_settings_is_not_taken(plan):
     cell = experiment.cells()[0]
     run_cell(experiment, cell)
     assert result_of(experiment, cell) is not None
-    assert result_of(dataclasses.replace(experiment, generated=2), cell) is None
+    for changes in (
+        {"generated": 2},
+        {"max_new_tokens": 5},
+        {"train": {**experiment.train, "max_tokens": 99}},
+    ):
+        assert result_of(dataclasses.replace(experiment, **changes), cell) is None
 
 
 def test_a_finished_cell_gets_a_score_that_was_added_since(plan):

@@ -11,6 +11,7 @@ from train.errors import UserError
 from train.finetune import finetune
 from train.heldout import held_out_windows
 from train.onboard import onboard
+from train.setup import make_trainer
 from train.trained import EXPERTS, load_trained
 
 NEWCOMER = "Newcomer"
@@ -72,6 +73,19 @@ def test_a_run_whose_queriers_share_an_expert(config, tiny_data, tmp_path):
     assert extended.queriers == (first, second, third, NEWCOMER)
     assert extended.model.qar.querier_experts == (0, 0, 1, 2)
     assert torch.equal(extended.model(ids, querier_ids=torch.tensor([0, 1, 2])).logits, logits)
+
+
+def test_a_newcomer_learns_as_long_and_as_fast_as_asked(config, tiny_data, tmp_path, monkeypatch):
+    source, settings = finetune(config.replace(epochs=0.2)), []
+    write_mqdialog(_with_newcomer(tiny_data), tmp_path / "new", "planted")
+
+    def trainer(model, tokenizer, windows, config, **options):
+        settings.append((config.epochs, config.expert_learning_rate))
+        return make_trainer(model, tokenizer, windows, config, **options)
+
+    monkeypatch.setattr("train.onboard.make_trainer", trainer)
+    onboard(source, tmp_path / "new", NEWCOMER, tmp_path / "out", epochs=0.5, learning_rate=0.125)
+    assert settings == [(0.5, 0.125)]
 
 
 def test_experts_of_others_are_not_rounded_to_the_dtype_of_the_base(config, tiny_data, tmp_path):

@@ -14,8 +14,7 @@ from train.experiment.results import finite
 from train.experiment.table import NOT_MEASURED, markdown
 from train.metrics import compare, summarise, swap_summary, wording
 from train.plotting import PALETTE
-from train.report import render, sections, write_html
-from train.report.charts import difference_bars
+from train.report import charts, render, sections, write_html
 from train.report.findings import findings, headline
 
 SECTIONS = (
@@ -176,8 +175,15 @@ def test_the_largest_gain_comes_first(run):
     ("change", "drawn", "other"), [(-0.1, "#123456", "#654321"), (0.1, "#654321", "#123456")]
 )
 def test_a_loss_that_falls_has_the_colour_of_the_better(change, drawn, other):
-    figure = difference_bars(["Amy"], [change], "#123456", "#654321", "")
+    figure = charts.difference_bars(["Amy"], [change], "#123456", "#654321", "")
     assert drawn in figure and other not in figure
+
+
+def test_figures_say_which_side_is_which(run):
+    assert "(right is better)" in figure(run["results"], {})
+    assert charts._error([1.0], [(0.5, 3.0)]).tolist() == [[0.5], [2.0]]
+    alike = charts.heat_map(["Amy", "Raj"], [[1.0, 0.25], [0.25, 1.0]], "cosine")
+    assert ">0.25<" in alike and ">1.00<" not in alike  # the diagonal is blank
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from processes import completed, log_of, start
 from safetensors.torch import load_file
 
@@ -332,7 +333,12 @@ def test_resume_refuses_another_run(config, tiny_data, monkeypatch):
 
 def test_consolidate_refuses_what_is_no_run(finished, tmp_path):
     run = Path(finished.output_dir)
-    assert load_file(consolidate(run, tmp_path / "out") / EXPERTS).keys()
+    folders = consolidate(run, tmp_path / "out"), run / "trained"
+    for name in (EXPERTS, SAFETENSORS_WEIGHTS_NAME):
+        found, trained = (load_file(folder / name) for folder in folders)
+        assert found.keys() == trained.keys() and all(
+            torch.equal(found[key], trained[key]) for key in trained
+        )
     with pytest.raises(UserError, match="no run there"):
         consolidate(tmp_path, tmp_path / "out")
     (tmp_path / "thesis").mkdir()
