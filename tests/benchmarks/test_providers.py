@@ -168,6 +168,13 @@ def test_memory_is_the_most_held_at_a_time_and_operators_inside_others_are_not_l
     assert footprint._outer_operators([(*call, 0) for call in calls]) == 2
 
 
+def test_milliseconds_and_their_percentiles(monkeypatch):
+    ticks = iter((1_000_000, 4_500_000))
+    monkeypatch.setattr("benchmarks.clocks.time.process_time_ns", lambda: next(ticks))
+    assert ProcessClock().sample(lambda: None)() == 3.5
+    assert Timing.of(list(range(101))) == Timing(20, 50, 80)
+
+
 class TurnClock(ProcessClock):
     """Every call takes a millisecond."""
 

@@ -55,6 +55,13 @@ def test_the_search_goes_on_from_the_fastest(monkeypatch):
     assert late == tried[:1]
 
 
+def test_a_gain_within_the_noise_is_none(monkeypatch):
+    monkeypatch.setattr(tune, "_try", lambda kernel, gemm, *_: tune.Tried(gemm, 0.99))
+    call = FakeCall(Gemm(64, 32, 4, 2))
+    tried = tune.search("gate_up", lambda call: (), call, ProcessClock(), time.monotonic() + 60)
+    assert len(tried) == 1 + len(list(tune.neighbours(call.gate_up)))
+
+
 @pytest.mark.parametrize("tower", ["fused", "expert"])
 @pytest.mark.parametrize("kernel", tune.KERNELS)
 def test_every_kernel_gives_the_same_under_other_block_sizes(kernel, tower):
