@@ -168,6 +168,12 @@ def test_memory_is_the_most_held_at_a_time_and_operators_inside_others_are_not_l
     assert footprint._outer_operators([(*call, 0) for call in calls]) == 2
 
 
+def test_queriers_of_a_cell_are_neither_neighbours_nor_in_order():
+    """What is in order is read without a copy, which would flatter our own."""
+    present = Inputs.draw(Cell(64, 8, 64, 4, 16, 0, "float32"), "cpu", training=False).present
+    assert len(set(present)) == 8 and present != sorted(present) and max(present) - min(present) > 8
+
+
 def test_milliseconds_and_their_percentiles(monkeypatch):
     ticks = iter((1_000_000, 4_500_000))
     monkeypatch.setattr("benchmarks.clocks.time.process_time_ns", lambda: next(ticks))
