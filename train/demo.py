@@ -19,6 +19,7 @@ from typing import Any
 
 import transformers
 from rich.console import Console
+from rich.text import Text
 
 from train.cli import run
 from train.config import TrainConfig, load_config
@@ -75,7 +76,7 @@ def demo(config: TrainConfig, planted: TrainConfig, responder: str) -> Path:
         f"planted habits: QAR {found['qar_accuracy']:.0%}, FT {found['ft_accuracy']:.0%}, "
         f"chance {found['chance']:.0%}"
     )
-    console.print(f"{page} ({sum(seconds.values()):.0f} s)")
+    console.print(Text(f"{page} ({sum(seconds.values()):.0f} s)"))
     return page
 
 

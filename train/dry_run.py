@@ -29,6 +29,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback
 
 from qar_models import sparse_parameters
@@ -77,14 +78,15 @@ def _dry_run(config: TrainConfig) -> None:
 
 def plan_table(config: TrainConfig, plan: Mapping[str, Mapping[str, Any]]) -> Table:
     """One section for each part of the plan."""
-    table = Table(title=f"{config.method} on {config.model}, {ranks.world_size()} rank(s)", show_header=False)
+    title = Text(f"{config.method} on {config.model}, {ranks.world_size()} rank(s)")
+    table = Table(title=title, show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for title, rows in plan.items():
+    for part, rows in plan.items():
         table.add_section()
-        table.add_row(f"[bold]{title}")
+        table.add_row(Text(part, "bold"))
         for name, value in rows.items():
-            table.add_row(f"  {name}", f"{value:,}" if isinstance(value, int) else str(value))
+            table.add_row(Text(f"  {name}"), Text(f"{value:,}" if isinstance(value, int) else str(value)))
     return table
 
 

@@ -129,7 +129,7 @@ def score_table(result: dict[str, Any]) -> Table:
     names = Column("asked by", overflow="fold", min_width=16)
     headings = ("windows", *narrow_headings(SUMMARY))
     numbers = [Column(heading, justify="right") for heading in headings]
-    table = Table(names, *numbers, title=result["model"], box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(names, *numbers, title=Text(result["model"]), box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_row("everybody", str(scores["examples"]), *_cells(scores))
     table.add_row("mean over queriers", "", *_cells(scores["macro"]), end_section=True)
     for name, own in sorted(scores["per_querier"].items(), key=lambda item: -item[1]["examples"]):
@@ -143,7 +143,7 @@ def _cells(scores: dict[str, Any]) -> list[str]:
 
 def difference_table(differences: dict[str, Any], ours: str, theirs: str) -> Table:
     """Paired differences of two models on the same windows."""
-    table = Table("", "difference", "95 % interval", "p", title=f"{ours} - {theirs}", box=SIMPLE)
+    table = Table("", "difference", "95 % interval", "p", title=Text(f"{ours} - {theirs}"), box=SIMPLE)
     for key, found in differences.items():
         if key in SUMMARY:
             difference = wording.score(key, found["diff"], signed=True)

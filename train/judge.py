@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rich.console import Console
+from rich.text import Text
 from tqdm.auto import tqdm
 
 from train.cli import run
@@ -242,7 +243,8 @@ def main() -> None:
         )
     rate = f"{100 * result['win_rate']:.1f} %"
     counts = ", ".join(f"{result[name]} {name}" for name in ("wins_a", "wins_b", "ties", "failed"))
-    Console().print(f"win rate of a: {rate} ({counts}; {asked} pairs were asked, {known}); {arguments.out}")
+    result_line = f"win rate of a: {rate} ({counts}; {asked} pairs were asked, {known}); {arguments.out}"
+    Console().print(Text(result_line))
 
 
 if __name__ == "__main__":

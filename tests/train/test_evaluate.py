@@ -262,7 +262,8 @@ def test_everybody_their_mean_and_those_who_ask_most_come_in_this_order():
 
     people = {"Ann": scores(1, 4.0), "Bob": scores(3, 2.0)}
     everybody = scores(4, 2.5) | {"macro": scores(None, 3.0), "per_querier": people}
-    table = command.score_table({"model": "m", "scores": everybody})
+    table = command.score_table({"model": "runs/[/v1]", "scores": everybody})
+    assert str(table.title) == "runs/[/v1]"  # a path, not markup
     names, windows, nll = (list(map(str, column.cells)) for column in table.columns[:3])
     assert names == ["everybody", "mean over queriers", "Bob", "Ann"]
     assert windows == ["4", "", "3", "1"] and nll == ["2.500", "3.000", "2.000", "4.000"]

@@ -40,7 +40,7 @@ def build(config: PrepareConfig, responders: list[str], console: Console) -> Non
         folders = [prepare(replace(config, responder=name), scenes) for name in progress]
     data = [load_mqdialog(folder) for folder in folders]
     console.print(summary_table(data[0]) if len(data) == 1 else overview_table(data))
-    console.print(str(folders[0] if len(folders) == 1 else folders[0].parent), soft_wrap=True)
+    console.print(str(folders[0] if len(folders) == 1 else folders[0].parent), soft_wrap=True, markup=False)
 
 
 def _with_folders(names: list[str]) -> list[str]:

@@ -142,7 +142,7 @@ def main() -> None:
     page = Console(record=True, width=110, file=io.StringIO())
     page.print(shown)
     write_atomic(arguments.html, page.export_html())
-    Console().print(str(arguments.html), soft_wrap=True)
+    Console().print(str(arguments.html), soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -188,8 +188,9 @@ def main() -> None:
     console = Console()
     for source, found in counts:
         turns = [turn for scene in found for turn in scene.turns]
-        console.print(f"{source}: {len(turns)} turns of {len({turn.speaker for turn in turns})} speakers")
-    console.print(str(arguments.out), soft_wrap=True)
+        speakers = {turn.speaker for turn in turns}
+        console.print(f"{source}: {len(turns)} turns of {len(speakers)} speakers", markup=False)
+    console.print(str(arguments.out), soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

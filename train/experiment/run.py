@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.text import Text
 
 from train.cli import wide_console
 from train.experiment.cell import check_cell, result_of, run_cell
@@ -32,7 +33,7 @@ def run_experiment(experiment: Experiment, folder: Path, name: str) -> dict[str,
     for cell in cells:  # before any result or the table is overwritten
         check_cell(experiment, cell)
     for index, cell in enumerate(cells):
-        console.rule(f"[bold]{cell.name} ({index + 1} of {len(cells)})", align="left")
+        console.rule(Text(f"{cell.name} ({index + 1} of {len(cells)})", "bold"), align="left")
         if result_of(experiment, cell) is None:
             run_cell(experiment, cell)
             _write_results(experiment, folder, name)
