@@ -142,8 +142,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in PATHS:
-            if getattr(self, name):
-                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+            path = getattr(self, name)
+            object.__setattr__(self, name, os.path.expanduser(path) if path else None)
+            if not path and name in ("data", "output_dir", "model"):
+                raise UserError(f"{name}: is empty, expected a path")
         for expected, (names, holds) in _RANGES.items():
             for name in names:
                 if not holds(getattr(self, name)):

@@ -36,6 +36,9 @@ def test_texts_are_taken_as_they_stand(tmp_path, monkeypatch):
     assert (config.data, config.output_dir) == (f"{tmp_path}/d", "runs/al #2")
     assert (config.model, config.profiles) == (f"{tmp_path}/llama", None)
     assert load_config(path, ["output_dir=2026", "model='some/hub name'"]).model == "some/hub name"
+    assert load_config(path, ["deepspeed=''"]).deepspeed is None
+    with pytest.raises(UserError, match="model: is empty, expected a path"):
+        load_config(path, ["model=''"])
     with pytest.raises(UserError, match="override 'batch_size=two': got 'two', expected int"):
         load_config(path, ["batch_size=two"])
 

@@ -257,6 +257,9 @@ def test_a_transcript_of_ones_own_is_prepared(plan, tmp_path):
     run.run_experiment(experiment, tmp_path, "tiny")
     records = result_of(experiment, experiment.cells()[0])["records"]
     assert len(records) == 4 and {record["querier"] for record in records} == {"Ann > Bo"}
+    demanding = load_experiment(plan, [*overrides, "min_turns=21", f"output_dir={tmp_path / 'other'}"])
+    with pytest.raises(UserError, match="nobody has at least 21 turns and 3 dialogues"):
+        demanding.prepare()
 
 
 def test_methods_are_compared_on_the_splits_that_both_have(plan, tmp_path):

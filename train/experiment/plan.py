@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import TrainConfig
-from train.data.dialogue import PLAY_THRESHOLDS
+from train.data.dialogue import PLAY_THRESHOLDS, Thresholds
 from train.data.prepare import PLAYS, PrepareConfig, prepare
 from train.data.transcript import KEYS
 from train.errors import UserError
@@ -72,8 +72,10 @@ class Experiment:
         responders: whose dialogues are prepared first; if there are none, ``train`` names the ``data``.
         transcript: where ``responders`` speak (:mod:`train.data.transcript`); None: Shakespeare's plays.
         columns: of a CSV ``transcript``: the names of the columns of scene, speaker and text.
-        queriers: the only people who ask ``responders``; if empty, all who have ``min_dialogues``.
-        min_dialogues: how many dialogues with a responder make somebody a querier.
+        queriers: the only people who ask ``responders``; if empty, all who have as many turns and dialogues.
+        min_turns, min_dialogues: how many with a responder make somebody a querier. The defaults suit the
+            plays; ``train.data.build`` asks for 70 and 20 (the paper).
+        clusters: of the queries, for the contrastive loss.
         splits: seeds that draw which dialogues of ``responders`` are held out; everything runs on each.
     """
 
@@ -88,11 +90,13 @@ class Experiment:
     transcript: Path | None = None
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     queriers: tuple[str, ...] = ()
+    min_turns: int = PLAY_THRESHOLDS.min_turns
     min_dialogues: int = PLAY_THRESHOLDS.min_dialogues
+    clusters: int = PrepareConfig.num_clusters
     splits: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        for key in ("generated", "max_new_tokens", "min_dialogues"):
+        for key in ("generated", "max_new_tokens", "min_turns", "min_dialogues", "clusters"):
             if getattr(self, key) < 1:
                 raise UserError(f"key '{key}': got {getattr(self, key)}, expected at least 1")
         for key in ("seeds", "splits"):
@@ -129,7 +133,8 @@ class Experiment:
             transcript=self.transcript,
             columns=tuple(self.columns.items()),
             queriers=self.queriers,
-            thresholds=dataclasses.replace(PLAY_THRESHOLDS, min_dialogues=self.min_dialogues),
+            num_clusters=self.clusters,
+            thresholds=Thresholds(self.min_turns, self.min_dialogues),
         )
         for split, responder in product(self.splits, self.responders):
             prepare(dataclasses.replace(shared, responder=responder, out=self.prepared(split), seed=split))
