@@ -15,7 +15,6 @@ from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qar_kernels.host import is_capturing, is_readable
@@ -67,8 +66,9 @@ class Segments:
     _memo: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # on an accelerator at once: programs that are compiled, and graphs that are captured later, find them
-        if not (self._sorted or is_readable(self.row_expert) or torch.compiler.is_compiling()):
+        # where the host cannot read them at once: graphs that are captured later, and layers that are
+        # checkpointed in a compiled program (which may not change what is outside of them), find them
+        if not (self._sorted or is_readable(self.row_expert)):
             object.__setattr__(self, "_sorted", _sort(self.row_expert, self.capacity))
 
     @property
@@ -111,10 +111,11 @@ class Segments:
         """``make()``, computed once per batch and shared by all layers; backends keep theirs here.
 
         A result is kept where it stays true: in the execution mode that the segments were made in, and in
-        eager code for segments that a compiled program returned. A capture also uses eager results, which
-        every replay finds, but keeps none beside them: until its graph is replayed they hold nothing. So make
-        segments inside each CUDA graph that is to see other ids; for one that replays the same, run once
-        before.
+        eager code for segments that a compiled program returned. A training step keeps none while it is
+        traced: a checkpointed layer may not change what is outside of it, and the compiler merges equal
+        nodes. A capture also uses eager results, which every replay finds, but keeps none beside them: until
+        its graph is replayed they hold nothing. So make segments inside each CUDA graph that is to see other
+        ids; for one that replays the same, run once before.
 
         Args:
             key: names the result, among those of all callers.
@@ -122,6 +123,7 @@ class Segments:
         """
         made, now = self._mode, _execution_mode()
         keeps = made == now or (made == "traced" and now == "eager")
+        keeps = keeps and not (now == "traced" and torch.is_grad_enabled())
         if (keeps or (made == "eager" and now == "captured")) and key in self._memo:
             return self._memo[key]
         with _outside_inference_mode():
@@ -168,6 +170,8 @@ class Segments:
                 raise ValueError(
                     f"seg: got expert id {self.max_id}, expected ids below {num_experts} experts"
                 )
+        elif torch.compiler.is_compiling():  # a checkpointed layer may not change the memo
+            self._assert_ids_below(num_experts)
         elif not is_readable(self.row_expert):
             self.memo(("ids below", num_experts), lambda: self._assert_ids_below(num_experts))
 
@@ -242,7 +246,8 @@ class Segments:
 
 def _sort(row_expert: Tensor, capacity: int) -> SortedRows:
     key, perm = torch.where(row_expert < 0, _LAST, row_expert).sort(stable=True)
-    starts = key != F.pad(key, (1, -1), value=-1)  # no slice of T - 1, which would be a guard of its own
+    before = torch.cat((key.new_full((1,), -1), key))[:-1]  # no slice of T - 1, which would be another guard
+    starts = key != before
     # Rows without an expert sort behind every segment, so a segment's offset never counts them.
     segment_of = torch.where(key == _LAST, capacity, starts.cumsum(0) - 1)
     offsets = torch.searchsorted(segment_of, torch.arange(capacity + 1, device=key.device))

@@ -97,13 +97,13 @@ def _expert_mlp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     products = make_products(row_expert, gate)
     y, *pre = _forward(x, *map(products.select_weights, (gate, up, down)), products)
-    return y, *(rows.view(x.shape[0], -1) for rows in pre)
+    return y, *(rows.view(x.shape[0], gate.shape[1]) for rows in pre)
 
 
 @_expert_mlp.register_fake
 def _(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, row_expert: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pre = x.new_empty(x.shape[0], gate.shape[1])
-    return torch.empty_like(x), pre, torch.empty_like(pre)
+    return x.new_empty(x.shape), pre, torch.empty_like(pre)
 
 
 def _grads(
@@ -182,10 +182,10 @@ def _(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_x = torch.empty_like(d_y) if needs_x else x.new_empty(0)
+    d_x = d_y.new_empty(d_y.shape) if needs_x else x.new_empty(0)
     if not needs_weights:
         return d_x, gate.new_empty(0), up.new_empty(0), down.new_empty(0)
-    return d_x, torch.empty_like(gate), torch.empty_like(up), torch.empty_like(down)
+    return d_x, *(weight.new_empty(weight.shape) for weight in (gate, up, down))
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:

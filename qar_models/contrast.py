@@ -201,15 +201,13 @@ class QuerierContrast(nn.Module):
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}{hint}")
             if name != "response_mask" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, expected integers")
-        if not torch.compiler.is_compiling():
-            self._check_values(response_mask, querier_ids, cluster_ids)
+        self._check_values(response_mask, querier_ids, cluster_ids)
 
     def _check_values(self, response_mask: Tensor, querier_ids: Tensor, cluster_ids: Tensor) -> None:
-        """Values are read where that costs no device sync; elsewhere indexing asserts the ids' range."""
+        """Values are read where that costs no device sync; elsewhere the device asserts them."""
         if not is_readable(response_mask):
             torch._assert_async(response_mask.any(), "response_mask: no responder token in the batch")
-            return
-        if not response_mask.any():
+        elif not response_mask.any():
             raise ValueError("response_mask: got no responder token in the whole batch, expected some")
         _check_range("cluster_ids", cluster_ids, 0, len(self.writes) - 1)
         _check_range("querier_ids", querier_ids, -1, self.num_queriers - 1)
@@ -240,5 +238,8 @@ def _sum_sequences(values: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
 
 
 def _check_range(name: str, ids: Tensor, lowest: int, highest: int) -> None:
-    if int(ids.min()) < lowest or int(ids.max()) > highest:
+    if not is_readable(ids):
+        allowed = (ids >= lowest) & (ids <= highest)
+        torch._assert_async(allowed.all(), f"{name}: expected ids from {lowest} to {highest}")
+    elif int(ids.min()) < lowest or int(ids.max()) > highest:
         raise ValueError(f"{name}: got {ids.tolist()}, expected ids from {lowest} to {highest}")

@@ -197,9 +197,16 @@ def _checked_ids(querier_ids: Tensor | None, qar: QARConfig, shapes: list[tuple[
 def _check_kind(ids: Tensor, shapes: list[tuple[int, ...]]) -> None:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"querier_ids: got dtype {ids.dtype}, expected integers")
-    if ids.shape not in shapes:
+    # size by size: dynamo takes a shape that it knows for different from one with symbols
+    if not any(_has_shape(ids, shape) for shape in shapes):
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"querier_ids: got shape {tuple(ids.shape)}, expected {expected}")
+
+
+def _has_shape(ids: Tensor, shape: tuple[int, ...]) -> bool:
+    return ids.dim() == len(shape) and all(
+        size == wanted for size, wanted in zip(ids.shape, shape, strict=True)
+    )
 
 
 def _check_values(ids: Tensor, qar: QARConfig) -> None:

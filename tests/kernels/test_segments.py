@@ -1,9 +1,14 @@
 """Segments and the tile plan: every row exactly once, whatever the ids."""
 
+import dataclasses
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 from qar_kernels import Segments, segments
 from qar_kernels.tile_plan import tile_plan
@@ -78,8 +83,7 @@ def test_what_a_capture_computes_serves_it_alone(monkeypatch):
     assert tile_plan(inside, 16, 16) is not tile_plan(inside, 16, 16)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_layers_of_a_compiled_program_share_a_plan(training):
+def test_layers_of_a_compiled_program_share_a_plan():
     graphs = []
 
     def keep(graph, example_inputs):
@@ -91,12 +95,45 @@ def test_layers_of_a_compiled_program_share_a_plan(training):
         seg = Segments.from_ids(ids)
         return [tile_plan(seg, 16, 16).inverse_perm + layer for layer in range(4)]
 
-    with torch.set_grad_enabled(training):
+    with torch.no_grad():
         layers(torch.tensor([1, 0, 1]))
     (graph,) = graphs
-    sorts = [node for node in graph.nodes if "searchsorted" in str(node.target)]
-    once = 1 + 3  # the offsets, and what a plan looks up
-    assert len(sorts) == once
+    assert searches(graph) == ONCE
+
+
+ONCE = 1 + 3  # the offsets, and what a plan looks up
+
+
+def searches(graph):
+    return sum("searchsorted" in str(node.target) for node in graph.nodes)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_layers_of_a_compiled_training_step_share_a_plan(checkpointed):
+    """Each makes it anew: a checkpointed layer may change nothing outside. The compiler merges them."""
+    torch._dynamo.reset()
+    found = []
+
+    def keep(graph, example_inputs):
+        found.append(searches(graph.graph))
+        return make_boxed_func(graph.forward)
+
+    def layer(x, seg):
+        plan = tile_plan(seg, 16, 16)
+        return x * sum(getattr(plan, field.name).sum() for field in dataclasses.fields(plan))
+
+    def layers(x, ids):
+        seg = Segments.from_ids(ids)
+        for _ in range(4):
+            x = checkpoint(layer, x, seg, use_reentrant=False) if checkpointed else layer(x, seg)
+        return x
+
+    backend = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    x, ids = torch.randn(3, requires_grad=True), torch.tensor([1, 0, 1])
+    y = torch.compile(layers, fullgraph=True, backend=backend)(x, ids)
+    y.sum().backward()
+    assert found[0] == ONCE and sum(found) <= 2 * ONCE
+    torch.testing.assert_close(y, layers(x, ids))
 
 
 def test_segments_made_before_are_not_sorted_again_in_a_compiled_program(monkeypatch):
@@ -127,6 +164,8 @@ def test_constructors_agree():
 def test_empty_sequences_and_batches():
     assert Segments.from_cu_seqlens([1, 0, 2], [0, 0, 2, 5]).row_expert.tolist() == [0, 0, 2, 2, 2]
     assert Segments.from_ids([]).num_rows == 0
+    nothing = Segments.from_ids(torch.empty(0, dtype=torch.int64))
+    assert [len(tensor) for tensor in nothing.sorted_rows] == [0, 1, 0] and len(nothing.present[0]) == 0
     assert Segments.from_sequences([1, 2], seq_len=0).num_rows == 0
 
 

@@ -101,6 +101,18 @@ def test_inductor_computes_what_eager_does():
         torch.testing.assert_close(compiled, eager, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
+def test_inductor_is_told_the_strides_that_results_have():
+    torch._dynamo.reset()
+    leaves, seg = leaves_and_segments(H=32, I=48)
+    leaves = [t.detach().mT.contiguous().mT.requires_grad_() for t in leaves]  # columns first
+    step = functools.partial(fused_mlp, seg=seg, backend="torch")
+    expected = torch.autograd.grad(step(*leaves).square().sum(), leaves)
+    got = torch.autograd.grad(torch.compile(step, fullgraph=True)(*leaves).square().sum(), leaves)
+    for name, eager, compiled in zip(NAMES, expected, got, strict=True):
+        torch.testing.assert_close(compiled, eager, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_ids_that_a_compiled_function_gets_are_checked(backend):
     torch._dynamo.reset()
@@ -260,6 +272,11 @@ def test_empty_batch(backend):
     leaves, _ = leaves_and_segments()
     empty = leaves[0][:0]
     assert fused_mlp(empty, *leaves[1:], Segments.from_ids([]), backend=backend).shape == (0, 48)
+    call = functools.partial(fused_mlp, backend=backend)
+    assert call(empty, *leaves[1:], Segments.from_ids([]), sparse_gradients=True).shape == (0, 48)
+    if backend != "reference":  # whose loop reads ids
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert compiled(empty, *leaves[1:], Segments.from_ids([])).shape == (0, 48)
 
 
 def test_leading_dimensions():

@@ -124,6 +124,44 @@ def test_a_traced_model_refuses_ids_too(tower, policy, lowest, how):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_compiled_model_may_checkpoint_its_layers(tower, backend):
+    model, batch = aware_model(tower=tower, backend=backend).train(), training_batch()
+    model(**batch, use_cache=False).loss.backward()
+    expected = model.model.layers[0].experts.gate.grad.clone()
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(**batch, use_cache=False).loss.backward()
+    torch.testing.assert_close(model.model.layers[0].experts.gate.grad, expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_training_refuses_clusters_that_are_not_there():
+    model, batch = aware_model(num_clusters=2, projection_dim=8).train(), training_batch()
+    batch |= {"response_mask": batch["attention_mask"]}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for wrong in (-1, 2):
+        with pytest.raises(RuntimeError, match="cluster_ids: expected ids from 0 to 1"):
+            compiled(**batch, cluster_ids=torch.tensor([0, wrong, 1]), use_cache=False)
+    assert model.contrast.writes.sum() == 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_packed_rows_of_any_number_of_windows():
+    model = aware_model()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for lengths in ((5, 7, 4), (3, 9), (6,)):
+        packed = {
+            "input_ids": torch.randint(1, 90, (1, sum(lengths))),
+            "querier_ids": torch.arange(len(lengths)),
+            "cu_seq_lens_q": torch.tensor((0, *lengths)).cumsum(0).int(),
+        }
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**packed).logits, model(**packed).logits)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("tower", TOWERS)
 def test_an_exported_model_takes_batches_of_any_size(tower):
     model, batch = aware_model(tower=tower), left_padded_batch(padding=0)
