@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._inductor.config
 from helpers import TOWERS, Case, check
 from test_triton import CASES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -84,6 +85,7 @@ def test_compile_without_graph_breaks(backend):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
+@torch._inductor.config.patch(force_disable_caches=True)
 def test_inductor_computes_what_eager_does():
     """It fuses matrix products and sums by patterns of its own, which have lost a factor."""
     torch._dynamo.reset()
@@ -102,6 +104,7 @@ def test_inductor_computes_what_eager_does():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
+@torch._inductor.config.patch(force_disable_caches=True)
 def test_inductor_is_told_the_strides_that_results_have():
     torch._dynamo.reset()
     leaves, seg = leaves_and_segments(H=32, I=48)
