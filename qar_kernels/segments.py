@@ -68,13 +68,15 @@ class Segments:
     def __post_init__(self) -> None:
         # where the host cannot read them at once: graphs that are captured later, and layers that are
         # checkpointed in a compiled program (which may not change what is outside of them), find them
-        if not (self._sorted or is_readable(self.row_expert)):
+        if self._sorted is None and not is_readable(self.row_expert):
             object.__setattr__(self, "_sorted", _sort(self.row_expert, self.capacity))
 
     @property
     def sorted_rows(self) -> SortedRows:
         """:attr:`perm`, :attr:`offsets` and :attr:`experts`, made once per batch."""
-        return self._sorted or self.memo("sorted rows", lambda: _sort(self.row_expert, self.capacity))
+        if self._sorted is not None:
+            return self._sorted
+        return self.memo("sorted rows", lambda: _sort(self.row_expert, self.capacity))
 
     @property
     def perm(self) -> Tensor:
