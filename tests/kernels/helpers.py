@@ -91,3 +91,10 @@ def check(case, tower, backend, dtype, device="cpu", **options):
     for name, ref64 in truth.items():
         assert got[name].dtype == dtype
         assert_close(name, got[name], ref64, eager[name])
+
+
+def leaves_and_segments(dtype=torch.float32, ids=(0, 1, 1, -1, 3, 0, 2), **shape):
+    """The operands of ``fused_mlp`` for a small batch."""
+    case = Case(list(ids), **shape)
+    leaves = case.leaves(dtype)
+    return [leaves[name] for name in NAMES], Segments.from_ids(case.ids)

@@ -92,7 +92,7 @@ def test_shots_come_from_the_training_part_of_the_same_responder(data):
 def test_training_windows_are_shown_nothing_of_the_validation_part(data, tmp_path):
     train = [window(f"d{n}_part0", f"Where is ship {n}?", f"Answer {n}.", n % 2) for n in range(8)]
     write_mqdialog(dataclasses.replace(data, train=train), tmp_path, "show")
-    config = TrainConfig(data=str(tmp_path), output_dir="", validation=0.3, context="few_shot")
+    config = TrainConfig(data=str(tmp_path), output_dir="o", validation=0.3, context="few_shot")
     found = load_data(config)
     replies = [example.reply for example in found.valid]
     assert len(replies) == 2
