@@ -41,7 +41,7 @@ def cast_experts(
     many they are is known where the host may read it; elsewhere there are at most C. Gradients come back to
     the bank in its own dtype.
     """
-    ids, renumbered = segments.present if is_readable(segments.experts) else segments.slots
+    ids, renumbered = segments.present if is_readable(segments.row_expert) else segments.slots
     if ids.shape[0] < experts.gate.shape[0]:
         experts, segments = [weight.index_select(0, ids) for weight in experts], renumbered
     return SwiGLUWeights(*(weight.to(dtype) for weight in experts)), segments

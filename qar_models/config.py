@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
@@ -209,16 +209,12 @@ class QARConfig:
     @property
     def num_experts(self) -> int:
         """Experts in each layer's bank (E), without the extra one of ``"shared+per_querier"``."""
-        if self.experts == "shared":
-            return 1
-        return self.num_queriers if self.querier_experts is None else max(self.querier_experts) + 1
+        return 1 if self.experts == "shared" else max(self.expert_of_each) + 1
 
-    def experts_of(self, querier_ids: Iterable[int]) -> list[int]:
-        """The experts of these queriers, each once, in order of their first querier."""
-        experts = self.querier_experts
-        return list(
-            dict.fromkeys(querier if experts is None else experts[querier] for querier in querier_ids)
-        )
+    @cached_property
+    def expert_of_each(self) -> tuple[int, ...]:
+        """The row in the bank of every querier, in order of id."""
+        return self.querier_experts or tuple(range(self.num_queriers))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``config.json``."""

@@ -111,7 +111,7 @@ class MembershipMixin:
         experts_of = shared * count if shared else range(owned, owned + count)
         self._replace_rows(
             (*self.qar.ids_by_name, *names),
-            (*self._expert_of_each(), *experts_of),
+            (*self.qar.expert_of_each, *experts_of),
             lambda experts, name: _append(experts, name, 0 if shared else count, std, init, source),
             lambda old, dim: torch.cat((old, _zeros(old, dim, count)), dim),
         )
@@ -129,7 +129,7 @@ class MembershipMixin:
         kept = [index for index in range(self.qar.num_queriers) if index not in removed]
         if not kept:
             raise ValueError("names: got all queriers, expected at least one to stay")
-        names, experts_of = list(self.qar.ids_by_name), self._expert_of_each()
+        names, experts_of = list(self.qar.ids_by_name), self.qar.expert_of_each
         rows = sorted({experts_of[index] for index in kept})  # the experts that somebody still has
         moved = {row: place for place, row in enumerate(rows)}
         self._replace_rows(
@@ -179,7 +179,7 @@ class MembershipMixin:
         """
         self._check_own_experts()
         names = list(self.queriers) if queriers is None else _as_list(queriers)
-        experts = self._expert_of_each()
+        experts = self.qar.expert_of_each
         expert_files.save(self, folder, {n: experts[i] for n, i in zip(names, self._ids(names), strict=True)})
 
     def load_experts(
@@ -207,7 +207,7 @@ class MembershipMixin:
         new = [name for name in loaded if name not in self.qar.ids_by_name]
         if new:
             self.add_queriers(new)
-        experts = self._expert_of_each()
+        experts = self.qar.expert_of_each
         with torch.no_grad():
             for name, tensors in loaded.items():
                 for key, row in expert_files.rows(self, experts[self.qar.ids_by_name[name]]).items():
@@ -229,12 +229,9 @@ class MembershipMixin:
                     "for all of them: they share an expert"
                 )
 
-    def _expert_of_each(self) -> tuple[int, ...]:
-        """The expert of every querier, in order of id."""
-        return self.qar.querier_experts or tuple(range(self.qar.num_queriers))
-
     def _experts(self, names: list[str]) -> list[int]:
-        return self.qar.experts_of(self._ids(names))
+        """Their experts, each once."""
+        return list(dict.fromkeys(self.qar.expert_of_each[index] for index in self._ids(names)))
 
     def _ids(self, names: list[str]) -> list[int]:
         self._check_named()

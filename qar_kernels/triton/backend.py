@@ -83,7 +83,7 @@ def plan_tensors(plan: TilePlan) -> list[Tensor]:
 
 
 def _most_segments(segments: Segments, experts: SwiGLUWeights, owned: int | None) -> int:
-    return min(segments.experts.shape[0], experts.gate.shape[0] if owned is None else owned)
+    return min(segments.capacity, experts.gate.shape[0] if owned is None else owned)
 
 
 def _path(
